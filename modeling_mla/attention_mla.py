@@ -1,0 +1,186 @@
+"""Multi-head Latent Attention: project, cache, attend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import Cache, PreTrainedConfig
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from .absorbed_weights_mla import AbsorbedWeightCache, AbsorbedWeights
+from .cache_mla import cached_latents
+from .configuration_mla import IDENTITY_NORM_EPS, IDENTITY_NORM_WEIGHT
+from .rope_mla import apply_rotary, layer_angles
+from .routes_mla import MLAttentionInterface, eager_attention_forward, is_latent_aware
+
+ALL_ATTENTION_FUNCTIONS = MLAttentionInterface()
+
+
+class IdentityRMSNorm(nn.Module):
+    """The latent norm of a converted model, which has none.
+
+    Its constants make any engine's RMSNorm over the same tensors a bit-exact identity, so that code which expects
+    DeepSeek's latent norm works unchanged; here the identity is taken literally. The weight is a constant, not a
+    parameter, and is saved for those engines.
+    """
+
+    weight: torch.Tensor
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Buffer(torch.full((hidden_size,), IDENTITY_NORM_WEIGHT))
+        self.variance_epsilon = IDENTITY_NORM_EPS
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states
+
+
+class MLAttention(nn.Module):
+    """Attention whose cache holds one latent and one shared rotary key a token (DeepSeek-V2, arXiv 2405.04434).
+
+    Parameters bear DeepSeek's names. Dimensions are those of layer ``layer_idx``.
+
+    Attributes:
+        route: ``"auto"`` picks the cheaper route; ``"absorbed"`` and ``"expanded"`` force one.
+        backend: for the absorbed route, ``"auto"`` or a name in `modeling_mla.backends_mla.BACKENDS`.
+    """
+
+    def __init__(self, config: PreTrainedConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.attention_dropout = config.attention_dropout
+        self.q_lora_rank = config.q_lora_rank
+        self.kv_lora_rank = config.layer_kv_lora_rank(layer_idx)
+        self.qk_nope_head_dim = config.qk_nope_head_dim
+        self.qk_rope_head_dim = config.layer_qk_rope_head_dim(layer_idx)
+        self.qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
+        self.v_head_dim = config.v_head_dim
+        self.scaling = config.softmax_scale if config.softmax_scale is not None else self.qk_head_dim**-0.5
+        self.num_key_value_groups = 1
+        self.is_causal = True
+        self.route = "auto"
+        self.backend = "auto"
+        self._absorbed = AbsorbedWeightCache()
+
+        hidden_size, num_heads = config.hidden_size, config.num_attention_heads
+        if self.q_lora_rank is None:
+            self.q_proj = nn.Linear(hidden_size, num_heads * self.qk_head_dim, bias=config.q_bias)
+        else:
+            self.q_a_proj = nn.Linear(hidden_size, self.q_lora_rank, bias=config.q_bias)
+            self.q_a_layernorm = LlamaRMSNorm(self.q_lora_rank, eps=config.rms_norm_eps)
+            self.q_b_proj = nn.Linear(self.q_lora_rank, num_heads * self.qk_head_dim, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(
+            hidden_size, self.kv_lora_rank + self.qk_rope_head_dim, bias=config.kv_a_bias
+        )
+        if config.latent_norm == "identity":
+            self.kv_a_layernorm = IdentityRMSNorm(self.kv_lora_rank)
+        else:
+            self.kv_a_layernorm = LlamaRMSNorm(self.kv_lora_rank, eps=config.rms_norm_eps)
+        self.kv_b_proj = nn.Linear(self.kv_lora_rank, num_heads * (self.qk_nope_head_dim + self.v_head_dim), bias=False)
+        self.o_proj = nn.Linear(num_heads * self.v_head_dim, hidden_size, bias=config.o_bias)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        # Adapters wrap and unwrap the projection by assignment, and some change its weight unseen in between.
+        if name == "kv_b_proj" and "_absorbed" in self.__dict__:
+            self._absorbed.clear()
+        super().__setattr__(name, value)
+
+    def train(self, mode: bool = True) -> MLAttention:
+        self._absorbed.clear()
+        return super().train(mode)
+
+    def absorbed_weights(self, like: torch.Tensor) -> AbsorbedWeights:
+        """The up-projection as it is applied now, in ``like``'s dtype and device."""
+        return self._absorbed.get(self.kv_b_proj, self.kv_lora_rank, self.qk_nope_head_dim, self.v_head_dim, like)
+
+    def expand_kv(self, kv_c: torch.Tensor, k_pe: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values for the attention function, from latents and shared rotary keys.
+
+        The seam where an engine with kernels of its own takes over (Transformers' contract for MLA models).
+
+        Args:
+            kv_c: ``[B, 1, S, kv_lora_rank]``.
+            k_pe: ``[B, 1, S, qk_rope_head_dim]``, rotated.
+
+        Returns:
+            ``[B, H, S, qk_nope_head_dim + qk_rope_head_dim]`` and ``[B, H, S, v_head_dim]``; the arguments untouched
+            where the function in use reads latents.
+        """
+        if is_latent_aware(self.config._attn_implementation):
+            return kv_c, k_pe
+        return expand_latents(self.kv_b_proj, kv_c, k_pe, self.qk_nope_head_dim, self.v_head_dim)
+
+    def expand_latents(self, kv_c: torch.Tensor, k_pe: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `expand_kv`, whatever function is in use."""
+        return expand_latents(self.kv_b_proj, kv_c, k_pe, self.qk_nope_head_dim, self.v_head_dim)
+
+    def project_query(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """``[B, S, D] -> [B, H, S, qk_nope_head_dim + qk_rope_head_dim]``, not rotated."""
+        if self.q_lora_rank is None:
+            query = self.q_proj(hidden_states)
+        else:
+            query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
+        return query.view(*hidden_states.shape[:-1], -1, self.qk_head_dim).transpose(1, 2)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attends from ``hidden_states [B, S, D]`` to the cache and to themselves.
+
+        Args:
+            position_embeddings: cos and sin from `MLARotaryEmbedding`.
+            attention_mask: as Transformers makes it for ``config._attn_implementation``.
+            past_key_values: receives the latents and rotary keys of these tokens.
+
+        Returns:
+            ``[B, S, D]``, and the attention weights where the attention function gives them.
+        """
+        query = self.project_query(hidden_states)
+        q_nope, q_rope = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
+        compressed = self.kv_a_proj_with_mqa(hidden_states)
+        kv_c, k_pe = compressed.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+        kv_c = self.kv_a_layernorm(kv_c).unsqueeze(1)
+
+        cos, sin = layer_angles(position_embeddings, self.layer_idx, self.qk_rope_head_dim)
+        q_rope = apply_rotary(q_rope, cos, sin, self.config.rope_interleave)
+        k_pe = apply_rotary(k_pe.unsqueeze(1), cos, sin, self.config.rope_interleave)
+        query = torch.cat((q_nope, q_rope), dim=-1)
+
+        if past_key_values is not None:
+            kv_c, k_pe = past_key_values.update(kv_c, k_pe, self.layer_idx)
+            kwargs["latents"] = cached_latents(past_key_values, self.layer_idx, kv_c.device)
+        key, value = self.expand_kv(kv_c, k_pe)
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attn_output, attn_weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        attn_output = attn_output.reshape(*hidden_states.shape[:-1], -1).contiguous()
+        return self.o_proj(attn_output), attn_weights
+
+
+def expand_latents(
+    kv_b_proj: nn.Module, kv_c: torch.Tensor, k_pe: torch.Tensor, qk_nope_head_dim: int, v_head_dim: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rebuilds every head's keys and values: shapes as in `MLAttention.expand_kv`."""
+    batch, _, length, _ = kv_c.shape
+    expanded = kv_b_proj(kv_c).view(batch, length, -1, qk_nope_head_dim + v_head_dim).transpose(1, 2)
+    k_nope, value = expanded.split([qk_nope_head_dim, v_head_dim], dim=-1)
+    key = torch.cat((k_nope, k_pe.expand(-1, k_nope.shape[1], -1, -1)), dim=-1)
+    return key, value

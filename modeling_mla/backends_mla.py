@@ -1,0 +1,90 @@
+"""The registry of backends for absorbed attention: multi-query attention over the latents themselves.
+
+A backend is one file, ``backend_<name>_mla.py``, and one line in :data:`BACKENDS`. It knows tensors, nothing of the
+model. The plain torch one is the reference for all others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from transformers.utils import logging
+
+from .backend_torch_mla import TorchBackend
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class AbsorbedShape:
+    """What a backend decides by, before any tensor is touched."""
+
+    batch: int
+    num_heads: int
+    query_length: int
+    kv_length: int
+    kv_lora_rank: int
+    qk_rope_head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+    has_mask: bool
+    softcap: float | None = None
+
+
+class AbsorbedBackend(Protocol):
+    """One provider of absorbed attention."""
+
+    name: str
+
+    def supports(self, shape: AbsorbedShape) -> str | None:
+        """None where it can serve the shape on this machine, else the reason why not."""
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        latents: torch.Tensor,
+        kv_lora_rank: int,
+        scale: float,
+        mask: torch.Tensor | None,
+        softcap: float | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attends from every head to the one latent head.
+
+        Args:
+            query: ``[B, H, n, r + d_r]``, the absorbed query beside the rotary query.
+            latents: ``[B, S, r + d_r]``, the latents beside the rotary keys; rows may be strided, channels are dense.
+            kv_lora_rank: r, how many of the channels are the value as well.
+            scale: of the scores.
+            mask: broadcastable to ``[B, H, n, S]``, bool (True attends) or additive; None attends to everything.
+            softcap: scores become ``softcap * tanh(scores / softcap)`` before the mask.
+
+        Returns:
+            The context ``[B, H, n, r]`` in the query's dtype, and the log-sum-exp of the scores ``[B, H, n]`` in
+            float32 or wider (natural logarithm; ``-inf`` where nothing is visible).
+        """
+
+
+BACKENDS: dict[str, AbsorbedBackend] = {backend.name: backend for backend in (TorchBackend(),)}
+"""In order of preference for ``auto``."""
+
+
+def select_backend(requested: str, shape: AbsorbedShape) -> AbsorbedBackend:
+    """The backend for a shape: the first that supports it, or the requested one.
+
+    Raises:
+        ValueError: the requested one is unknown or cannot serve the shape, with its reason.
+    """
+    if requested != "auto":
+        if requested not in BACKENDS:
+            raise ValueError(f"Unknown MLA backend {requested!r}; known are auto, {', '.join(BACKENDS)}.")
+        reason = BACKENDS[requested].supports(shape)
+        if reason is not None:
+            raise ValueError(f"MLA backend {requested!r} cannot serve this attention: {reason}. Use backend 'auto'.")
+        return BACKENDS[requested]
+    for backend in BACKENDS.values():
+        if backend.supports(shape) is None:
+            logger.debug("Absorbed attention runs on the %s backend.", backend.name)
+            return backend
+    raise ValueError(f"No MLA backend serves {shape}.")

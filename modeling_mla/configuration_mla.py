@@ -1,0 +1,157 @@
+"""The fields that Multi-head Latent Attention adds to a body's configuration, their validation, cache arithmetic.
+
+A family mixes :class:`MLAConfigMixin` into the configuration of its Transformers body, so that everything which is
+not attention keeps the name, the default and the meaning that it has there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+IDENTITY_NORM_EPS = float(2**40)
+"""With ``IDENTITY_NORM_WEIGHT`` this makes any RMSNorm a bit-exact identity in float32 and bfloat16."""
+IDENTITY_NORM_WEIGHT = float(2**20)
+
+
+def mla_tp_plan(body_plan: dict[str, str]) -> dict[str, str]:
+    """A body's tensor-parallel plan with its attention replaced: heads are split, the latent is replicated."""
+    plan = {name: style for name, style in body_plan.items() if ".self_attn." not in name}
+    return plan | {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.q_b_proj": "colwise",
+        "layers.*.self_attn.kv_a_proj_with_mqa": "mla_kv_a_proj",
+        "layers.*.self_attn.kv_b_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+    }
+
+
+@dataclass(kw_only=True)
+class MLAConfigMixin:
+    """Multi-head Latent Attention (DeepSeek-V2, arXiv 2405.04434, section 2.1) on top of a body's configuration.
+
+    Args:
+        kv_lora_rank: width of the cached latent, the largest over the layers.
+        kv_lora_ranks: width for every layer, where they differ.
+        q_lora_rank: width of the query's low-rank path; None is a full ``q_proj``.
+        qk_nope_head_dim: un-rotated query/key channels of a head (0: rotary channels only).
+        qk_rope_head_dim: channels of the shared rotary key, even, the largest over the layers (0: no rotary key).
+        qk_rope_head_dims: the same for every layer, where they differ; needs ``rope_inv_freq``.
+        v_head_dim: value channels of a head.
+        rope_interleave: rotary pairs are channels ``(2f, 2f+1)`` as in DeepSeek, not ``(f, f + d/2)`` as in Llama.
+        rope_inv_freq: explicit inverse frequencies, radians per token: one row that all layers share, or one row a
+            layer. None derives them from ``rope_parameters`` over ``qk_rope_head_dim`` channels.
+        rope_attention_factor: multiplies cos and sin beside explicit frequencies (YaRN).
+        softmax_scale: multiplies the scores; None is ``(qk_nope_head_dim + qk_rope_head_dim) ** -0.5``.
+        q_bias, kv_a_bias, o_bias: biases of the query, down and output projections (``kv_b_proj`` never has one).
+        latent_norm: ``"rms_norm"`` (DeepSeek) or ``"identity"`` (converted models, which have no latent norm).
+    """
+
+    model_auto_map: ClassVar[dict[str, str]] = {}
+    """Every AutoModel class of the family, set by `register_family`: Transformers writes only the class that was saved,
+    after which the other ones cannot load the checkpoint."""
+
+    kv_lora_rank: int = 512
+    kv_lora_ranks: list[int] | None = None
+    q_lora_rank: int | None = None
+    qk_nope_head_dim: int = 128
+    qk_rope_head_dim: int = 64
+    qk_rope_head_dims: list[int] | None = None
+    v_head_dim: int = 128
+    rope_interleave: bool = False
+    rope_inv_freq: list[list[float]] | None = None
+    rope_attention_factor: float | None = None
+    softmax_scale: float | None = None
+    q_bias: bool = False
+    kv_a_bias: bool = False
+    o_bias: bool = False
+    latent_norm: str = "rms_norm"
+
+    def __post_init__(self, **kwargs) -> None:
+        if getattr(self, "attention_bias", False):
+            self.q_bias = self.kv_a_bias = self.o_bias = True
+        # Engines size their latent cache by `head_dim`; the body reads neither once its attention is replaced.
+        self.head_dim = self.kv_lora_rank + self.qk_rope_head_dim
+        self.num_key_value_heads = self.num_attention_heads
+        self.qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
+        super().__post_init__(**kwargs)
+        if "auto_map" not in self.__dict__:
+            self.auto_map = dict(self.model_auto_map)
+
+    def validate_mla(self) -> None:
+        """Raises `ValueError` with field, value and limit. Runs with every construction (``@strict``)."""
+        if self.kv_lora_rank < 1:
+            raise ValueError(f"kv_lora_rank is {self.kv_lora_rank}; it must be at least 1.")
+        if self.q_lora_rank is not None and self.q_lora_rank < 1:
+            raise ValueError(f"q_lora_rank is {self.q_lora_rank}; it must be at least 1, or None for a full q_proj.")
+        if self.qk_rope_head_dim < 0 or self.qk_rope_head_dim % 2:
+            raise ValueError(f"qk_rope_head_dim is {self.qk_rope_head_dim}; it must be even and not negative.")
+        if self.qk_nope_head_dim < 0 or self.qk_nope_head_dim + self.qk_rope_head_dim == 0:
+            raise ValueError(
+                f"qk_nope_head_dim is {self.qk_nope_head_dim} beside qk_rope_head_dim {self.qk_rope_head_dim}; "
+                "it must not be negative, and a head needs at least one query channel."
+            )
+        if self.v_head_dim < 1:
+            raise ValueError(f"v_head_dim is {self.v_head_dim}; it must be at least 1.")
+        if self.latent_norm not in ("rms_norm", "identity"):
+            raise ValueError(f"latent_norm is {self.latent_norm!r}; it must be 'rms_norm' or 'identity'.")
+        self._validate_per_layer("kv_lora_ranks", self.kv_lora_ranks, self.kv_lora_rank)
+        self._validate_per_layer("qk_rope_head_dims", self.qk_rope_head_dims, self.qk_rope_head_dim)
+        self._validate_rope_rows()
+
+    def _validate_per_layer(self, name: str, values: list[int] | None, largest: int) -> None:
+        if values is None:
+            return
+        if len(values) != self.num_hidden_layers:
+            raise ValueError(f"{name} has {len(values)} entries for {self.num_hidden_layers} layers.")
+        if max(values) != largest:
+            raise ValueError(f"{name} reaches {max(values)}, but {name[:-1]} is {largest}; it must be the largest.")
+        if name == "kv_lora_ranks" and min(values) < 1:
+            raise ValueError(f"kv_lora_ranks contains {min(values)}; every rank must be at least 1.")
+        if name == "qk_rope_head_dims" and any(value < 0 or value % 2 for value in values):
+            raise ValueError(f"qk_rope_head_dims is {values}; every entry must be even and not negative.")
+
+    def _validate_rope_rows(self) -> None:
+        rows = self.rope_inv_freq
+        if rows is None:
+            if self.qk_rope_head_dims is not None:
+                raise ValueError("qk_rope_head_dims needs rope_inv_freq: the frequencies of each layer's channels.")
+            if self.rope_attention_factor is not None:
+                raise ValueError(
+                    "rope_attention_factor needs rope_inv_freq; without it the factor is that of rope_parameters."
+                )
+            return
+        if len(rows) not in (1, self.num_hidden_layers):
+            raise ValueError(
+                f"rope_inv_freq has {len(rows)} rows; it must have 1, or {self.num_hidden_layers}, one for each layer."
+            )
+        for layer in range(self.num_hidden_layers):
+            row, width = rows[layer % len(rows)], self.layer_qk_rope_head_dim(layer)
+            if 2 * len(row) != width:
+                raise ValueError(
+                    f"rope_inv_freq has {len(row)} frequencies for layer {layer}; "
+                    f"its {width} rotary channels need {width // 2}."
+                )
+
+    def layer_kv_lora_rank(self, layer_idx: int) -> int:
+        """Width of the latent that layer ``layer_idx`` caches."""
+        return self.kv_lora_ranks[layer_idx] if self.kv_lora_ranks is not None else self.kv_lora_rank
+
+    def layer_qk_rope_head_dim(self, layer_idx: int) -> int:
+        """Width of the rotary key that layer ``layer_idx`` caches."""
+        return self.qk_rope_head_dims[layer_idx] if self.qk_rope_head_dims is not None else self.qk_rope_head_dim
+
+    def cache_bytes_per_token(self, dtype: torch.dtype | None = None) -> int:
+        """Bytes that all layers together cache for one token of one sequence.
+
+        Args:
+            dtype: of the cache; by default the configuration's, or bfloat16 where it names none.
+        """
+        dtype = dtype or getattr(self, "dtype", None) or torch.bfloat16
+        elements = sum(
+            self.layer_kv_lora_rank(layer) + self.layer_qk_rope_head_dim(layer)
+            for layer in range(self.num_hidden_layers)
+        )
+        return elements * dtype.itemsize

@@ -1,0 +1,87 @@
+"""Llama with Multi-head Latent Attention: Llama 2 and 3.x, SmolLM2, TinyLlama, Yi."""
+
+from __future__ import annotations
+
+from huggingface_hub.dataclasses import strict
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    GenerationMixin,
+    LlamaConfig,
+)
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+)
+from transformers.models.llama import modeling_llama as body
+
+from .attention_mla import MLAttention
+from .configuration_mla import MLAConfigMixin, mla_tp_plan
+from .modeling_mla import MLAPreTrainedMixin, built_with, register_family, with_latent_cache
+from .rope_mla import MLARotaryEmbedding
+
+
+@strict
+class LlamaMLAConfig(MLAConfigMixin, LlamaConfig):
+    """`LlamaConfig` with the fields of `MLAConfigMixin`."""
+
+    model_type = "llama_mla"
+    base_model_tp_plan = mla_tp_plan(LlamaConfig.base_model_tp_plan)
+
+
+class LlamaMLAPreTrainedModel(MLAPreTrainedMixin, body.LlamaPreTrainedModel):
+    config: LlamaMLAConfig
+    config_class = LlamaMLAConfig
+    _can_record_outputs = {"hidden_states": body.LlamaDecoderLayer, "attentions": MLAttention}
+
+
+class LlamaMLAModel(LlamaMLAPreTrainedModel, body.LlamaModel):
+    def __init__(self, config: LlamaMLAConfig) -> None:
+        with built_with(body, LlamaAttention=MLAttention, LlamaRotaryEmbedding=MLARotaryEmbedding):
+            super().__init__(config)
+
+    forward = with_latent_cache(body.LlamaModel.forward)
+
+
+class LlamaMLAForCausalLM(LlamaMLAPreTrainedModel, body.LlamaForCausalLM, GenerationMixin):
+    def __init__(self, config: LlamaMLAConfig) -> None:
+        with built_with(body, LlamaModel=LlamaMLAModel):
+            super().__init__(config)
+
+
+class LlamaMLAForSequenceClassification(GenericForSequenceClassification, LlamaMLAPreTrainedModel):
+    pass
+
+
+class LlamaMLAForTokenClassification(GenericForTokenClassification, LlamaMLAPreTrainedModel):
+    pass
+
+
+class LlamaMLAForQuestionAnswering(GenericForQuestionAnswering, LlamaMLAPreTrainedModel):
+    pass
+
+
+register_family(
+    LlamaMLAConfig,
+    {
+        AutoModel: LlamaMLAModel,
+        AutoModelForCausalLM: LlamaMLAForCausalLM,
+        AutoModelForSequenceClassification: LlamaMLAForSequenceClassification,
+        AutoModelForTokenClassification: LlamaMLAForTokenClassification,
+        AutoModelForQuestionAnswering: LlamaMLAForQuestionAnswering,
+    },
+)
+
+__all__ = [
+    "LlamaMLAConfig",
+    "LlamaMLAForCausalLM",
+    "LlamaMLAForQuestionAnswering",
+    "LlamaMLAForSequenceClassification",
+    "LlamaMLAForTokenClassification",
+    "LlamaMLAModel",
+    "LlamaMLAPreTrainedModel",
+]

@@ -1,0 +1,140 @@
+"""What turns a Transformers body into an MLA model: its attention, its rotary table, its cache."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+from torch import nn
+from transformers import (
+    AutoConfig,
+    Cache,
+    DynamicCache,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    StaticCache,
+)
+from transformers import initialization as init
+from transformers.generation.continuous_batching import continuous_api
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
+
+from .attention_mla import IdentityRMSNorm, MLAttention
+from .cache_mla import LatentCache
+from .cache_static_mla import StaticLatentCache
+from .configuration_mla import IDENTITY_NORM_WEIGHT
+from .paged_mla import LatentBatchingManager
+
+_substitution_lock = threading.RLock()
+
+
+@contextmanager
+def built_with(body: ModuleType, **replacements: type) -> Iterator[None]:
+    """Classes that a body's constructors look up in its module are ours while it is built.
+
+    The body then builds itself, whatever it is made of, and never allocates an attention that would be thrown away:
+    that of an 8-billion-parameter model, with MLA's head size, takes more memory than the model.
+    """
+    with _substitution_lock:
+        originals = {name: getattr(body, name) for name in replacements}
+        try:
+            for name, replacement in replacements.items():
+                setattr(body, name, replacement)
+            yield
+        finally:
+            for name, original in originals.items():
+                setattr(body, name, original)
+
+
+def with_latent_cache(forward: Callable) -> Callable:
+    """A base model's ``forward`` that makes a `LatentCache` where its body would make a stock one."""
+
+    @functools.wraps(forward)
+    def wrapped(self: PreTrainedModel, *args, **kwargs):
+        use_cache = kwargs.get("use_cache")
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        checkpointing = getattr(self, "gradient_checkpointing", False) and self.training
+        # Transformers' models take the cache as fourth positional argument.
+        if use_cache and not checkpointing and len(args) < 4 and kwargs.get("past_key_values") is None:
+            kwargs["past_key_values"] = LatentCache(config=self.config)
+        return forward(self, *args, **kwargs)
+
+    return wrapped
+
+
+class MLAPreTrainedMixin:
+    """First base of a family's `PreTrainedModel`."""
+
+    config: PreTrainedConfig
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, IdentityRMSNorm):
+            init.constant_(module.weight, IDENTITY_NORM_WEIGHT)
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict, *args, **kwargs
+    ) -> None:
+        """Puts latent caches where Transformers makes its own; a cache that the user gave stays."""
+        given = model_kwargs.get("past_key_values")
+        quantized = generation_config.cache_implementation == "quantized"
+        if given is None and quantized and not (generation_config.cache_config or {}).get("backend"):
+            cache: Cache = LatentCache(config=self.config, quantized=True)
+        else:
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+            made = model_kwargs.get("past_key_values")
+            if given is not None or type(made) not in (DynamicCache, StaticCache):
+                return
+            if type(made) is DynamicCache:
+                cache = LatentCache(config=self.config, offloading=made.offloading)
+            else:
+                cache = StaticLatentCache(self.config, made.get_max_length(), offloading=made.offloading)
+        if generation_config.is_assistant:
+            cache.activate_past_recording()
+        model_kwargs["past_key_values"] = cache
+
+    def init_continuous_batching(self, *args, **kwargs) -> LatentBatchingManager:
+        """As Transformers', with pages of latents: `generate_batch` and ``transformers serve`` come here."""
+        with built_with(continuous_api, ContinuousBatchingManager=LatentBatchingManager):
+            return super().init_continuous_batching(*args, **kwargs)
+
+    def set_attention_route(self, route: str) -> None:
+        """Forces a route in every layer, or gives the choice back.
+
+        Args:
+            route: ``"auto"``, ``"absorbed"`` or ``"expanded"``.
+        """
+        if route not in ("auto", "absorbed", "expanded"):
+            raise ValueError(f"route is {route!r}; it must be 'auto', 'absorbed' or 'expanded'.")
+        for module in self.modules():
+            if isinstance(module, MLAttention):
+                module.route = route
+
+    def set_attention_backend(self, backend: str) -> None:
+        """Names the backend of the absorbed route in every layer: ``"auto"``, or one of `BACKENDS`."""
+        for module in self.modules():
+            if isinstance(module, MLAttention):
+                module.backend = backend
+
+
+def register_family(config_class: type[PreTrainedConfig], classes: dict[type[_BaseAutoModelClass], type]) -> None:
+    """Makes a family known to AutoConfig and the AutoModel classes, and lets checkpoints carry its code.
+
+    Runs when the family's file is imported, from the package or from a checkpoint's copy of it: the later import
+    serves the later load.
+    """
+    file = config_class.__module__.rpartition(".")[2]
+    config_class.model_auto_map = {"AutoConfig": f"{file}.{config_class.__name__}"} | {
+        auto_class.__name__: f"{file}.{model_class.__name__}" for auto_class, model_class in classes.items()
+    }
+    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    config_class.register_for_auto_class()
+    for auto_class, model_class in classes.items():
+        auto_class.register(config_class, model_class, exist_ok=True)
+        model_class.register_for_auto_class(auto_class.__name__)
+
+
+__all__ = ["MLAPreTrainedMixin", "built_with", "register_family", "with_latent_cache"]

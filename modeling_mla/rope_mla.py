@@ -1,0 +1,98 @@
+"""The rotary half of the query and the shared rotary key: frequencies, angles, rotation."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+
+
+class MLARotaryEmbedding(nn.Module):
+    """Cosines and sines for ``qk_rope_head_dim`` channels of every layer, from one position table.
+
+    Layers that rotate alike share one row of ``inv_freq``; a compressed conversion has a row a layer. Frequencies
+    that the configuration does not list follow ``rope_parameters`` by Transformers' own functions, every type of
+    them, as if ``qk_rope_head_dim`` were the head size.
+    """
+
+    inv_freq: torch.Tensor
+    original_inv_freq: torch.Tensor
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__()
+        # The functions of Transformers take the number of channels from `head_dim`.
+        self.config = copy.copy(config)
+        self.config.head_dim = config.qk_rope_head_dim
+        self.max_seq_len_cached = config.max_position_embeddings
+        self.original_max_seq_len = config.max_position_embeddings
+
+        # Explicit frequencies are final, whatever scaling they came from.
+        explicit = config.rope_inv_freq is not None
+        self.rope_type = "default" if explicit else config.rope_parameters["rope_type"]
+        init_function: Callable = self.compute_default_rope_parameters
+        if self.rope_type != "default":
+            init_function = ROPE_INIT_FUNCTIONS[self.rope_type]
+        inv_freq, self.attention_scaling = init_function(self.config)
+        self.inv_freq = nn.Buffer(inv_freq, persistent=False)
+        self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(config: PreTrainedConfig, **kwargs) -> tuple[torch.Tensor, float]:
+        """Unscaled or explicit inverse frequencies, and the factor for cos and sin.
+
+        Returns:
+            ``[rows, d/2]`` float32, rows of layers with fewer channels padded by zeros; the factor.
+        """
+        if config.rope_inv_freq is not None:
+            width = config.qk_rope_head_dim // 2
+            rows = [row + [0.0] * (width - len(row)) for row in config.rope_inv_freq]
+            factor = 1.0 if config.rope_attention_factor is None else config.rope_attention_factor
+            return torch.tensor(rows, dtype=torch.float32).view(len(rows), width), factor
+        dim = config.qk_rope_head_dim
+        exponent = torch.arange(0, dim, 2, dtype=torch.float32) / max(dim, 1)
+        return 1.0 / (config.rope_parameters["rope_theta"] ** exponent), 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Args:
+            x: gives dtype and device.
+            position_ids: ``[B, S]``.
+
+        Returns:
+            cos and sin, each ``[B, S, rows, d/2]``.
+        """
+        inv_freq = self.inv_freq.to(device=x.device, dtype=torch.float32)
+        angles = position_ids[..., None, None].float() * inv_freq.view(-1, inv_freq.shape[-1])
+        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        return cos.to(x.dtype), sin.to(x.dtype)
+
+
+def layer_angles(
+    position_embeddings: tuple[torch.Tensor, torch.Tensor], layer_idx: int, rope_dim: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The cos and sin ``[B, S, rope_dim/2]`` of one layer, from what :class:`MLARotaryEmbedding` returned."""
+    cos, sin = position_embeddings
+    row = layer_idx if cos.shape[2] > 1 else 0
+    return cos[:, :, row, : rope_dim // 2], sin[:, :, row, : rope_dim // 2]
+
+
+def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleave: bool) -> torch.Tensor:
+    """Rotates every pair of channels by its angle (RoFormer, arXiv 2104.09864, equation 34).
+
+    Args:
+        x: ``[B, heads, S, d]``.
+        cos, sin: ``[B, S, d/2]``.
+        interleave: pairs are channels ``(2f, 2f+1)``; else ``(f, f + d/2)``.
+
+    Returns:
+        ``[B, heads, S, d]``, half-split in either case: scores do not depend on the order of channels, and every
+        reader of the cache then sees one layout.
+    """
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    first, second = (x[..., 0::2], x[..., 1::2]) if interleave else x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
