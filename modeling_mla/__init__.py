@@ -6,6 +6,7 @@ each other by ``from .file import name`` alone, for they travel with every check
 
 from .attention_mla import MLAttention
 from .cache_mla import LatentCache
+from .cache_static_mla import StaticLatentCache
 from .configuration_mla import MLAConfigMixin
 from .llama_mla import (
     LlamaMLAConfig,
@@ -28,4 +29,5 @@ __all__ = [
     "LlamaMLAPreTrainedModel",
     "MLAConfigMixin",
     "MLAttention",
+    "StaticLatentCache",
 ]

@@ -12,14 +12,13 @@ import torch
 from torch import nn
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
-
 _ADAPTER_STATE = ("active_adapters", "merged_adapters", "disable_adapters", "scaling")
 """What PEFT's layers apply depends on these, beside their tensors."""
 
 
 class AbsorbedWeights(NamedTuple):
-    """``w_uk [H, qk_nope_head_dim, r]`` maps a query into the latent space, ``w_uv [H, r, v_head_dim]`` maps a latent
-    context to values (DeepSeek-V2, arXiv 2405.04434, section 2.1.2)."""
+    """``w_uk [H, r, qk_nope_head_dim]`` maps a query into the latent space, ``w_uv [H, v_head_dim, r]`` maps a latent
+    context to values (DeepSeek-V2, arXiv 2405.04434, section 2.1.2); both output-major, as `nn.Linear` is."""
 
     w_uk: torch.Tensor
     w_uv: torch.Tensor
@@ -99,4 +98,4 @@ class AbsorbedWeightCache:
         weight = effective_weight(kv_b_proj, kv_lora_rank, like.dtype, like.device)
         per_head = weight.view(-1, qk_nope_head_dim + v_head_dim, kv_lora_rank)
         w_uk, w_uv = per_head.split([qk_nope_head_dim, v_head_dim], dim=1)
-        return AbsorbedWeights(w_uk, w_uv.mT)
+        return AbsorbedWeights(w_uk.mT, w_uv)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -37,58 +38,32 @@ class IdentityRMSNorm(nn.Module):
         return hidden_states
 
 
-class MLAttention(nn.Module):
-    """Attention whose cache holds one latent and one shared rotary key a token (DeepSeek-V2, arXiv 2405.04434).
-
-    Parameters bear DeepSeek's names. Dimensions are those of layer ``layer_idx``.
+class LatentAttention(nn.Module):
+    """What reads cached latents by either route; subclasses project, cache and call the attention function.
 
     Attributes:
         route: ``"auto"`` picks the cheaper route; ``"absorbed"`` and ``"expanded"`` force one.
         backend: for the absorbed route, ``"auto"`` or a name in `modeling_mla.backends_mla.BACKENDS`.
     """
 
-    def __init__(self, config: PreTrainedConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.attention_dropout = config.attention_dropout
-        self.q_lora_rank = config.q_lora_rank
-        self.kv_lora_rank = config.layer_kv_lora_rank(layer_idx)
-        self.qk_nope_head_dim = config.qk_nope_head_dim
-        self.qk_rope_head_dim = config.layer_qk_rope_head_dim(layer_idx)
-        self.qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
-        self.v_head_dim = config.v_head_dim
-        self.scaling = config.softmax_scale if config.softmax_scale is not None else self.qk_head_dim**-0.5
-        self.num_key_value_groups = 1
-        self.is_causal = True
-        self.route = "auto"
-        self.backend = "auto"
-        self._absorbed = AbsorbedWeightCache()
+    route = "auto"
+    backend = "auto"
+    config: PreTrainedConfig
+    kv_b_proj: nn.Module
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    layer_idx: int
+    _absorbed: AbsorbedWeightCache
 
-        hidden_size, num_heads = config.hidden_size, config.num_attention_heads
-        if self.q_lora_rank is None:
-            self.q_proj = nn.Linear(hidden_size, num_heads * self.qk_head_dim, bias=config.q_bias)
-        else:
-            self.q_a_proj = nn.Linear(hidden_size, self.q_lora_rank, bias=config.q_bias)
-            self.q_a_layernorm = LlamaRMSNorm(self.q_lora_rank, eps=config.rms_norm_eps)
-            self.q_b_proj = nn.Linear(self.q_lora_rank, num_heads * self.qk_head_dim, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(
-            hidden_size, self.kv_lora_rank + self.qk_rope_head_dim, bias=config.kv_a_bias
-        )
-        if config.latent_norm == "identity":
-            self.kv_a_layernorm = IdentityRMSNorm(self.kv_lora_rank)
-        else:
-            self.kv_a_layernorm = LlamaRMSNorm(self.kv_lora_rank, eps=config.rms_norm_eps)
-        self.kv_b_proj = nn.Linear(self.kv_lora_rank, num_heads * (self.qk_nope_head_dim + self.v_head_dim), bias=False)
-        self.o_proj = nn.Linear(num_heads * self.v_head_dim, hidden_size, bias=config.o_bias)
-
-    def __setattr__(self, name: str, value: object) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
         # Adapters wrap and unwrap the projection by assignment, and some change its weight unseen in between.
         if name == "kv_b_proj" and "_absorbed" in self.__dict__:
             self._absorbed.clear()
         super().__setattr__(name, value)
 
-    def train(self, mode: bool = True) -> MLAttention:
+    def train(self, mode: bool = True) -> LatentAttention:
         self._absorbed.clear()
         return super().train(mode)
 
@@ -111,11 +86,52 @@ class MLAttention(nn.Module):
         """
         if is_latent_aware(self.config._attn_implementation):
             return kv_c, k_pe
+        # The projection is named here, for engines recognise the method by it.
         return expand_latents(self.kv_b_proj, kv_c, k_pe, self.qk_nope_head_dim, self.v_head_dim)
 
     def expand_latents(self, kv_c: torch.Tensor, k_pe: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As `expand_kv`, whatever function is in use."""
         return expand_latents(self.kv_b_proj, kv_c, k_pe, self.qk_nope_head_dim, self.v_head_dim)
+
+
+class MLAttention(LatentAttention):
+    """Attention whose cache holds one latent and one shared rotary key a token (DeepSeek-V2, arXiv 2405.04434).
+
+    Parameters bear DeepSeek's names. Dimensions are those of layer ``layer_idx``.
+    """
+
+    def __init__(self, config: PreTrainedConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.attention_dropout = config.attention_dropout
+        self.q_lora_rank = config.q_lora_rank
+        self.kv_lora_rank = config.layer_kv_lora_rank(layer_idx)
+        self.qk_nope_head_dim = config.qk_nope_head_dim
+        self.qk_rope_head_dim = config.layer_qk_rope_head_dim(layer_idx)
+        self.qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
+        self.v_head_dim = config.v_head_dim
+        self.scaling = config.softmax_scale if config.softmax_scale is not None else self.qk_head_dim**-0.5
+        self.num_key_value_groups = 1
+        self.is_causal = True
+        self._absorbed = AbsorbedWeightCache()
+
+        hidden_size, num_heads = config.hidden_size, config.num_attention_heads
+        if self.q_lora_rank is None:
+            self.q_proj = nn.Linear(hidden_size, num_heads * self.qk_head_dim, bias=config.q_bias)
+        else:
+            self.q_a_proj = nn.Linear(hidden_size, self.q_lora_rank, bias=config.q_bias)
+            self.q_a_layernorm = LlamaRMSNorm(self.q_lora_rank, eps=config.rms_norm_eps)
+            self.q_b_proj = nn.Linear(self.q_lora_rank, num_heads * self.qk_head_dim, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(
+            hidden_size, self.kv_lora_rank + self.qk_rope_head_dim, bias=config.kv_a_bias
+        )
+        if config.latent_norm == "identity":
+            self.kv_a_layernorm = IdentityRMSNorm(self.kv_lora_rank)
+        else:
+            self.kv_a_layernorm = LlamaRMSNorm(self.kv_lora_rank, eps=config.rms_norm_eps)
+        self.kv_b_proj = nn.Linear(self.kv_lora_rank, num_heads * (self.qk_nope_head_dim + self.v_head_dim), bias=False)
+        self.o_proj = nn.Linear(num_heads * self.v_head_dim, hidden_size, bias=config.o_bias)
 
     def project_query(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """``[B, S, D] -> [B, H, S, qk_nope_head_dim + qk_rope_head_dim]``, not rotated."""

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import torch
 
+_BLOCK_SCORES = 1 << 18
+"""Scores that are held at once for one sequence: more leave a processor's caches and take memory."""
+_MIN_BLOCK = 1024
+
 
 class TorchBackend:
-    """Runs everywhere, at every shape and precision."""
+    """Runs everywhere, at every shape and precision.
+
+    All heads read one latent head, so they are rows of one query matrix, and a sequence is two matrix products over
+    its latents where they lie: batched products and attention with repeated heads would copy the cache.
+    """
 
     name = "torch"
 
@@ -24,18 +32,91 @@ class TorchBackend:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `AbsorbedBackend.attend`. Scores and softmax are float32, or float64 where the query is."""
         batch, heads, length, width = query.shape
-        # All heads read one latent head: folding them into the query axis makes one matrix product of each sequence,
-        # where expanding the latents to the heads would copy the cache.
-        packed = query.reshape(batch, heads * length, width)
-        scores = torch.bmm(packed, latents.transpose(1, 2)).view(batch, heads, length, -1)
-        scores = scores.to(torch.promote_types(query.dtype, torch.float32)) * scale
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
-        if mask is not None:
-            scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-        lse = torch.logsumexp(scores, dim=-1)
-        # A row that sees nothing (left padding) has no softmax; its context is zero.
-        weights = torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0).unsqueeze(-1))
-        weights = weights.to(query.dtype).view(batch, heads * length, -1)
-        context = torch.bmm(weights, latents[..., :kv_lora_rank])
-        return context.view(batch, heads, length, kv_lora_rank), lse
+        context = query.new_empty(batch, heads, length, kv_lora_rank)
+        lse = query.new_empty(batch, heads, length, dtype=torch.promote_types(query.dtype, torch.float32))
+        fits = latents.shape[1] <= max(_BLOCK_SCORES // (heads * length), _MIN_BLOCK)
+        attend = _attend_block if fits else _attend_blocks
+        mask = None if mask is None else mask.expand(batch, heads, length, -1)
+        for index in range(batch):
+            rows = query[index].reshape(heads * length, width)
+            own_mask = None if mask is None else mask[index]
+            attended, own_lse = attend(rows, latents[index], kv_lora_rank, scale, own_mask, softcap)
+            context[index] = attended.view(heads, length, kv_lora_rank)
+            lse[index] = own_lse.view(heads, length)
+        return context, lse
+
+
+def _scores(
+    rows: torch.Tensor,
+    latents: torch.Tensor,
+    scale: float,
+    mask: torch.Tensor | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    scores = torch.mm(rows, latents.t())
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is None:
+        return scores
+    mask = mask.reshape(rows.shape[0], -1)
+    return scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+
+
+def _attend_block(
+    rows: torch.Tensor,
+    latents: torch.Tensor,
+    kv_lora_rank: int,
+    scale: float,
+    mask: torch.Tensor | None,
+    softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """All scores of one sequence at once: ``rows [H*n, r + d_r]``, ``latents [S, r + d_r]``, ``mask [H, n, S]``."""
+    scores = _scores(rows, latents, scale, mask, softcap)
+    lse = torch.logsumexp(scores, dim=-1)
+    weights = torch.exp(scores - _finite(lse).unsqueeze(-1))
+    return torch.mm(weights.to(rows.dtype), latents[:, :kv_lora_rank]), lse
+
+
+def _attend_blocks(
+    rows: torch.Tensor,
+    latents: torch.Tensor,
+    kv_lora_rank: int,
+    scale: float,
+    mask: torch.Tensor | None,
+    softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same block by block, by the online softmax (Milakov and Gimelshein, arXiv 1805.02867), in bounded memory."""
+    precision = torch.promote_types(rows.dtype, torch.float32)
+    block = max(_BLOCK_SCORES // rows.shape[0], _MIN_BLOCK)
+    context = rows.new_zeros(rows.shape[0], kv_lora_rank, dtype=precision)
+    lse = rows.new_full((rows.shape[0],), float("-inf"), dtype=precision)
+    for start in range(0, latents.shape[0], block):
+        part = slice(start, start + block)
+        own_mask = None if mask is None else mask[..., part]
+        attended, own_lse = _attend_block(rows, latents[part], kv_lora_rank, scale, own_mask, softcap)
+        context, lse = merge_attended(context, lse, attended.to(precision), own_lse)
+    return context.to(rows.dtype), lse
+
+
+def merge_attended(
+    first: torch.Tensor, first_lse: torch.Tensor, second: torch.Tensor, second_lse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention to two disjoint sets of keys from attention to each.
+
+    Args:
+        first, second: ``[..., d]``, normalised outputs.
+        first_lse, second_lse: ``[...]``, log-sum-exp of the scores of each, ``-inf`` where nothing was visible.
+
+    Returns:
+        The output over both sets, and its log-sum-exp.
+    """
+    lse = torch.logaddexp(first_lse, second_lse)
+    finite = _finite(lse)
+    first = first * torch.exp(first_lse - finite).unsqueeze(-1)
+    return first + second * torch.exp(second_lse - finite).unsqueeze(-1), lse
+
+
+def _finite(lse: torch.Tensor) -> torch.Tensor:
+    """A row that sees nothing (left padding) has no softmax; with this its output is zero, not NaN."""
+    return lse.masked_fill(lse == float("-inf"), 0.0)

@@ -85,6 +85,7 @@ def select_backend(requested: str, shape: AbsorbedShape) -> AbsorbedBackend:
         return BACKENDS[requested]
     for backend in BACKENDS.values():
         if backend.supports(shape) is None:
-            logger.debug("Absorbed attention runs on the %s backend.", backend.name)
+            if not torch.compiler.is_compiling():
+                logger.debug("Absorbed attention runs on the %s backend.", backend.name)
             return backend
     raise ValueError(f"No MLA backend serves {shape}.")

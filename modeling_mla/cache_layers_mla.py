@@ -22,6 +22,7 @@ class LatentLayer(DynamicLayer):
         capacity: tokens to allocate at once where the final length is known; the buffer then never moves.
     """
 
+    supports_early_init = False  # the first tokens tell the widths; Transformers would pass those of expanded keys
     buffer: torch.Tensor
 
     def __init__(self, capacity: int | None = None) -> None:
@@ -33,6 +34,9 @@ class LatentLayer(DynamicLayer):
     @property
     def visible(self) -> torch.Tensor | None:
         """``[B, S, kv_lora_rank + qk_rope_head_dim]``: what the last `update` returned, as one view."""
+        return self._visible()
+
+    def _visible(self) -> torch.Tensor:
         return self.buffer[:, : self.filled]
 
     @property
@@ -89,7 +93,7 @@ class LatentLayer(DynamicLayer):
         self.buffer[:, rows, : self.kv_lora_rank] = key_states[:, 0]
         self.buffer[:, rows, self.kv_lora_rank :] = value_states[:, 0]
         self._count(new_tokens)
-        return self._halves(self.visible)
+        return self._halves(self._visible())
 
     def _halves(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         latents = latents.unsqueeze(1)
@@ -160,8 +164,7 @@ class SlidingLatentLayer(LatentLayer):
         """Keeps all rows until the next `crop`, so that an assistant's tokens can be taken back."""
         self.record_past = True
 
-    @property
-    def visible(self) -> torch.Tensor | None:
+    def _visible(self) -> torch.Tensor:
         first = max(self.filled - self._last_new - self.sliding_window + 1, 0)
         return self.buffer[:, first : self.filled]
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
-from transformers import Cache, DynamicCache, PreTrainedConfig
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, get_layer_types_and_kwargs
 
+from .cache_file_mla import read_prefix, write_prefix
+from .cache_indexed_mla import IndexedLatentLayer
 from .cache_layers_mla import LatentLayer, SlidingLatentLayer
 from .cache_quantized_mla import QuantizedLatentLayer
 
@@ -13,7 +17,8 @@ from .cache_quantized_mla import QuantizedLatentLayer
 class LatentCache(DynamicCache):
     """The cache of a model with Multi-head Latent Attention; `generate` and `forward` make it on their own.
 
-    Full-attention layers grow, sliding-window layers keep their window, layers of any other kind are Transformers'.
+    Full-attention and indexed layers grow, sliding-window layers keep their window, layers of any other kind are
+    Transformers'.
 
     Args:
         config: of the model.
@@ -34,6 +39,8 @@ class LatentCache(DynamicCache):
         for layer_type, kwargs in zip(layer_types, layer_kwargs, strict=True):
             if layer_type == "full_attention":
                 layers.append((QuantizedLatentLayer if quantized else LatentLayer)(capacity=capacity))
+            elif layer_type == "indexed_attention":
+                layers.append(IndexedLatentLayer())
             elif layer_type in ("sliding_attention", "chunked_attention"):
                 layers.append(SlidingLatentLayer(**kwargs))
             else:
@@ -44,6 +51,45 @@ class LatentCache(DynamicCache):
     def nbytes(self) -> int:
         """Bytes that the latent layers occupy, free capacity included."""
         return sum(getattr(layer, "nbytes", 0) for layer in self.layers)
+
+    def save(self, path: str | os.PathLike, model: PreTrainedModel, input_ids: torch.Tensor) -> None:
+        """Writes the cache of ``input_ids`` to a safetensors file, with a fingerprint of model and tokens.
+
+        Args:
+            path: of the file; it appears only when it is complete.
+            model: that made the cache.
+            input_ids: ``[B, S]``, the tokens that the cache holds.
+
+        Raises:
+            ValueError: the cache holds another number of tokens, or has layers that are not plain `LatentLayer`s.
+        """
+        length = self.get_seq_length()
+        if input_ids.shape[-1] != length:
+            raise ValueError(
+                f"input_ids has {input_ids.shape[-1]} tokens, the cache holds {length}; pass the tokens that it holds."
+            )
+        other = next((layer for layer in self.layers if type(layer) is not LatentLayer), None)
+        if other is not None:
+            raise ValueError(f"Only full-attention latent layers can be saved, and this cache has a {other!r}.")
+        write_prefix(path, [(layer.stored, layer.kv_lora_rank) for layer in self.layers], model, input_ids)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, model: PreTrainedModel) -> tuple[LatentCache, torch.Tensor]:
+        """Reads a saved prefix for ``model``.
+
+        Returns:
+            The cache, on the model's device, and the tokens ``[B, S]`` that it holds. Generation continues from ids
+            that begin with these: ``model.generate(torch.cat((input_ids, more), -1), past_key_values=cache)``.
+
+        Raises:
+            ValueError: the file is no prefix, is damaged, was written by another model or in another dtype.
+        """
+        layers, input_ids = read_prefix(path, model)
+        cache = cls(config=model.config)
+        for index, (latents, rank) in enumerate(layers):
+            latents = latents.unsqueeze(1)
+            cache.update(latents[..., :rank], latents[..., rank:], index)
+        return cache, input_ids
 
 
 def cached_latents(cache: Cache, layer_idx: int, device: torch.device) -> torch.Tensor | None:

@@ -7,6 +7,8 @@ from transformers import PreTrainedConfig, StaticCache
 from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, StaticLayer, get_layer_types_and_kwargs
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
+from .configuration_mla import latent_widths
+
 
 class StaticLatentLayer(StaticLayer):
     """One buffer ``latents [B, max_cache_len, kv_lora_rank + qk_rope_head_dim]``, written in place.
@@ -103,9 +105,7 @@ class StaticLatentCache(StaticCache):
         layers = []
         for index, (layer_type, kwargs) in enumerate(zip(*get_layer_types_and_kwargs(config), strict=True)):
             if layer_type == "full_attention":
-                layer = StaticLatentLayer(
-                    max_cache_len, config.layer_kv_lora_rank(index), config.layer_qk_rope_head_dim(index)
-                )
+                layer = StaticLatentLayer(max_cache_len, *latent_widths(config, index))
             else:
                 layer = STATIC_LAYER_TYPE_MAPPING[layer_type](max_cache_len=max_cache_len, **kwargs)
             layers.append(layer)

@@ -4,12 +4,18 @@ A family mixes :class:`MLAConfigMixin` into the configuration of its Transformer
 not attention keeps the name, the default and the meaning that it has there.
 """
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`: `@strict` checks a field's values by its type, and skips a type in quotes.
+import copy
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
+from transformers import PreTrainedConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig as _Body
+else:
+    _Body = object
 
 IDENTITY_NORM_EPS = float(2**40)
 """With ``IDENTITY_NORM_WEIGHT`` this makes any RMSNorm a bit-exact identity in float32 and bfloat16."""
@@ -28,8 +34,8 @@ def mla_tp_plan(body_plan: dict[str, str]) -> dict[str, str]:
     }
 
 
-@dataclass(kw_only=True)
-class MLAConfigMixin:
+@dataclass(kw_only=True, repr=False)
+class MLAConfigMixin(_Body):
     """Multi-head Latent Attention (DeepSeek-V2, arXiv 2405.04434, section 2.1) on top of a body's configuration.
 
     Args:
@@ -62,8 +68,8 @@ class MLAConfigMixin:
     v_head_dim: int = 128
     rope_interleave: bool = False
     rope_inv_freq: list[list[float]] | None = None
-    rope_attention_factor: float | None = None
-    softmax_scale: float | None = None
+    rope_attention_factor: float | int | None = None
+    softmax_scale: float | int | None = None
     q_bias: bool = False
     kv_a_bias: bool = False
     o_bias: bool = False
@@ -79,6 +85,12 @@ class MLAConfigMixin:
         super().__post_init__(**kwargs)
         if "auto_map" not in self.__dict__:
             self.auto_map = dict(self.model_auto_map)
+
+    def validate_rope(self) -> None:
+        """As the body's, over the channels that are rotated: `head_dim` is here the width of the cache."""
+        rotary = copy.copy(self)
+        rotary.head_dim = self.qk_rope_head_dim
+        super(MLAConfigMixin, rotary).validate_rope()
 
     def validate_mla(self) -> None:
         """Raises `ValueError` with field, value and limit. Runs with every construction (``@strict``)."""
@@ -150,8 +162,14 @@ class MLAConfigMixin:
             dtype: of the cache; by default the configuration's, or bfloat16 where it names none.
         """
         dtype = dtype or getattr(self, "dtype", None) or torch.bfloat16
-        elements = sum(
-            self.layer_kv_lora_rank(layer) + self.layer_qk_rope_head_dim(layer)
-            for layer in range(self.num_hidden_layers)
-        )
-        return elements * dtype.itemsize
+        ranks = sum(self.layer_kv_lora_rank(layer) for layer in range(self.num_hidden_layers))
+        rotary = sum(self.layer_qk_rope_head_dim(layer) for layer in range(self.num_hidden_layers))
+        return (ranks + rotary) * dtype.itemsize
+
+
+def latent_widths(config: PreTrainedConfig, layer_idx: int) -> tuple[int, int]:
+    """``kv_lora_rank`` and ``qk_rope_head_dim`` of a layer, by this library's configuration or by a native model's."""
+    if hasattr(config, "layer_kv_lora_rank"):
+        return config.layer_kv_lora_rank(layer_idx), config.layer_qk_rope_head_dim(layer_idx)
+    layer = config.per_layer_config[layer_idx]
+    return layer.kv_lora_rank, layer.qk_rope_head_dim

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import (
@@ -22,11 +23,17 @@ from transformers import initialization as init
 from transformers.generation.continuous_batching import continuous_api
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
-from .attention_mla import IdentityRMSNorm, MLAttention
+from .attention_mla import IdentityRMSNorm, LatentAttention
 from .cache_mla import LatentCache
 from .cache_static_mla import StaticLatentCache
 from .configuration_mla import IDENTITY_NORM_WEIGHT
 from .paged_mla import LatentBatchingManager
+from .peft_mla import register_peft_targets
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel as _Body
+else:
+    _Body = object
 
 _substitution_lock = threading.RLock()
 
@@ -49,26 +56,36 @@ def built_with(body: ModuleType, **replacements: type) -> Iterator[None]:
                 setattr(body, name, original)
 
 
+def add_latent_cache(model: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """The arguments of a base model's ``forward``, with a `LatentCache` where its body would make a stock one."""
+    use_cache = kwargs.get("use_cache")
+    use_cache = model.config.use_cache if use_cache is None else use_cache
+    checkpointing = getattr(model, "gradient_checkpointing", False) and model.training
+    # Transformers' models take the cache as fourth positional argument.
+    if use_cache and not checkpointing and len(args) < 4 and kwargs.get("past_key_values") is None:
+        kwargs = kwargs | {"past_key_values": LatentCache(config=model.config)}
+    return args, kwargs
+
+
 def with_latent_cache(forward: Callable) -> Callable:
-    """A base model's ``forward`` that makes a `LatentCache` where its body would make a stock one."""
+    """A base model's ``forward`` after `add_latent_cache`."""
 
     @functools.wraps(forward)
     def wrapped(self: PreTrainedModel, *args, **kwargs):
-        use_cache = kwargs.get("use_cache")
-        use_cache = self.config.use_cache if use_cache is None else use_cache
-        checkpointing = getattr(self, "gradient_checkpointing", False) and self.training
-        # Transformers' models take the cache as fourth positional argument.
-        if use_cache and not checkpointing and len(args) < 4 and kwargs.get("past_key_values") is None:
-            kwargs["past_key_values"] = LatentCache(config=self.config)
+        args, kwargs = add_latent_cache(self, args, kwargs)
         return forward(self, *args, **kwargs)
 
     return wrapped
 
 
-class MLAPreTrainedMixin:
+class MLAPreTrainedMixin(_Body):
     """First base of a family's `PreTrainedModel`."""
 
     config: PreTrainedConfig
+
+    def __init__(self, config: PreTrainedConfig, *args, **kwargs) -> None:
+        register_peft_targets(config.model_type)
+        super().__init__(config, *args, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -86,7 +103,7 @@ class MLAPreTrainedMixin:
         else:
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
             made = model_kwargs.get("past_key_values")
-            if given is not None or type(made) not in (DynamicCache, StaticCache):
+            if given is not None or made is None or type(made) not in (DynamicCache, StaticCache):
                 return
             if type(made) is DynamicCache:
                 cache = LatentCache(config=self.config, offloading=made.offloading)
@@ -110,17 +127,17 @@ class MLAPreTrainedMixin:
         if route not in ("auto", "absorbed", "expanded"):
             raise ValueError(f"route is {route!r}; it must be 'auto', 'absorbed' or 'expanded'.")
         for module in self.modules():
-            if isinstance(module, MLAttention):
+            if isinstance(module, LatentAttention):
                 module.route = route
 
     def set_attention_backend(self, backend: str) -> None:
         """Names the backend of the absorbed route in every layer: ``"auto"``, or one of `BACKENDS`."""
         for module in self.modules():
-            if isinstance(module, MLAttention):
+            if isinstance(module, LatentAttention):
                 module.backend = backend
 
 
-def register_family(config_class: type[PreTrainedConfig], classes: dict[type[_BaseAutoModelClass], type]) -> None:
+def register_family(config_class: type[PreTrainedConfig], classes: dict[type[_BaseAutoModelClass], Any]) -> None:
     """Makes a family known to AutoConfig and the AutoModel classes, and lets checkpoints carry its code.
 
     Runs when the family's file is imported, from the package or from a checkpoint's copy of it: the later import

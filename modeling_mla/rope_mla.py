@@ -67,7 +67,7 @@ class MLARotaryEmbedding(nn.Module):
             cos and sin, each ``[B, S, rows, d/2]``.
         """
         inv_freq = self.inv_freq.to(device=x.device, dtype=torch.float32)
-        angles = position_ids[..., None, None].float() * inv_freq.view(-1, inv_freq.shape[-1])
+        angles = position_ids[..., None, None].float() * torch.atleast_2d(inv_freq)
         cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
         return cos.to(x.dtype), sin.to(x.dtype)
 

@@ -1,0 +1,144 @@
+"""One decode step of this library beside what Transformers does with the same weights, in one process.
+
+Two comparisons: Transformers' DeepSeek-V3 attention against ours over the same parameters (both cache latents; theirs
+expands the whole cache at every step), and a standard checkpoint against its conversion.
+
+    python examples/benchmarks/decode.py
+    python examples/benchmarks/decode.py --source MODEL --converted OUT --contexts 1024,4096,8192
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM, DynamicCache, PreTrainedModel
+
+from modeling_mla import LatentCache, LlamaMLAConfig, LlamaMLAForCausalLM
+
+HEADS, RANK, ROPE, HEAD = 16, 512, 64, 128
+BODY = {
+    "vocab_size": 1024,
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 4,
+    "num_attention_heads": HEADS,
+    "kv_lora_rank": RANK,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": HEAD,
+    "qk_rope_head_dim": ROPE,
+    "v_head_dim": HEAD,
+    "max_position_embeddings": 1 << 18,
+}
+
+
+def deepseek_pair(dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """Transformers' dense DeepSeek-V3 and our model with its very weights."""
+    torch.manual_seed(0)
+    theirs = DeepseekV3ForCausalLM(DeepseekV3Config(**BODY, first_k_dense_replace=4, num_key_value_heads=HEADS))
+    ours = LlamaMLAForCausalLM(LlamaMLAConfig(**BODY, rope_interleave=True, rms_norm_eps=1e-6))
+    ours.load_state_dict(theirs.state_dict())
+    return theirs.to(dtype).eval(), ours.to(dtype).eval()
+
+
+def fill(model: PreTrainedModel, cache: DynamicCache, context: int) -> None:
+    """Writes ``context`` random tokens into every layer, in the shapes that the model's own forward wrote one token."""
+    token = torch.zeros((1, 1), dtype=torch.long)
+    with torch.no_grad():
+        model(token, past_key_values=cache)
+    generator = torch.Generator().manual_seed(1)
+    for index, layer in enumerate(cache.layers):
+        shapes = [(*states.shape[:2], context - 1, states.shape[-1]) for states in (layer.keys, layer.values)]
+        keys, values = (torch.randn(shape, generator=generator).to(model.dtype) for shape in shapes)
+        cache.update(keys, values, index)
+
+
+def step(model: PreTrainedModel, cache: DynamicCache) -> Callable[[], torch.Tensor]:
+    """A function that decodes one token and takes it back."""
+    token = torch.ones((1, 1), dtype=torch.long)
+
+    @torch.no_grad()
+    def run() -> torch.Tensor:
+        logits = model(token, past_key_values=cache).logits
+        cache.crop(-1)
+        return logits
+
+    return run
+
+
+def side_by_side(baseline: Callable, ours: Callable, seconds: float) -> tuple[float, float, int]:
+    """Median milliseconds of both, in alternation, so that whatever slows the machine slows both."""
+    times: tuple[list[float], list[float]] = ([], [])
+    baseline(), ours()
+    end = time.perf_counter() + seconds
+    while len(times[0]) < 5 or time.perf_counter() < end:
+        for function, bucket in zip((baseline, ours), times, strict=True):
+            start = time.perf_counter()
+            function()
+            bucket.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times[0]), statistics.median(times[1]), len(times[0])
+
+
+def compare(theirs: PreTrainedModel, ours: PreTrainedModel, context: int, seconds: float, same: bool) -> dict:
+    """One row: a step of either model behind ``context`` tokens."""
+    caches = DynamicCache(config=theirs.config), LatentCache(config=ours.config)
+    for model, cache in zip((theirs, ours), caches, strict=True):
+        fill(model, cache, context)
+    baseline, own = step(theirs, caches[0]), step(ours, caches[1])
+    row = {"context": context, "dtype": str(ours.dtype).removeprefix("torch.")}
+    if same:
+        row["max_logit_difference"] = (baseline() - own()).abs().max().item()
+    baseline_ms, ours_ms, rounds = side_by_side(baseline, own, seconds)
+    return row | {
+        "baseline_ms": round(baseline_ms, 3),
+        "ours_ms": round(ours_ms, 3),
+        "speedup": round(baseline_ms / ours_ms, 2),
+        "rounds": rounds,
+    }
+
+
+def load(name: str, dtype: torch.dtype) -> PreTrainedModel:
+    """A model from a folder, a Hub id, or a folder with one GGUF file."""
+    files = list(Path(name).glob("*.gguf"))
+    extra = {"gguf_file": files[0].name} if len(files) == 1 else {}
+    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=not extra, **extra).eval()
+
+
+def main(
+    contexts: Annotated[str, typer.Option(help="Tokens in the cache, separated by commas.")] = "64,1024,4096,16384",
+    dtypes: Annotated[str, typer.Option(help="Precisions, separated by commas.")] = "float32,bfloat16",
+    source: Annotated[str | None, typer.Option(help="Compare this checkpoint ...")] = None,
+    converted: Annotated[str | None, typer.Option(help="... with its conversion.")] = None,
+    seconds: Annotated[float, typer.Option(help="Measuring time for each row.")] = 6.0,
+    threads: Annotated[int, typer.Option(help="Threads of PyTorch.")] = 2,
+    as_json: Annotated[bool, typer.Option("--json", help="Print rows as JSON.")] = False,
+) -> None:
+    """Median time of one decode step, batch 1."""
+    torch.set_num_threads(threads)
+    rows = []
+    for name in dtypes.split(","):
+        dtype = getattr(torch, name)
+        if source and converted:
+            pair, same = (load(source, dtype), load(converted, dtype)), False
+        else:
+            pair, same = deepseek_pair(dtype), True
+        rows += [compare(*pair, int(context), seconds, same) for context in contexts.split(",")]
+    if as_json:
+        print(json.dumps(rows))
+        return
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)

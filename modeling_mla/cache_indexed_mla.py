@@ -1,0 +1,16 @@
+"""The latent cache of a layer with sparse attention, whose indexer caches keys of its own."""
+
+from __future__ import annotations
+
+from transformers.cache_utils import DynamicIndexedLayer
+
+from .cache_layers_mla import LatentLayer
+
+
+class IndexedLatentLayer(DynamicIndexedLayer, LatentLayer):
+    """A `LatentLayer` with Transformers' store of indexer keys, ``[B, S, index_head_dim]``."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the latents, free capacity included, and of the indexer keys."""
+        return super().nbytes + (self.indexer_keys.nbytes if self.indexer_keys is not None else 0)

@@ -1,0 +1,72 @@
+"""The expanded route in bounded memory: the context is expanded piece by piece, the pieces merged by log-sum-exp."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from .backend_torch_mla import merge_attended
+
+EXPANDED_LIMIT = 1 << 29
+"""Bytes of expanded keys and values above which a long context is taken piece by piece: 512 MiB."""
+_PIECE_LIMIT = 1 << 26
+"""Elements of one piece's scores, and of its keys and values."""
+_QUERY_BLOCK = 1024
+
+
+def expanded_bytes(query: torch.Tensor, kv_length: int, v_head_dim: int) -> int:
+    """Bytes that keys and values of all heads take for the whole context."""
+    batch, heads, _, qk_head_dim = query.shape
+    return batch * heads * kv_length * (qk_head_dim + v_head_dim) * query.element_size()
+
+
+def attend_in_pieces(
+    expand: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    query: torch.Tensor,
+    kv_c: torch.Tensor,
+    k_pe: torch.Tensor,
+    mask_of: Callable[[slice, slice], torch.Tensor | None],
+    scaling: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Attention over expanded keys and values that never exist all at once.
+
+    Args:
+        expand: ``(kv_c, k_pe) -> (key, value)`` for some positions.
+        query: ``[B, H, n, d_qk]``.
+        kv_c, k_pe: ``[B, 1, S, r]`` and ``[B, 1, S, d_r]``.
+        mask_of: the mask between a range of queries and a range of keys, broadcastable to ``[B, H, n, S]``, bool
+            (True attends) or additive; None where all is visible.
+
+    Returns:
+        ``[B, n, H, d_v]``.
+    """
+    batch, heads, length, _ = query.shape
+    precision = torch.promote_types(query.dtype, torch.float32)
+    piece = max(_PIECE_LIMIT // (batch * heads * min(length, _QUERY_BLOCK)), 64)
+    context: torch.Tensor | None = None
+    for start in range(0, kv_c.shape[2], piece):
+        keys = slice(start, min(start + piece, kv_c.shape[2]))
+        key, value = expand(kv_c[:, :, keys], k_pe[:, :, keys])
+        if context is None:
+            context = query.new_zeros(batch, heads, length, value.shape[-1], dtype=precision)
+            lse = query.new_full((batch, heads, length), float("-inf"), dtype=precision)
+        for first in range(0, length, _QUERY_BLOCK):
+            rows = slice(first, min(first + _QUERY_BLOCK, length))
+            mask = mask_of(rows, keys)
+            if mask is not None and mask.dtype == torch.bool and not mask.any():
+                continue
+            scores = torch.matmul(query[:, :, rows], key.mT).to(precision) * scaling
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
+            if mask is not None:
+                scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+            own_lse = torch.logsumexp(scores, dim=-1)
+            weights = torch.exp(scores - own_lse.masked_fill(own_lse == float("-inf"), 0.0).unsqueeze(-1))
+            attended = torch.matmul(weights.to(value.dtype), value).to(precision)
+            context[:, :, rows], lse[:, :, rows] = merge_attended(
+                context[:, :, rows], lse[:, :, rows], attended, own_lse
+            )
+    assert context is not None
+    return context.to(query.dtype).transpose(1, 2)

@@ -1,0 +1,218 @@
+"""Absorbed attention for models that are MLA already, as Transformers has them: DeepSeek, Kimi, GLM, MiniCPM and more.
+
+Their attention modules cache latents, hand them to ``expand_kv`` and pass the result to an attention function that is
+looked up by name. Absorption takes over between these two calls; projections, norms, gates, rotary forms and indexers
+stay the model's own code, whatever they are.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from types import FunctionType, MethodType
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .absorbed_weights_mla import AbsorbedWeightCache
+from .attention_mla import ALL_ATTENTION_FUNCTIONS, LatentAttention, expand_latents
+from .backends_mla import BACKENDS
+from .modeling_mla import MLAPreTrainedMixin, add_latent_cache
+
+_DIMENSIONS = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+_CACHE_HOOK = "_latent_cache_hook"
+
+
+def enable_absorbed_attention(model: nn.Module, backend: str = "auto") -> nn.Module:
+    """Makes a loaded MLA model attend over its cached latents instead of rebuilding every head's keys and values.
+
+    In place: modules and parameters stay the ones that they are, results are the same up to rounding. `generate` and
+    `forward` then make a `LatentCache`, and continuous batching works. Where expansion is cheaper (long prompts) or
+    needed (training, attention weights) the model runs as before.
+
+    Args:
+        model: any model whose attention modules have the form that Transformers 5.23 gives to MLA, also inside
+            wrappers (vision, adapters).
+        backend: of the absorbed attention: ``"auto"`` or a name in `modeling_mla.backends_mla.BACKENDS`.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: a module's form is not understood, or there is no MLA in the model; the message says which and
+            why, and nothing has been changed.
+    """
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"Unknown MLA backend {backend!r}; known are auto, {', '.join(BACKENDS)}.")
+    attentions = [module for module in model.modules() if "kv_b_proj" in module._modules]
+    if not attentions:
+        raise ValueError(_why_not_mla(model))
+    for attention in attentions:
+        reason = _why_not_understood(attention)
+        if reason is not None:
+            raise ValueError(f"{type(attention).__name__} cannot be absorbed: {reason}")
+    for attention in attentions:
+        if not isinstance(attention, LatentAttention):
+            _become(attention, _absorbing_attention)
+        absorbing = cast(LatentAttention, attention)
+        absorbing._absorbed, absorbing.backend = AbsorbedWeightCache(), backend
+    for body in _holders(model, attentions):
+        if _CACHE_HOOK not in body.__dict__:
+            body.__dict__[_CACHE_HOOK] = body.register_forward_pre_hook(add_latent_cache, with_kwargs=True)
+    for module in _models(model, attentions):
+        if module.can_generate() and not isinstance(module, MLAPreTrainedMixin):
+            _become(module, _latent_generation)
+    return model
+
+
+def disable_absorbed_attention(model: nn.Module) -> nn.Module:
+    """Undoes `enable_absorbed_attention`: every module is of its former class again; returns ``model``."""
+    for module in model.modules():
+        # Read past the delegation of adapters' wrappers, which show their inner model's attributes as theirs.
+        hook = module.__dict__.pop(_CACHE_HOOK, None)
+        if hook is not None:
+            hook.remove()
+        if hasattr(type(module), "native_class"):
+            _become(module, lambda absorbing_class: absorbing_class.native_class)
+            for name in ("_absorbed", "backend", "route"):
+                module.__dict__.pop(name, None)
+    return model
+
+
+def _why_not_mla(model: nn.Module) -> str:
+    name = type(model).__name__
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config(decoder=True)
+    if getattr(config, "compress_rates", None) is not None:
+        return (
+            f"{name} has nothing to absorb: its attention is not MLA but compressed attention over one shared "
+            "key/value head, cached as it is read; it has no kv_lora_rank and no kv_b_proj. Use the model as it is."
+        )
+    return (
+        f"{name} has nothing to absorb: none of its modules has a kv_b_proj, the up-projection of latents; its "
+        "attention is not MLA. Convert it with `mla convert`, or use it as it is."
+    )
+
+
+def _why_not_understood(attention: Any) -> str | None:
+    """The reason why an attention module cannot be absorbed, None where it can."""
+    if hasattr(type(attention), "native_class"):
+        return None
+    if isinstance(attention, LatentAttention):
+        return "it is this library's own and absorbs already; name a backend with model.set_attention_backend."
+    if not hasattr(attention, "expand_kv"):
+        return (
+            "it has no expand_kv, so it caches expanded keys and values, not latents; load the model with "
+            "Transformers' own class (trust_remote_code=False)."
+        )
+    for name in _DIMENSIONS:
+        if not isinstance(getattr(attention, name, None), int):
+            return f"its {name} is {getattr(attention, name, None)!r}, not a number."
+    forward = type(attention).forward
+    if not isinstance(forward, FunctionType) or hasattr(forward, "__wrapped__"):
+        return "its forward is wrapped by a decorator, behind which the attention function cannot be reached."
+    missing = {"expand_kv", "ALL_ATTENTION_FUNCTIONS", "get_interface"} - set(forward.__code__.co_names)
+    if missing:
+        return f"its forward does not use {', '.join(sorted(missing))}."
+    if list(inspect.signature(attention.expand_kv).parameters) != ["kv_nope", "k_rot"]:
+        return f"its expand_kv takes {inspect.signature(attention.expand_kv)}, not latents and rotary keys."
+    if any(tensor.is_meta for tensor in attention.kv_b_proj.parameters()):
+        return None
+    return _why_expansion_differs(attention)
+
+
+def _why_expansion_differs(attention: Any) -> str | None:
+    """Asks the module itself what its latents expand to: absorption serves only what DeepSeek's form gives."""
+    kv_b_proj, weight = attention.kv_b_proj, next(attention.kv_b_proj.parameters())
+    quantized = not weight.is_floating_point() or weight.itemsize == 1
+    dtype = attention.kv_a_layernorm.weight.dtype if quantized else weight.dtype
+    generator = torch.Generator().manual_seed(0)
+    kv_c, k_pe = (
+        torch.randn(1, 1, 2, width, generator=generator).to(weight.device, dtype)
+        for width in (attention.kv_lora_rank, attention.qk_rope_head_dim)
+    )
+    training = kv_b_proj.training
+    kv_b_proj.eval()
+    with torch.no_grad():
+        expected = expand_latents(kv_b_proj, kv_c, k_pe, attention.qk_nope_head_dim, attention.v_head_dim)
+        given = attention.expand_kv(kv_c, k_pe)
+    kv_b_proj.train(training)
+    for name, ours, theirs in zip(("keys", "values"), expected, given, strict=True):
+        if ours.shape != theirs.shape or not torch.allclose(ours, theirs, equal_nan=True):
+            return f"its expand_kv gives other {name} than DeepSeek's form, kv_b_proj beside a shared rotary key."
+    return None
+
+
+def _become(module: Any, other_class: Callable[[Any], type]) -> None:
+    module.__class__ = other_class(module.__class__)
+    if isinstance(module.__dict__.get("_old_forward"), MethodType):
+        # Accelerate's hooks keep the forward that they wrap.
+        module._old_forward = MethodType(module.__class__.forward, module)
+
+
+def _models(model: nn.Module, attentions: list[nn.Module]) -> list[PreTrainedModel]:
+    """Every Transformers model in ``model`` that contains one of ``attentions``, outermost first."""
+    wanted = set(attentions)
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, PreTrainedModel) and not wanted.isdisjoint(module.modules())
+    ]
+
+
+def _holders(model: nn.Module, attentions: list[nn.Module]) -> list[PreTrainedModel]:
+    """The innermost of `_models`: the bodies, which make the cache."""
+    models = _models(model, attentions)
+    return [body for body in models if not any(inner in models for inner in body.modules() if inner is not body)]
+
+
+@functools.cache
+def _absorbing_attention(native_class: Any) -> type[nn.Module]:
+    """The native class with its own forward, of which `expand_kv` and the attention function know latents."""
+    return _subclass(
+        _absorbing_attention,
+        (LatentAttention, native_class),
+        forward=_with_latent_functions(native_class.forward),
+        expand_latents=native_class.expand_kv,
+    )
+
+
+@functools.cache
+def _latent_generation(native_class: Any) -> type[PreTrainedModel]:
+    return _subclass(_latent_generation, (MLAPreTrainedMixin, native_class))
+
+
+def _subclass(made_by: Callable[[Any], type], bases: tuple[type, ...], **members: Any) -> type:
+    native_class = bases[-1]
+    members |= {
+        "native_class": native_class,
+        "__module__": native_class.__module__,
+        "__qualname__": native_class.__qualname__,
+        "__doc__": native_class.__doc__,
+        # Under its name pickle would find the native class.
+        "__reduce_ex__": lambda self, protocol: (_unpickled, (made_by, native_class), self.__dict__),
+    }
+    return type(native_class.__name__, bases, members)
+
+
+def _unpickled(made_by: Callable[[Any], type], native_class: type) -> object:
+    absorbing_class: Any = made_by(native_class)
+    return absorbing_class.__new__(absorbing_class)
+
+
+def _with_latent_functions(forward: FunctionType) -> FunctionType:
+    """The function again, for which ``ALL_ATTENTION_FUNCTIONS`` is ours; its module keeps the global one."""
+    namespace = {**forward.__globals__, "ALL_ATTENTION_FUNCTIONS": ALL_ATTENTION_FUNCTIONS}
+    # By this name `torch.compile` would find the module, and the global one in it.
+    del namespace["__name__"]
+    rebound = FunctionType(forward.__code__, namespace, forward.__name__, forward.__defaults__, forward.__closure__)
+    rebound.__kwdefaults__ = forward.__kwdefaults__
+    rebound.__module__, rebound.__doc__ = forward.__module__, forward.__doc__
+    return rebound
+
+
+__all__ = ["disable_absorbed_attention", "enable_absorbed_attention"]
