@@ -17,6 +17,33 @@ from .llama_mla import (
     LlamaMLAModel,
     LlamaMLAPreTrainedModel,
 )
+from .mistral_mla import (
+    MistralMLAConfig,
+    MistralMLAForCausalLM,
+    MistralMLAForQuestionAnswering,
+    MistralMLAForSequenceClassification,
+    MistralMLAForTokenClassification,
+    MistralMLAModel,
+    MistralMLAPreTrainedModel,
+)
+from .qwen2_mla import (
+    Qwen2MLAConfig,
+    Qwen2MLAForCausalLM,
+    Qwen2MLAForQuestionAnswering,
+    Qwen2MLAForSequenceClassification,
+    Qwen2MLAForTokenClassification,
+    Qwen2MLAModel,
+    Qwen2MLAPreTrainedModel,
+)
+from .qwen3_mla import (
+    Qwen3MLAConfig,
+    Qwen3MLAForCausalLM,
+    Qwen3MLAForQuestionAnswering,
+    Qwen3MLAForSequenceClassification,
+    Qwen3MLAForTokenClassification,
+    Qwen3MLAModel,
+    Qwen3MLAPreTrainedModel,
+)
 
 __all__ = [
     "LatentCache",
@@ -29,5 +56,26 @@ __all__ = [
     "LlamaMLAPreTrainedModel",
     "MLAConfigMixin",
     "MLAttention",
+    "MistralMLAConfig",
+    "MistralMLAForCausalLM",
+    "MistralMLAForQuestionAnswering",
+    "MistralMLAForSequenceClassification",
+    "MistralMLAForTokenClassification",
+    "MistralMLAModel",
+    "MistralMLAPreTrainedModel",
+    "Qwen2MLAConfig",
+    "Qwen2MLAForCausalLM",
+    "Qwen2MLAForQuestionAnswering",
+    "Qwen2MLAForSequenceClassification",
+    "Qwen2MLAForTokenClassification",
+    "Qwen2MLAModel",
+    "Qwen2MLAPreTrainedModel",
+    "Qwen3MLAConfig",
+    "Qwen3MLAForCausalLM",
+    "Qwen3MLAForQuestionAnswering",
+    "Qwen3MLAForSequenceClassification",
+    "Qwen3MLAForTokenClassification",
+    "Qwen3MLAModel",
+    "Qwen3MLAPreTrainedModel",
     "StaticLatentCache",
 ]

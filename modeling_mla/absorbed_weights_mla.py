@@ -46,11 +46,19 @@ def _layer_state(layer: nn.Module) -> tuple | None:
         state = tuple(_tensor_state(tensor) for tensor in tensors)
     except RuntimeError:  # a tensor subclass without storage of its own
         return None
-    adapters = tuple(
-        repr(getattr(layer, name, None))
-        for name in ("active_adapters", "merged_adapters", "disable_adapters", "scaling")
-    )
+    adapters = tuple(repr(getattr(layer, name, None)) for name in _ADAPTER_STATE)
     return id(layer), state, adapters
+
+
+def is_one_matrix(layer: nn.Module) -> bool:
+    """Whether ``layer`` applies the same matrix to every token: no dropout, and no hook that may tell inputs apart (so
+    PEFT mixes adapters in a batch) or wants to see them."""
+    return not any(
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or (isinstance(module, nn.Dropout) and module.training and module.p)
+        for module in layer.modules()
+    )
 
 
 def effective_weight(layer: nn.Module, in_features: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Cache, PreTrainedConfig
+from transformers import initialization as init
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from .absorbed_weights_mla import AbsorbedWeightCache, AbsorbedWeights
@@ -33,6 +34,9 @@ class IdentityRMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Buffer(torch.full((hidden_size,), IDENTITY_NORM_WEIGHT))
         self.variance_epsilon = IDENTITY_NORM_EPS
+
+    def init_mla_weights(self, std: float) -> None:
+        init.constant_(self.weight, IDENTITY_NORM_WEIGHT)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return hidden_states
@@ -114,6 +118,7 @@ class MLAttention(LatentAttention):
         self.scaling = config.softmax_scale if config.softmax_scale is not None else self.qk_head_dim**-0.5
         self.num_key_value_groups = 1
         self.is_causal = True
+        self.sliding_window = layer_window(config, layer_idx)
         self._absorbed = AbsorbedWeightCache()
 
         hidden_size, num_heads = config.hidden_size, config.num_attention_heads
@@ -141,6 +146,10 @@ class MLAttention(LatentAttention):
             query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
         return query.view(*hidden_states.shape[:-1], -1, self.qk_head_dim).transpose(1, 2)
 
+    def project_latent(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """``[B, S, D] -> [B, S, kv_lora_rank + qk_rope_head_dim]``, neither normalised nor rotated."""
+        return self.kv_a_proj_with_mqa(hidden_states)
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -161,7 +170,7 @@ class MLAttention(LatentAttention):
         """
         query = self.project_query(hidden_states)
         q_nope, q_rope = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
-        compressed = self.kv_a_proj_with_mqa(hidden_states)
+        compressed = self.project_latent(hidden_states)
         kv_c, k_pe = compressed.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
         kv_c = self.kv_a_layernorm(kv_c).unsqueeze(1)
 
@@ -185,10 +194,19 @@ class MLAttention(LatentAttention):
             attention_mask,
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
+            sliding_window=self.sliding_window,
             **kwargs,
         )
         attn_output = attn_output.reshape(*hidden_states.shape[:-1], -1).contiguous()
         return self.o_proj(attn_output), attn_weights
+
+
+def layer_window(config: PreTrainedConfig, layer_idx: int) -> int | None:
+    """Keys that a query of this layer sees, itself included; None for all."""
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is not None and layer_types[layer_idx] != "sliding_attention":
+        return None
+    return getattr(config, "sliding_window", None)
 
 
 def expand_latents(

@@ -86,6 +86,6 @@ def select_backend(requested: str, shape: AbsorbedShape) -> AbsorbedBackend:
     for backend in BACKENDS.values():
         if backend.supports(shape) is None:
             if not torch.compiler.is_compiling():
-                logger.debug("Absorbed attention runs on the %s backend.", backend.name)
+                logger.info_once(f"Absorbed attention runs on the {backend.name} backend.")
             return backend
     raise ValueError(f"No MLA backend serves {shape}.")

@@ -90,9 +90,7 @@ def _read(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, torch.Tens
         with safe_open(path, framework="pt") as file:
             description = json.loads((file.metadata() or {}).get("prefix", "{}"))
             if description.get("format") != _FORMAT:
-                raise ValueError(
-                    f"{path} is no prefix of format {_FORMAT}; write one with LatentCache.save()."
-                )
+                raise ValueError(f"{path} is no prefix of format {_FORMAT}; write one with LatentCache.save().")
             return description, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or not a safetensors file ({error}); save the prefix again.") from error

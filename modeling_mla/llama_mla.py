@@ -3,25 +3,12 @@
 from __future__ import annotations
 
 from huggingface_hub.dataclasses import strict
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    GenerationMixin,
-    LlamaConfig,
-)
-from transformers.modeling_layers import (
-    GenericForQuestionAnswering,
-    GenericForSequenceClassification,
-    GenericForTokenClassification,
-)
+from transformers import GenerationMixin, LlamaConfig
 from transformers.models.llama import modeling_llama as body
 
 from .attention_mla import MLAttention
 from .configuration_mla import MLAConfigMixin, mla_tp_plan
-from .modeling_mla import MLAPreTrainedMixin, built_with, register_family, with_latent_cache
+from .modeling_mla import MLAPreTrainedMixin, built_with, generic_heads, register_family, with_latent_cache
 from .rope_mla import MLARotaryEmbedding
 
 
@@ -53,35 +40,7 @@ class LlamaMLAForCausalLM(LlamaMLAPreTrainedModel, body.LlamaForCausalLM, Genera
             super().__init__(config)
 
 
-class LlamaMLAForSequenceClassification(GenericForSequenceClassification, LlamaMLAPreTrainedModel):
-    pass
+_heads = generic_heads(LlamaMLAPreTrainedModel)
+LlamaMLAForSequenceClassification, LlamaMLAForTokenClassification, LlamaMLAForQuestionAnswering = _heads
 
-
-class LlamaMLAForTokenClassification(GenericForTokenClassification, LlamaMLAPreTrainedModel):
-    pass
-
-
-class LlamaMLAForQuestionAnswering(GenericForQuestionAnswering, LlamaMLAPreTrainedModel):
-    pass
-
-
-register_family(
-    LlamaMLAConfig,
-    {
-        AutoModel: LlamaMLAModel,
-        AutoModelForCausalLM: LlamaMLAForCausalLM,
-        AutoModelForSequenceClassification: LlamaMLAForSequenceClassification,
-        AutoModelForTokenClassification: LlamaMLAForTokenClassification,
-        AutoModelForQuestionAnswering: LlamaMLAForQuestionAnswering,
-    },
-)
-
-__all__ = [
-    "LlamaMLAConfig",
-    "LlamaMLAForCausalLM",
-    "LlamaMLAForQuestionAnswering",
-    "LlamaMLAForSequenceClassification",
-    "LlamaMLAForTokenClassification",
-    "LlamaMLAModel",
-    "LlamaMLAPreTrainedModel",
-]
+register_family(LlamaMLAConfig, LlamaMLAModel, LlamaMLAForCausalLM, *_heads)

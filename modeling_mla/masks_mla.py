@@ -69,4 +69,5 @@ class VisibleKeys:
         first = self.kv_length - self.query_length if self.aligned_to_end else 0
         positions = torch.arange(rows.start + first, rows.stop + first, device=self.device)
         distance = positions[:, None] - torch.arange(keys.start, keys.stop, device=self.device)
-        return distance >= 0 if window is None else (distance >= 0) & (distance < window)
+        visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+        return visible[None, None]

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import transformers
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -19,14 +20,16 @@ from transformers import (
     PreTrainedModel,
     StaticCache,
 )
-from transformers import initialization as init
 from transformers.generation.continuous_batching import continuous_api
-from transformers.models.auto.auto_factory import _BaseAutoModelClass
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+)
 
-from .attention_mla import IdentityRMSNorm, LatentAttention
+from .attention_mla import LatentAttention
 from .cache_mla import LatentCache
 from .cache_static_mla import StaticLatentCache
-from .configuration_mla import IDENTITY_NORM_WEIGHT
 from .paged_mla import LatentBatchingManager
 from .peft_mla import register_peft_targets
 
@@ -89,8 +92,9 @@ class MLAPreTrainedMixin(_Body):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, IdentityRMSNorm):
-            init.constant_(module.weight, IDENTITY_NORM_WEIGHT)
+        init_weights: Callable | None = getattr(module, "init_mla_weights", None)
+        if init_weights is not None:
+            init_weights(self.config.initializer_range)
 
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict, *args, **kwargs
@@ -137,21 +141,40 @@ class MLAPreTrainedMixin(_Body):
                 module.backend = backend
 
 
-def register_family(config_class: type[PreTrainedConfig], classes: dict[type[_BaseAutoModelClass], Any]) -> None:
+def generic_heads(pretrained_class: type) -> tuple[type, ...]:
+    """Transformers' generic heads on a family: sequence classification, token classification, question answering."""
+    family = pretrained_class.__name__.removesuffix("PreTrainedModel")
+    return tuple(
+        type(
+            f"{family}{generic.__name__.removeprefix('Generic')}",
+            (generic, pretrained_class),
+            {"__module__": pretrained_class.__module__},
+        )
+        for generic in (GenericForSequenceClassification, GenericForTokenClassification, GenericForQuestionAnswering)
+    )
+
+
+def register_family(config_class: type[PreTrainedConfig], *model_classes: Any) -> None:
     """Makes a family known to AutoConfig and the AutoModel classes, and lets checkpoints carry its code.
 
     Runs when the family's file is imported, from the package or from a checkpoint's copy of it: the later import
     serves the later load.
+
+    Args:
+        config_class: named ``<Family>Config``.
+        model_classes: named ``<Family>Model`` and ``<Family>For<Task>``, for ``AutoModel`` and ``AutoModelFor<Task>``.
     """
+    family = config_class.__name__.removesuffix("Config")
     file = config_class.__module__.rpartition(".")[2]
-    config_class.model_auto_map = {"AutoConfig": f"{file}.{config_class.__name__}"} | {
-        auto_class.__name__: f"{file}.{model_class.__name__}" for auto_class, model_class in classes.items()
-    }
+    config_class.model_auto_map = {"AutoConfig": f"{file}.{config_class.__name__}"}
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     config_class.register_for_auto_class()
-    for auto_class, model_class in classes.items():
+    for model_class in model_classes:
+        task = model_class.__name__.removeprefix(family).removeprefix("Model")
+        auto_class = getattr(transformers, f"AutoModel{task}")
+        config_class.model_auto_map[auto_class.__name__] = f"{file}.{model_class.__name__}"
         auto_class.register(config_class, model_class, exist_ok=True)
         model_class.register_for_auto_class(auto_class.__name__)
 
 
-__all__ = ["MLAPreTrainedMixin", "built_with", "register_family", "with_latent_cache"]
+__all__ = ["MLAPreTrainedMixin", "built_with", "generic_heads", "register_family", "with_latent_cache"]

@@ -16,6 +16,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.modeling_utils import AttentionInterface
 
+from .absorbed_weights_mla import is_one_matrix
 from .backends_mla import AbsorbedShape, select_backend
 from .chunked_mla import EXPANDED_LIMIT, attend_in_pieces, expanded_bytes
 from .masks_mla import VisibleKeys
@@ -82,15 +83,23 @@ def absorbed_is_cheaper(
     return absorbed < expanded
 
 
+def _wants_weights(module: LatentAttention, kwargs: dict) -> bool:
+    wanted = kwargs.get("output_attentions")
+    return bool(module.config.output_attentions if wanted is None else wanted)
+
+
 def _takes_absorbed_route(
     module: LatentAttention, query: torch.Tensor, kv_length: int, dropout: float, kwargs: dict
 ) -> bool:
     if module.route != "auto":
         return module.route == "absorbed"
-    if dropout or kwargs.get("output_attentions") or any(kwargs.get(name) is not None for name in _EXPANDED_ONLY):
+    if dropout or _wants_weights(module, kwargs) or any(kwargs.get(name) is not None for name in _EXPANDED_ONLY):
         return False
     # Derived weights carry no gradient.
-    if torch.is_grad_enabled() and (query.requires_grad or module.training):
+    projection_learns = any(parameter.requires_grad for parameter in module.kv_b_proj.parameters())
+    if torch.is_grad_enabled() and (query.requires_grad or projection_learns or module.training):
+        return False
+    if not is_one_matrix(module.kv_b_proj):
         return False
     return absorbed_is_cheaper(
         query.shape[2],

@@ -1,0 +1,46 @@
+"""Mistral with Multi-head Latent Attention: the sliding window is in mask, cache and both routes."""
+
+from __future__ import annotations
+
+from huggingface_hub.dataclasses import strict
+from transformers import GenerationMixin, MistralConfig
+from transformers.models.mistral import modeling_mistral as body
+
+from .attention_mla import MLAttention
+from .configuration_mla import MLAConfigMixin, mla_tp_plan
+from .modeling_mla import MLAPreTrainedMixin, built_with, generic_heads, register_family, with_latent_cache
+from .rope_mla import MLARotaryEmbedding
+
+
+@strict
+class MistralMLAConfig(MLAConfigMixin, MistralConfig):
+    """`MistralConfig` with the fields of `MLAConfigMixin`."""
+
+    model_type = "mistral_mla"
+    base_model_tp_plan = mla_tp_plan(MistralConfig.base_model_tp_plan)
+
+
+class MistralMLAPreTrainedModel(MLAPreTrainedMixin, body.MistralPreTrainedModel):
+    config: MistralMLAConfig
+    config_class = MistralMLAConfig
+    _can_record_outputs = {"hidden_states": body.MistralDecoderLayer, "attentions": MLAttention}
+
+
+class MistralMLAModel(MistralMLAPreTrainedModel, body.MistralModel):
+    def __init__(self, config: MistralMLAConfig) -> None:
+        with built_with(body, MistralAttention=MLAttention, MistralRotaryEmbedding=MLARotaryEmbedding):
+            super().__init__(config)
+
+    forward = with_latent_cache(body.MistralModel.forward)
+
+
+class MistralMLAForCausalLM(MistralMLAPreTrainedModel, body.MistralForCausalLM, GenerationMixin):
+    def __init__(self, config: MistralMLAConfig) -> None:
+        with built_with(body, MistralModel=MistralMLAModel):
+            super().__init__(config)
+
+
+_heads = generic_heads(MistralMLAPreTrainedModel)
+MistralMLAForSequenceClassification, MistralMLAForTokenClassification, MistralMLAForQuestionAnswering = _heads
+
+register_family(MistralMLAConfig, MistralMLAModel, MistralMLAForCausalLM, *_heads)

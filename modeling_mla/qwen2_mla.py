@@ -1,0 +1,46 @@
+"""Qwen2 and Qwen2.5 with Multi-head Latent Attention."""
+
+from __future__ import annotations
+
+from huggingface_hub.dataclasses import strict
+from transformers import GenerationMixin, Qwen2Config
+from transformers.models.qwen2 import modeling_qwen2 as body
+
+from .attention_mla import MLAttention
+from .configuration_mla import MLAConfigMixin, mla_tp_plan
+from .modeling_mla import MLAPreTrainedMixin, built_with, generic_heads, register_family, with_latent_cache
+from .rope_mla import MLARotaryEmbedding
+
+
+@strict
+class Qwen2MLAConfig(MLAConfigMixin, Qwen2Config):
+    """`Qwen2Config` with the fields of `MLAConfigMixin`."""
+
+    model_type = "qwen2_mla"
+    base_model_tp_plan = mla_tp_plan(Qwen2Config.base_model_tp_plan)
+
+
+class Qwen2MLAPreTrainedModel(MLAPreTrainedMixin, body.Qwen2PreTrainedModel):
+    config: Qwen2MLAConfig
+    config_class = Qwen2MLAConfig
+    _can_record_outputs = {"hidden_states": body.Qwen2DecoderLayer, "attentions": MLAttention}
+
+
+class Qwen2MLAModel(Qwen2MLAPreTrainedModel, body.Qwen2Model):
+    def __init__(self, config: Qwen2MLAConfig) -> None:
+        with built_with(body, Qwen2Attention=MLAttention, Qwen2RotaryEmbedding=MLARotaryEmbedding):
+            super().__init__(config)
+
+    forward = with_latent_cache(body.Qwen2Model.forward)
+
+
+class Qwen2MLAForCausalLM(Qwen2MLAPreTrainedModel, body.Qwen2ForCausalLM, GenerationMixin):
+    def __init__(self, config: Qwen2MLAConfig) -> None:
+        with built_with(body, Qwen2Model=Qwen2MLAModel):
+            super().__init__(config)
+
+
+_heads = generic_heads(Qwen2MLAPreTrainedModel)
+Qwen2MLAForSequenceClassification, Qwen2MLAForTokenClassification, Qwen2MLAForQuestionAnswering = _heads
+
+register_family(Qwen2MLAConfig, Qwen2MLAModel, Qwen2MLAForCausalLM, *_heads)

@@ -1,0 +1,46 @@
+"""Qwen3 with Multi-head Latent Attention: keys and queries are normalised a head, before compression."""
+
+from __future__ import annotations
+
+from huggingface_hub.dataclasses import strict
+from transformers import GenerationMixin, Qwen3Config
+from transformers.models.qwen3 import modeling_qwen3 as body
+
+from .configuration_mla import mla_tp_plan
+from .modeling_mla import MLAPreTrainedMixin, built_with, generic_heads, register_family, with_latent_cache
+from .qk_norm_mla import NormedMLAConfigMixin, NormedMLAttention
+from .rope_mla import MLARotaryEmbedding
+
+
+@strict
+class Qwen3MLAConfig(NormedMLAConfigMixin, Qwen3Config):
+    """`Qwen3Config` with the fields of `NormedMLAConfigMixin`."""
+
+    model_type = "qwen3_mla"
+    base_model_tp_plan = mla_tp_plan(Qwen3Config.base_model_tp_plan)
+
+
+class Qwen3MLAPreTrainedModel(MLAPreTrainedMixin, body.Qwen3PreTrainedModel):
+    config: Qwen3MLAConfig
+    config_class = Qwen3MLAConfig
+    _can_record_outputs = {"hidden_states": body.Qwen3DecoderLayer, "attentions": NormedMLAttention}
+
+
+class Qwen3MLAModel(Qwen3MLAPreTrainedModel, body.Qwen3Model):
+    def __init__(self, config: Qwen3MLAConfig) -> None:
+        with built_with(body, Qwen3Attention=NormedMLAttention, Qwen3RotaryEmbedding=MLARotaryEmbedding):
+            super().__init__(config)
+
+    forward = with_latent_cache(body.Qwen3Model.forward)
+
+
+class Qwen3MLAForCausalLM(Qwen3MLAPreTrainedModel, body.Qwen3ForCausalLM, GenerationMixin):
+    def __init__(self, config: Qwen3MLAConfig) -> None:
+        with built_with(body, Qwen3Model=Qwen3MLAModel):
+            super().__init__(config)
+
+
+_heads = generic_heads(Qwen3MLAPreTrainedModel)
+Qwen3MLAForSequenceClassification, Qwen3MLAForTokenClassification, Qwen3MLAForQuestionAnswering = _heads
+
+register_family(Qwen3MLAConfig, Qwen3MLAModel, Qwen3MLAForCausalLM, *_heads)
