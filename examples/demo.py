@@ -15,12 +15,12 @@ import time
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from transformers.utils import logging
 
 from conversion.convert import Conversion, make_plan, run_plan
 from conversion.errors import ConversionError
+from conversion.progress import shown_progress
 from conversion.recipe import make_recipe
 from conversion.report import JSON_NAME
 from conversion.sources import open_source
@@ -57,7 +57,7 @@ def convert(model: str, output: Path, cache: str, console: Console) -> Conversio
     console.print(plan.table(f"{source.location.name} → {output}"))
     if (output / JSON_NAME).is_file():
         shutil.rmtree(output)
-    with Progress(*Progress.get_default_columns(), console=Console(stderr=True)) as progress:
+    with shown_progress() as progress:
         return run_plan(plan, source, progress)
 
 

@@ -1,0 +1,62 @@
+"""The calibration text on its way through the source model, one layer at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .checkpoint.journal import WorkFolder
+from .sources import SourceModel
+
+Observer = Callable[[Tensor, Tensor], None]
+"""Called with a window's attention input and residual stream, ``[1, S, D]`` each, float32."""
+
+
+def stream_dtype(source: SourceModel) -> torch.dtype:
+    """What hidden states are kept in between layers: bfloat16 where the model itself would keep them so."""
+    return torch.bfloat16 if source.dtype == torch.bfloat16 else torch.float32
+
+
+class ResidualStream:
+    """Hidden states ``[N, S, D]`` of all windows, those that enter each layer in a file of the work folder.
+
+    The first pass over the layers makes them; the second reads them again instead of running the model twice.
+
+    Args:
+        windows: token ids ``[N, S]``.
+    """
+
+    def __init__(self, source: SourceModel, windows: Tensor, work: WorkFolder) -> None:
+        self._source, self._windows, self._work = source, windows, work
+
+    def entering(self, layer: int) -> Tensor:
+        """The hidden states before a layer that an earlier call of `advance` has reached."""
+        if layer == 0:
+            return self._source.embed(self._windows).to(stream_dtype(self._source))
+        return self._work.read_hidden_states(layer)
+
+    @torch.inference_mode()
+    def observe(self, layer: int, observer: Observer, step: Callable[[], None]) -> None:
+        """Shows every window before ``layer`` to ``observer``; calls ``step`` after each."""
+        module = self._source.decoder_layer(layer)
+        for window in self.entering(layer).split(1):
+            residual = window.float()
+            observer(self._source.attention_input(module, residual), residual)
+            step()
+
+    @torch.inference_mode()
+    def observe_and_advance(self, layer: int, observer: Observer, step: Callable[[], None]) -> None:
+        """As `observe`; also moves every window through the layer."""
+        module = self._source.decoder_layer(layer)
+        last = layer + 1 == self._source.num_layers
+        states = self.entering(layer)
+        for window in states.split(1):
+            residual = window.float()
+            observer(self._source.attention_input(module, residual), residual)
+            if not last:
+                window.copy_(self._source.run_layer(module, residual))
+            step()
+        if not last:
+            self._work.write_hidden_states(layer + 1, states)

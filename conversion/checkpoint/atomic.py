@@ -1,0 +1,65 @@
+"""Files that are complete or absent, whatever happens while they are written."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import OutputError
+
+_UMASK = os.umask(0o022)
+os.umask(_UMASK)
+"""Reading it means setting it. Files of safetensors are otherwise their owner's alone."""
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives a temporary path beside ``path``; what was written there takes its place, durably.
+
+    Raises:
+        OutputError: the disk is full.
+    """
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fchmod(file.fileno(), 0o666 & ~_UMASK)
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        full = getattr(error, "errno", None) == errno.ENOSPC or f"os error {errno.ENOSPC}" in str(error)
+        if not full:
+            raise
+        raise OutputError(f"no space left while writing {path}; free some and run the same command again.") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a UTF-8 file."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file; the same tensors give the same bytes."""
+    with replacing(path) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=metadata)
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Raises `OutputError` where the disk of ``folder``, which may not exist yet, has fewer than ``needed`` bytes."""
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise OutputError(
+            f"the conversion needs {needed / 1e9:.2f} GB in {existing}, where {free / 1e9:.2f} GB are free; "
+            "free some or choose another output folder."
+        )

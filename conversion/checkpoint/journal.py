@@ -1,0 +1,161 @@
+"""The work folder of a conversion: what is done, so that a killed run goes on where it stopped.
+
+It lies beside the output as ``.NAME.partial``. Every file in it is complete or absent; the journal is rewritten after
+the files that it speaks of. Statistics and hidden states are kept until their layer is converted.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..errors import JournalError, OutputError
+from ..layers import LayerBudget, MLAWeights
+from .atomic import write_tensors, write_text
+from .layer_store import read_layer, write_layer
+
+_JOURNAL = "journal.json"
+
+
+class Progress(BaseModel):
+    """How far a conversion is.
+
+    ``identity`` describes the conversion (source, recipe, versions): another one must not go on from here.
+    ``measured`` and ``converted`` count layers; ``budgets`` are the final (kv_lora_rank, qk_rope_head_dim) by layer;
+    ``errors`` the relative output error of each converted layer, ``shards`` the finished files of the checkpoint.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    identity: dict[str, str]
+    measured: NonNegativeInt = 0
+    budgets: list[tuple[int, int]] | None = None
+    converted: NonNegativeInt = 0
+    errors: list[float | None] = []
+    shards: list[str] = []
+
+
+class WorkFolder:
+    """The work folder of the conversion to ``output``; use it as a context manager, which locks it.
+
+    Raises:
+        JournalError: another process is using it, its journal is damaged, or it belongs to another conversion.
+        OutputError: it cannot be made.
+    """
+
+    def __init__(self, output: Path, identity: dict[str, str]) -> None:
+        self.path = output.with_name(f".{output.name}.partial")
+        self.checkpoint = self.path / "checkpoint"
+        self._lock = FileLock(output.with_name(f".{output.name}.partial.lock"), timeout=0)
+        self._identity = identity
+        self.progress = Progress(identity=identity)
+
+    def __enter__(self) -> WorkFolder:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()
+        except Timeout as error:
+            raise JournalError(f"another process is converting to {self.path}; wait for it or stop it.") from error
+        except OSError as error:
+            raise OutputError(
+                f"{self.path.parent} cannot be written ({error.strerror}); choose another output folder."
+            ) from error
+        try:
+            self._open()
+        except BaseException:
+            self._lock.release()
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        Path(self._lock.lock_file).unlink(missing_ok=True)
+        self._lock.release()
+
+    def _open(self) -> None:
+        journal = self.path / _JOURNAL
+        if not journal.is_file():
+            self.path.mkdir(exist_ok=True)
+            # The journal is the first file; a kill may leave it half-written under its temporary name.
+            if any(file.suffix != ".tmp" for file in self.path.iterdir()):
+                raise JournalError(f"{self.path} has files but no journal; delete the folder to start over.")
+            self.save()
+            self.checkpoint.mkdir()
+            return
+        try:
+            progress = Progress.model_validate_json(journal.read_bytes())
+        except ValidationError as error:
+            raise JournalError(f"the journal {journal} is damaged; delete {self.path} to start over.") from error
+        for name, value in self._identity.items():
+            found = progress.identity.get(name)
+            if found != value:
+                raise JournalError(
+                    f"{self.path} holds an unfinished conversion with {name} {found}, not {value}; "
+                    "finish that one with its own settings, or delete the folder to start over."
+                )
+        self.progress = progress
+        self.checkpoint.mkdir(exist_ok=True)
+
+    def save(self) -> None:
+        """Writes the journal."""
+        write_text(self.path / _JOURNAL, self.progress.model_dump_json(indent=2) + "\n")
+
+    def write_statistics(self, layer: int, tensors: dict[str, Tensor]) -> None:
+        write_tensors(self._statistics(layer), tensors)
+
+    def read_statistics(self, layer: int) -> dict[str, Tensor]:
+        return self._load(self._statistics(layer))
+
+    def write_hidden_states(self, layer: int, hidden_states: Tensor) -> None:
+        """Hidden states of the calibration text that enter ``layer``."""
+        write_tensors(self._hidden_states(layer), {"hidden_states": hidden_states})
+
+    def read_hidden_states(self, layer: int) -> Tensor:
+        return self._load(self._hidden_states(layer))["hidden_states"]
+
+    def forget_measurements(self, layer: int) -> None:
+        """Deletes what only the conversion of ``layer`` needs: call it when the journal has moved on."""
+        self._statistics(layer).unlink(missing_ok=True)
+        self._hidden_states(layer).unlink(missing_ok=True)
+
+    def write_layer(self, layer: int, weights: MLAWeights) -> None:
+        write_layer(self._layer(layer), weights)
+
+    def read_layer(self, layer: int) -> MLAWeights:
+        try:
+            return read_layer(self._layer(layer))
+        except (OSError, SafetensorError, TypeError, ValueError) as error:
+            raise self._lost(self._layer(layer)) from error
+
+    @property
+    def budgets(self) -> list[LayerBudget] | None:
+        stored = self.progress.budgets
+        return None if stored is None else [LayerBudget(rank, rotary) for rank, rotary in stored]
+
+    def publish(self, output: Path) -> None:
+        """Gives the finished checkpoint its final name, then deletes the work folder."""
+        self.checkpoint.rename(output)
+        shutil.rmtree(self.path)
+
+    def _load(self, path: Path) -> dict[str, Tensor]:
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise self._lost(path) from error
+
+    def _lost(self, path: Path) -> JournalError:
+        return JournalError(f"{path} is missing or damaged, though the journal names it; delete {self.path}.")
+
+    def _statistics(self, layer: int) -> Path:
+        return self.path / f"statistics-{layer:05d}.safetensors"
+
+    def _hidden_states(self, layer: int) -> Path:
+        return self.path / f"hidden-states-{layer:05d}.safetensors"
+
+    def _layer(self, layer: int) -> Path:
+        return self.path / f"layer-{layer:05d}.safetensors"

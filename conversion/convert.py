@@ -1,0 +1,285 @@
+"""Runs a plan layer by layer, so that it can be killed at any time and go on later with the same result."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TypeVar, overload
+
+import torch
+from rich.progress import Progress
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from .activations import ResidualStream
+from .calibration import load_windows
+from .card import write_card
+from .checkpoint.atomic import require_space
+from .checkpoint.journal import WorkFolder
+from .checkpoint.writer import ShardWriter
+from .errors import OutputError
+from .layers import AttentionWeights, LayerBudget, MLAWeights
+from .methods import Method, get_method
+from .methods.attention import converted_output, source_output
+from .plan import VERIFIED_WINDOWS, ConversionPlan, make_plan
+from .progress import counting, silent_progress
+from .report import Report, write_report
+from .sources import SourceModel
+from .verify import HELD_OUT, Verification, held_out_windows, verify_checkpoint, window_length
+
+_LAYER_SEEDS = 100_003
+"""Distance between the seeds of two conversions, so that their layers share none."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A finished conversion: where it lies, and what its verification found."""
+
+    output: Path
+    report: Report
+
+
+class _Lazy(Sequence[T]):
+    """One item a layer, loaded when it is looked at: a method may read all layers with one in memory."""
+
+    def __init__(self, length: int, load: Callable[[int], T]) -> None:
+        self._length, self._load = length, load
+
+    def __len__(self) -> int:
+        return self._length
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[T]: ...
+
+    def __getitem__(self, index: int | slice) -> T | Sequence[T]:
+        if isinstance(index, slice):
+            return [self._load(layer) for layer in range(*index.indices(self._length))]
+        if not 0 <= index < self._length:
+            raise IndexError(index)
+        return self._load(index)
+
+
+def run_plan(plan: ConversionPlan, source: SourceModel, progress: Progress | None = None) -> Conversion:
+    """Converts, verifies and publishes a checkpoint.
+
+    The output appears under its name when it is complete and verified. Until then everything is in ``.NAME.partial``
+    beside it; the same call goes on from there, and gives the same bytes as an unbroken one.
+
+    Args:
+        plan: of `make_plan`.
+        source: the same source.
+        progress: shows how far it is; by default nothing is shown.
+
+    Raises:
+        ConversionError: see its kinds in `conversion.errors`; nothing is published.
+    """
+    output = plan.recipe.output
+    if output.exists():
+        raise OutputError(f"{output} exists already; choose another output, or move it away.")
+    tokenizer = source.location.tokenizer()
+    source.tensors  # noqa: B018 (missing or damaged weights are found before anything is written)
+    windows = _calibration_windows(plan, tokenizer)
+    work = WorkFolder(output, _identity(plan, source, windows))
+    if not work.path.exists():
+        require_space(output.absolute().parent, plan.disk_bytes)
+    with work:
+        run = _Run(plan, source, work, windows, progress or silent_progress())
+        report = run.to_checkpoint(tokenizer)
+        work.publish(output)
+    return Conversion(output, report)
+
+
+def _calibration_windows(plan: ConversionPlan, tokenizer: PreTrainedTokenizerBase) -> Tensor | None:
+    if not plan.windows:
+        return None
+    recipe = plan.recipe
+    return load_windows(recipe.calibration, tokenizer, plan.window, plan.windows * plan.window, recipe.seed)
+
+
+def _identity(plan: ConversionPlan, source: SourceModel, windows: Tensor | None) -> dict[str, str]:
+    """What makes a conversion another one: settings, contents of its inputs, versions of what computes."""
+    text = b"" if windows is None else windows.numpy().tobytes()
+    contents = {
+        "source files": source.location.fingerprint(),
+        "calibration tokens": hashlib.sha256(text).hexdigest()[:16],
+    }
+    versions = {name: version(name) for name in ("modeling-mla", "torch", "transformers")}
+    return plan.recipe.identity() | contents | versions
+
+
+class _Run:
+    """One conversion in progress; every method goes on from what the work folder holds."""
+
+    def __init__(
+        self,
+        plan: ConversionPlan,
+        source: SourceModel,
+        work: WorkFolder,
+        windows: Tensor | None,
+        progress: Progress,
+    ) -> None:
+        self.plan, self.source, self.work, self.windows, self.progress = plan, source, work, windows, progress
+        self.method: Method = get_method(plan.recipe.method)
+        # Statistics are taken in float32, whatever is stored.
+        self.weights_dtype = torch.float32 if windows is not None else None
+        self.geometries = [source.geometry(layer) for layer in range(source.num_layers)]
+
+    def to_checkpoint(self, tokenizer: PreTrainedTokenizerBase) -> Report:
+        stream = None
+        if self.windows is not None:
+            stream = ResidualStream(self.source, self.windows, self.work)
+            self._measure(stream, len(self.windows))
+        budgets = self._allocate()
+        self._convert(budgets, stream)
+        layers = _Lazy(self.source.num_layers, self.work.read_layer)
+        config = self.source.mla_config(layers, self.plan.dtype)
+        self._write_shards(layers, config)
+        folder = self.work.checkpoint
+        config.save_pretrained(folder)
+        self.source.location.generation_config(self.source.config).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        verification = self._verify(tokenizer)
+        report = Report(self.plan, self.source.location, budgets, self.work.progress.errors, verification)
+        write_report(report, folder)
+        write_card(report, folder)
+        return report
+
+    def _source_weights(self, layer: int) -> AttentionWeights:
+        return self.source.attention(layer, self.weights_dtype)
+
+    def _seed(self, layer: int) -> int:
+        return self.plan.recipe.seed * _LAYER_SEEDS + layer
+
+    def _measure(self, stream: ResidualStream, windows: int) -> None:
+        """First pass: every layer's statistics."""
+        done, total = self.work.progress.measured, self.source.num_layers
+        with counting(self.progress, "measuring", total * windows, done * windows) as step:
+            for layer in range(done, total):
+                statistics = self.method.statistics(
+                    self.geometries[layer], self._source_weights(layer), self._seed(layer)
+                )
+                assert statistics is not None
+                stream.observe_and_advance(layer, statistics.update, step)
+                self.work.write_statistics(layer, statistics.tensors())
+                self.work.progress.measured = layer + 1
+                self.work.save()
+
+    def _allocate(self) -> list[LayerBudget]:
+        """The final budgets: the plan's, unless the method moves ranks between layers."""
+        stored = self.work.budgets
+        if stored is not None:
+            return stored
+        budgets = list(self.plan.layers)
+        if self.windows is not None and self.plan.recipe.kv_lora_rank is None:
+            statistics = _Lazy(len(budgets), self.work.read_statistics)
+            weights = _Lazy(len(budgets), self._source_weights)
+            budgets = self.method.allocate(self.geometries, budgets, statistics, weights)
+        self.work.progress.budgets = [(budget.kv_lora_rank, budget.qk_rope_head_dim) for budget in budgets]
+        self.work.save()
+        return budgets
+
+    def _convert(self, budgets: list[LayerBudget], stream: ResidualStream | None) -> None:
+        """Second pass: factorises every layer, and refits it on the text."""
+        done, total = self.work.progress.converted, self.source.num_layers
+        windows = 1 if self.windows is None else len(self.windows)
+        with counting(self.progress, "converting", total * windows, done * windows) as step:
+            for layer in range(done, total):
+                weights, error = self._factorise(layer, budgets[layer]), None
+                if stream is None:
+                    step()
+                else:
+                    weights, error = self._refit(layer, weights, stream, step)
+                self.work.write_layer(layer, weights)
+                self.work.progress.converted = layer + 1
+                self.work.progress.errors.append(error)
+                self.work.save()
+                self.work.forget_measurements(layer)
+
+    def _factorise(self, layer: int, budget: LayerBudget) -> MLAWeights:
+        statistics = self.work.read_statistics(layer) if self.method.needs_calibration else None
+        return self.method.factorise(self.geometries[layer], self._source_weights(layer), statistics, budget)
+
+    def _refit(
+        self, layer: int, weights: MLAWeights, stream: ResidualStream, step: Callable[[], None]
+    ) -> tuple[MLAWeights, float]:
+        """The corrected layer, and the relative squared error of its attention output on the first window."""
+        geometry, source_weights = self.geometries[layer], self._source_weights(layer)
+        refit = self.method.refit(geometry, source_weights, weights, self._seed(layer))
+        probe: list[Tensor] = []
+
+        def observe(attention_input: Tensor, residual: Tensor) -> None:
+            if not probe:
+                probe.append(attention_input[0].clone())
+            if refit is not None:
+                refit.update(attention_input, residual)
+
+        stream.observe(layer, observe, step)
+        if refit is not None:
+            weights = refit.weights()
+        rows = torch.arange(0, probe[0].shape[0], 4)
+        wanted = source_output(geometry, source_weights, probe[0], rows)
+        found = converted_output(geometry, weights, probe[0], rows)
+        return weights, float((found - wanted).square().sum() / wanted.square().sum())
+
+    def _write_shards(self, layers: Sequence[MLAWeights], config: PreTrainedConfig) -> None:
+        """The checkpoint: converted attention, and every other tensor bit for bit."""
+        reader, dtype = self.source.tensors, self.plan.dtype
+        layout: dict[str, Tensor] = {}
+        replaced: dict[str, int] = {}
+        seen: set[int] = set()
+        for name in self.source.stored_names():
+            layer = self.source.replaced(name)
+            if layer is None:
+                stored = self.plan.recipe.torch_dtype or reader.dtype(name)
+                layout[name] = torch.empty(reader.shape(name), dtype=stored, device="meta")
+            elif layer not in seen:
+                seen.add(layer)
+                tensors = self.source.mla_tensors(layer, layers[layer], config, dtype)
+                replaced |= dict.fromkeys(tensors, layer)
+                layout |= {new: tensor.to("meta") for new, tensor in tensors.items()}
+        attention = _LastLayer(lambda layer: self.source.mla_tensors(layer, layers[layer], config, dtype))
+
+        def fetch(name: str) -> Tensor:
+            if name in replaced:
+                return attention(replaced[name])[name]
+            return reader.tensor(name).to(layout[name].dtype)
+
+        writer = ShardWriter(self.work.checkpoint, layout)
+        finished = self.work.progress.shards
+        with counting(self.progress, "writing", len(writer.files), len(finished)) as advanced:
+            for file in writer.files:
+                if file not in finished:
+                    writer.write(file, fetch)
+                    finished.append(file)
+                    self.work.save()
+                    advanced()
+        writer.write_index()
+
+    def _verify(self, tokenizer: PreTrainedTokenizerBase) -> Verification:
+        windows = held_out_windows(tokenizer, window_length(self.source), VERIFIED_WINDOWS)
+        return verify_checkpoint(self.work.checkpoint, self.source, windows, HELD_OUT, self.progress)
+
+
+class _LastLayer:
+    """Keeps the tensors of the layer asked for last."""
+
+    def __init__(self, load: Callable[[int], dict[str, Tensor]]) -> None:
+        self._load = load
+        self._layer: int | None = None
+        self._tensors: dict[str, Tensor] = {}
+
+    def __call__(self, layer: int) -> dict[str, Tensor]:
+        if layer != self._layer:
+            self._tensors, self._layer = self._load(layer), layer
+        return self._tensors
+
+
+__all__ = ["Conversion", "make_plan", "run_plan"]

@@ -1,0 +1,37 @@
+"""What a user did that cannot work: one line each, with the value, the limit and the next step."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class ConversionError(Exception):
+    """Bad input to a conversion; the message is a complete line for the user."""
+
+    exit_code: ClassVar[int] = 2
+
+
+class SourceError(ConversionError):
+    """A source checkpoint that cannot be found, read, or converted."""
+
+
+class BudgetError(ConversionError):
+    """A cache budget that a method cannot meet, or ranks that do not fit."""
+
+
+class CalibrationError(ConversionError):
+    """A calibration text that cannot be read or is too short."""
+
+
+class OutputError(ConversionError):
+    """An output that exists already or cannot be written."""
+
+
+class JournalError(ConversionError):
+    """A work folder of an earlier run that is damaged, in use, or belongs to another conversion."""
+
+
+class VerificationError(ConversionError):
+    """A converted checkpoint that is not what it should be."""
+
+    exit_code: ClassVar[int] = 3

@@ -1,0 +1,100 @@
+"""The currency of a conversion: one attention layer before, and the same layer after.
+
+Source adapters make :class:`AttentionWeights`, methods turn them into :class:`MLAWeights`, the shard writer
+stores those. Nothing here knows a file format, a family or a factorisation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class AttentionGeometry:
+    """Sizes and constants of one source attention layer.
+
+    ``inv_freq`` are the *final* rotary inverse frequencies, after any scaling, in float32, one for each rotary
+    pair: pair ``f`` is channels ``(f, f + rotary_dim // 2)`` of a head (half-split layout), the channels from
+    ``rotary_dim`` on are not rotated. ``attention_factor`` multiplies cos and sin (YaRN); ``softmax_scale``
+    multiplies scores. ``sliding_window`` counts visible keys, the current token included; None is full attention.
+    """
+
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    inv_freq: Tensor
+    softmax_scale: float
+    attention_factor: float = 1.0
+    sliding_window: int | None = None
+
+    @property
+    def rotary_dim(self) -> int:
+        return 2 * int(self.inv_freq.numel())
+
+    @property
+    def num_groups(self) -> int:
+        """Query heads that share one key/value head."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def cache_elements(self) -> int:
+        """Values that the source caches for one token in this layer."""
+        return 2 * self.num_kv_heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class AttentionWeights:
+    """One source attention layer, un-fused, rotary pairs half-split, `nn.Linear` orientation ``[out, in]``.
+
+    ``q [H*d, D]``, ``k [n_kv*d, D]``, ``v [n_kv*d, D]``, ``o [D, H*d]``; biases where the source has them.
+    ``q_norm``/``k_norm`` are per-head RMSNorm weights ``[d]`` applied before rotation (Qwen3), with ``qk_norm_eps``.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+    q_bias: Tensor | None = None
+    k_bias: Tensor | None = None
+    v_bias: Tensor | None = None
+    o_bias: Tensor | None = None
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+    qk_norm_eps: float = 1e-6
+
+
+@dataclass(frozen=True)
+class LayerBudget:
+    """What one converted layer may cache for a token: ``kv_lora_rank + qk_rope_head_dim`` values."""
+
+    kv_lora_rank: int
+    qk_rope_head_dim: int
+
+    @property
+    def cache_elements(self) -> int:
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+
+@dataclass(frozen=True)
+class MLAWeights:
+    """One converted attention layer, DeepSeek's names and layout, `nn.Linear` orientation.
+
+    ``q_proj [H*(d_n+d_r), D]`` (per head: un-rotated part, then rotated part), ``kv_a_proj_with_mqa [r+d_r, D]``
+    (latent, then shared rotary key), ``kv_b_proj [H*(d_n+d_v), r]`` (per head: key, then value),
+    ``o_proj [D, H*d_v]``. ``inv_freq`` has ``d_r / 2`` entries; pair ``f`` of the rotary part is channels
+    ``(f, f + d_r/2)``.
+    """
+
+    q_proj: Tensor
+    kv_a_proj_with_mqa: Tensor
+    kv_b_proj: Tensor
+    o_proj: Tensor
+    inv_freq: Tensor
+    qk_nope_head_dim: int
+    v_head_dim: int
+    q_proj_bias: Tensor | None = None
+    kv_a_proj_with_mqa_bias: Tensor | None = None
+    o_proj_bias: Tensor | None = None

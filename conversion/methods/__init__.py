@@ -1,0 +1,20 @@
+"""The factorisation methods by name."""
+
+from __future__ import annotations
+
+from ..errors import ConversionError
+from .attention_aware import AttentionAwareMethod
+from .base import LayerRefit, LayerStatistics, Method
+from .exact import ExactMethod
+
+METHODS: dict[str, Method] = {method.name: method for method in (ExactMethod(), AttentionAwareMethod())}
+
+
+def get_method(name: str) -> Method:
+    """The method of that name. Raises `ConversionError` for an unknown one."""
+    if name not in METHODS:
+        raise ConversionError(f"unknown method {name!r}; choose one of {', '.join(METHODS)}.")
+    return METHODS[name]
+
+
+__all__ = ["METHODS", "LayerRefit", "LayerStatistics", "Method", "get_method"]

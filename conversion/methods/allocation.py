@@ -1,0 +1,33 @@
+"""Ranks by layer: every unit of rank goes where it removes most error (water-filling)."""
+
+from __future__ import annotations
+
+import heapq
+
+from torch import Tensor
+
+
+def allocate_ranks(gains: list[Tensor], total: int, smallest: int, largest: int) -> list[int]:
+    """Hands out ``total`` ranks over layers, always to the layer whose next direction gains most.
+
+    Args:
+        gains: for each layer the error that each further rank removes, descending, in units that compare over layers.
+        total: sum of all ranks, at least ``smallest`` a layer.
+        smallest: rank that every layer gets.
+        largest: rank that no layer exceeds.
+
+    Returns:
+        One rank a layer, adding up to ``total`` (less only where every layer is at its largest).
+    """
+    ranks = [smallest] * len(gains)
+    limits = [min(largest, len(gain)) for gain in gains]
+    queue = [(-float(gain[smallest]), layer) for layer, gain in enumerate(gains) if smallest < limits[layer]]
+    heapq.heapify(queue)
+    for _ in range(total - sum(ranks)):
+        if not queue:
+            break
+        _, layer = heapq.heappop(queue)
+        ranks[layer] += 1
+        if ranks[layer] < limits[layer]:
+            heapq.heappush(queue, (-float(gains[layer][ranks[layer]]), layer))
+    return ranks

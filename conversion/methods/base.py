@@ -1,0 +1,105 @@
+"""The contract of a factorisation method."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+from torch import Tensor
+
+from ..layers import AttentionGeometry, AttentionWeights, LayerBudget, MLAWeights
+
+
+class LayerStatistics(ABC):
+    """Running sums over the calibration text for one layer: constant memory in the number of tokens.
+
+    The calibration pass feeds it one window at a time; ``tensors()`` is what is stored between runs, and what
+    :meth:`Method.factorise` reads. A method that needs no text has no statistics.
+    """
+
+    @abstractmethod
+    def update(self, attention_input: Tensor, residual: Tensor) -> None:
+        """Adds one batch of windows.
+
+        Args:
+            attention_input: ``[B, S, D]``, the layer's hidden states after the input norm (what q, k, v read).
+            residual: ``[B, S, D]``, the layer's hidden states before the input norm (the residual stream).
+        """
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """The sums, on the CPU, ready for a safetensors file."""
+
+
+class LayerRefit(ABC):
+    """The second pass of one layer: corrects what a factorisation left, on the source's own activations.
+
+    The loop feeds it the same windows as the statistics (or fewer), then takes the corrected layer. It needs the final
+    budget of the layer, so it runs after :meth:`Method.allocate`. Constant memory in the number of tokens.
+    """
+
+    @abstractmethod
+    def update(self, attention_input: Tensor, residual: Tensor) -> None:
+        """Adds one batch of windows; arguments as in :meth:`LayerStatistics.update`."""
+
+    @abstractmethod
+    def weights(self) -> MLAWeights:
+        """The corrected layer; the uncorrected one where no window was added."""
+
+
+class Method(ABC):
+    """One way from a source attention layer to an MLA layer."""
+
+    name: ClassVar[str]
+    source: ClassVar[str]
+    """Where the mathematics is published."""
+    needs_calibration: ClassVar[bool]
+
+    @abstractmethod
+    def smallest(self, geometry: AttentionGeometry) -> LayerBudget:
+        """The smallest budget that the method can meet for this layer."""
+
+    @abstractmethod
+    def largest(self, geometry: AttentionGeometry) -> LayerBudget:
+        """The largest budget that still means something: the full rank, or the source's own size."""
+
+    @abstractmethod
+    def split(self, geometry: AttentionGeometry, cache_elements: int) -> LayerBudget:
+        """Divides a cache size between latent and rotary key. Raises `BudgetError` where it cannot."""
+
+    def statistics(self, geometry: AttentionGeometry, weights: AttentionWeights, seed: int) -> LayerStatistics | None:
+        """A fresh accumulator for one layer, or None where no text is needed.
+
+        ``seed`` fixes what is sampled within the layer: give each layer its own, the same one when resuming.
+        """
+        return None
+
+    def allocate(
+        self,
+        geometries: Sequence[AttentionGeometry],
+        budgets: Sequence[LayerBudget],
+        statistics: Sequence[dict[str, Tensor]],
+        weights: Sequence[AttentionWeights],
+    ) -> list[LayerBudget]:
+        """May move ranks between layers at an equal total; the default keeps the plan.
+
+        Statistics and weights may be loaded on access: look at one layer after the other, and once.
+        """
+        return list(budgets)
+
+    @abstractmethod
+    def factorise(
+        self,
+        geometry: AttentionGeometry,
+        weights: AttentionWeights,
+        statistics: dict[str, Tensor] | None,
+        budget: LayerBudget,
+    ) -> MLAWeights:
+        """The converted layer. Pure: the same input gives the same bytes."""
+
+    def refit(
+        self, geometry: AttentionGeometry, weights: AttentionWeights, converted: MLAWeights, seed: int
+    ) -> LayerRefit | None:
+        """The second pass that corrects ``converted`` (what :meth:`factorise` gave), or None where there is none."""
+        return None

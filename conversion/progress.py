@@ -1,0 +1,46 @@
+"""How far a long step is, and how long it will still take: a bar on a terminal, now and then a line elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+def shown_progress() -> Progress:
+    """On stderr. Use it as a context manager."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    remaining = (TextColumn("left"), TimeRemainingColumn())
+    return Progress(*columns, *remaining, console=console, disable=not console.is_terminal)
+
+
+def silent_progress() -> Progress:
+    """Shows nothing."""
+    return Progress(console=Console(quiet=True), disable=True)
+
+
+@contextmanager
+def counting(progress: Progress, description: str, total: int, done: int = 0) -> Iterator[Callable[[], None]]:
+    """Shows a step of ``total`` parts, ``done`` of which an earlier run did; the function that it gives adds one."""
+    task = progress.add_task(description, total=total, completed=done)
+    started = last = time.monotonic()
+    completed = done
+
+    def advance() -> None:
+        nonlocal completed, last
+        completed += 1
+        progress.advance(task)
+        now = time.monotonic()
+        if progress.disable and now - last >= _SECONDS_BETWEEN_LINES:
+            last = now
+            left = (now - started) / (completed - done) * (total - completed)
+            progress.console.print(f"{description} {completed}/{total}, {left:.0f} s left", highlight=False)
+
+    yield advance
+    progress.refresh()

@@ -1,0 +1,115 @@
+"""What the user asked for, validated before anything is read."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from .errors import BudgetError, ConversionError
+from .layers import AttentionGeometry
+
+DtypeName = Literal["float32", "float16", "bfloat16"]
+
+_BUDGET = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>%|B|KB|KiB|)")
+_BYTES = {"B": 1, "KB": 1000, "KiB": 1024}
+DEFAULT_TOKENS = 32768
+
+
+class Recipe(BaseModel):
+    """One conversion: the source, the method, the budget, the calibration.
+
+    Args:
+        source: folder, ``.gguf`` file or Hub id.
+        output: the new checkpoint's folder, which must not exist.
+        method: see `conversion.methods`.
+        cache: how much to cache for a token: ``50%`` of the source's, ``192`` values in each layer, or ``11520B``
+            (``KB``, ``KiB``) over all layers in the written type. None is the method's own size: half for a
+            compressing one, all for an exact one.
+        kv_lora_rank, qk_rope_head_dim: pins one of the two parts in every layer, or both.
+        calibration: a text file or a name of a data set; None is the default mix.
+        tokens: of calibration text.
+        seed: of everything that is sampled.
+        dtype: of the weights written; None keeps the source's.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str
+    output: Path
+    method: str = "attention_aware"
+    cache: str | None = None
+    kv_lora_rank: int | None = Field(None, ge=1)
+    qk_rope_head_dim: int | None = Field(None, ge=0)
+    calibration: str | None = None
+    tokens: int = Field(DEFAULT_TOKENS, ge=1)
+    seed: int = Field(0, ge=0)
+    dtype: DtypeName | None = None
+
+    @field_validator("cache")
+    @classmethod
+    def _is_budget(cls, cache: str | None) -> str | None:
+        if cache is not None and not _BUDGET.fullmatch(cache.strip()):
+            raise ValueError("write 50%, 192 (values a token and layer) or 11520B (bytes a token, KB and KiB too)")
+        return cache
+
+    @field_validator("qk_rope_head_dim")
+    @classmethod
+    def _is_even(cls, width: int | None) -> int | None:
+        if width is not None and width % 2:
+            raise ValueError("it must be even: rotary channels come in pairs")
+        return width
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        return None if self.dtype is None else getattr(torch, self.dtype)
+
+    def identity(self) -> dict[str, str]:
+        """What two runs must share for one to go on where the other stopped."""
+        return {name: str(value) for name, value in self.model_dump(exclude={"output"}).items()}
+
+
+def make_recipe(**values: object) -> Recipe:
+    """A recipe; raises `ConversionError` in one line where a value is wrong."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        raise ConversionError(f"{name} is {first['input']!r}: {message}.") from error
+
+
+def cache_elements(cache: str, geometries: list[AttentionGeometry], itemsize: int) -> list[int]:
+    """Values to cache for a token in each layer.
+
+    Args:
+        cache: as `Recipe.cache`.
+        geometries: of every source layer.
+        itemsize: bytes of a cached value.
+
+    Raises:
+        BudgetError: it is more than the source caches.
+    """
+    match = _BUDGET.fullmatch(cache.strip())
+    assert match is not None
+    number, unit = Fraction(match["number"]), match["unit"]
+    source = [geometry.cache_elements for geometry in geometries]
+    if unit == "%":
+        elements = [int(number / 100 * size) for size in source]
+    elif unit:
+        share = number * _BYTES[unit] / itemsize / sum(source)
+        elements = [int(share * size) for size in source]
+    else:
+        elements = [int(number)] * len(source)
+    for layer, (asked, limit) in enumerate(zip(elements, source, strict=True)):
+        if asked > limit:
+            raise BudgetError(
+                f"a cache of {cache} is {asked} values a token in layer {layer}, more than the source's {limit}; "
+                "ask for 100% or less."
+            )
+    return elements

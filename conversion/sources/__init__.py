@@ -1,0 +1,54 @@
+"""The source families by Transformers' ``model_type``."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedConfig
+
+from ..checkpoint.location import Location, locate
+from ..errors import SourceError
+from .base import SourceModel
+from .llama import LlamaSource
+
+SOURCES: dict[str, type[SourceModel]] = {source.model_type: source for source in (LlamaSource,)}
+
+
+def open_source(model: str) -> SourceModel:
+    """The checkpoint that a user named, without its weights yet.
+
+    Args:
+        model: a folder, a ``.gguf`` file, a folder with one, or a Hub id.
+
+    Raises:
+        SourceError: it cannot be found or read, is MLA already, or is of an unknown family.
+    """
+    location = locate(model, weights=False)
+    return source_of(location, location.config())
+
+
+def source_of(location: Location, config: PreTrainedConfig) -> SourceModel:
+    """The family's view of a checkpoint; raises as `open_source`."""
+    if is_mla(config):
+        raise SourceError(
+            f"{location.model} is an MLA model already ({config.model_type}, kv_lora_rank "
+            f"{config.get_text_config(decoder=True).per_layer_config[0].kv_lora_rank}); give a model with standard attention."
+        )
+    if hasattr(config.get_text_config(decoder=True), "compress_rates"):
+        raise SourceError(
+            f"{location.model} is of family {config.model_type!r}: it caches one key/value head that all heads share, "
+            "compressed over tokens, which latents would not make smaller; use it as it is."
+        )
+    if config.model_type not in SOURCES:
+        raise SourceError(
+            f"{location.model} is of family {config.model_type!r}, which cannot be converted; "
+            f"supported are {', '.join(sorted(SOURCES))}."
+        )
+    return SOURCES[config.model_type](location, config)
+
+
+def is_mla(config: PreTrainedConfig) -> bool:
+    """By its fields, whatever its name."""
+    text = config.get_text_config(decoder=True)
+    return getattr(text.per_layer_config[0], "kv_lora_rank", None) is not None
+
+
+__all__ = ["SOURCES", "SourceModel", "is_mla", "open_source", "source_of"]

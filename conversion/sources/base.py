@@ -1,0 +1,259 @@
+"""A source family: where its attention is, what its quirks are, how it becomes an MLA model."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from functools import cached_property
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+import modeling_mla
+from modeling_mla.configuration_mla import IDENTITY_NORM_WEIGHT
+
+from ..checkpoint.location import Location, locate
+from ..checkpoint.reader import GGUFTensorReader, SafetensorsReader, TensorReader
+from ..errors import SourceError
+from ..layers import AttentionGeometry, AttentionWeights, MLAWeights
+
+_NOT_IN_MLA_CONFIG = {
+    "_model_name_or_path",
+    "_name_or_path",
+    "architectures",
+    "attention_bias",
+    "auto_map",
+    "dtype",
+    "head_dim",
+    "model_type",
+    "num_key_value_heads",
+    "quantization_config",
+    "transformers_version",
+}
+_BIASES = ("q_proj_bias", "kv_a_proj_with_mqa_bias", "o_proj_bias")
+
+
+class SourceModel(ABC):
+    """One checkpoint of a family. Reads tensors one layer at a time; the defaults describe Llama's naming.
+
+    Raises:
+        SourceError: on construction, for a feature that the conversion does not support.
+    """
+
+    model_type: ClassVar[str]
+    causal_lm: ClassVar[type[PreTrainedModel]]
+    decoder_layer_class: ClassVar[type[nn.Module]]
+    rotary_class: ClassVar[type[nn.Module]]
+    mla_name: ClassVar[str]
+    """Of the classes in `modeling_mla`: ``<name>Config``, ``<name>ForCausalLM``."""
+
+    layer_prefix: ClassVar[str] = "model.layers.{layer}."
+    attention_prefix: ClassVar[str] = "self_attn."
+    embedding: ClassVar[str] = "model.embed_tokens.weight"
+    ignored: ClassVar[str] = r".*\.rotary_emb\.inv_freq"
+    """Tensors that old checkpoints carry and Transformers does not read."""
+
+    def __init__(self, location: Location, config: PreTrainedConfig) -> None:
+        self.location = location
+        self.config = config
+        config._attn_implementation = "sdpa"
+        quantization = getattr(config, "quantization_config", None)
+        if quantization is not None:
+            kind = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+            raise SourceError(
+                f"{location.model} has weights quantised by {kind}, which cannot be converted; "
+                "give the checkpoint in bfloat16, float16 or float32."
+            )
+        self.refuse_unsupported()
+
+    @abstractmethod
+    def refuse_unsupported(self) -> None:
+        """Raises `SourceError`, with the feature's name, for a configuration that would be converted wrongly."""
+
+    @abstractmethod
+    def geometry(self, layer: int) -> AttentionGeometry:
+        """Sizes, frequencies and scale of one layer's attention."""
+
+    @property
+    def num_layers(self) -> int:
+        return self.config.num_hidden_layers
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the weights are stored as; float32 for a GGUF, whose tensors are dequantised."""
+        if self.location.gguf_file is not None:
+            return torch.float32
+        if isinstance(self.config.dtype, torch.dtype):
+            return self.config.dtype
+        return self.tensors.dtype(self.embedding)
+
+    def cache_bytes_per_token(self, dtype: torch.dtype) -> int:
+        """Bytes that all layers of the source together cache for one token."""
+        return sum(self.geometry(layer).cache_elements for layer in range(self.num_layers)) * dtype.itemsize
+
+    @cached_property
+    def meta_model(self) -> PreTrainedModel:
+        """The Transformers model without weights: what tensors there must be."""
+        with torch.device("meta"):
+            return self.causal_lm(self.config)
+
+    @cached_property
+    def tensors(self) -> TensorReader:
+        """The weights. Raises `SourceError` where tensors are missing, misshapen, or unknown."""
+        location = self.location
+        if location.revision is not None:
+            # Until here only the configuration was fetched.
+            location = locate(f"{location.name}@{location.revision}")
+        if location.gguf_file is not None:
+            reader: TensorReader = GGUFTensorReader(location, self.meta_model)
+        else:
+            reader = SafetensorsReader(location.folder)
+        self._account_for_all(reader)
+        return reader
+
+    def _account_for_all(self, reader: TensorReader) -> None:
+        expected = {name: tuple(tensor.shape) for name, tensor in self.meta_model.state_dict().items()}
+        tied = set(self.meta_model._tied_weights_keys or ()) if self.config.tie_word_embeddings else set()
+        found = {name for name in reader.names if not re.fullmatch(self.ignored, name)}
+        for name in expected:
+            if name not in found and name not in tied:
+                raise SourceError(f"{self.location.model} lacks tensor {name}; fetch the model again.")
+        for name in sorted(found):
+            if name not in expected:
+                raise SourceError(
+                    f"{self.location.model} holds tensor {name}, which {self.causal_lm.__name__} does not read; "
+                    "the conversion would lose it."
+                )
+            if reader.shape(name) != expected[name]:
+                raise SourceError(f"{name} is {reader.shape(name)}, but the configuration means {expected[name]}.")
+
+    def stored_names(self) -> list[str]:
+        """Every tensor of the checkpoint in reading order: layer 2 before layer 10."""
+        names = [name for name in self.tensors.names if not re.fullmatch(self.ignored, name)]
+        return sorted(
+            names, key=lambda name: [(int(part), "") if part.isdigit() else (0, part) for part in name.split(".")]
+        )
+
+    def attention(self, layer: int, dtype: torch.dtype | None = None) -> AttentionWeights:
+        """One layer's attention weights in ``dtype``; by default float32, or float64 where they are stored so."""
+        prefix = self.layer_prefix.format(layer=layer) + self.attention_prefix
+        names = set(self.tensors.names)
+
+        def read(name: str) -> Tensor:
+            stored = self.tensors.tensor(prefix + name)
+            return stored.to(dtype or torch.promote_types(stored.dtype, torch.float32))
+
+        def read_if_there(name: str) -> Tensor | None:
+            return read(name) if prefix + name in names else None
+
+        return AttentionWeights(
+            q=read("q_proj.weight"),
+            k=read("k_proj.weight"),
+            v=read("v_proj.weight"),
+            o=read("o_proj.weight"),
+            q_bias=read_if_there("q_proj.bias"),
+            k_bias=read_if_there("k_proj.bias"),
+            v_bias=read_if_there("v_proj.bias"),
+            o_bias=read_if_there("o_proj.bias"),
+        )
+
+    def decoder_layer(self, layer: int) -> nn.Module:
+        """The family's own decoder layer with its weights, in float32, for running the calibration text."""
+        prefix = self.layer_prefix.format(layer=layer)
+        with torch.device("meta"):
+            module = self.decoder_layer_class(self.config, layer)
+        names = [name for name in self.stored_names() if name.startswith(prefix)]
+        weights = {name.removeprefix(prefix): self.tensors.tensor(name).float() for name in names}
+        module.load_state_dict(weights, assign=True)
+        return module.eval().requires_grad_(False)
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """``[B, S]`` token ids to the hidden states ``[B, S, D]`` that enter layer 0, float32."""
+        return self.tensors.tensor(self.embedding)[input_ids].float()
+
+    def attention_input(self, module: nn.Module, hidden_states: Tensor) -> Tensor:
+        """What the projections of a decoder layer read, from the hidden states that enter it."""
+        return module.get_submodule("input_layernorm")(hidden_states)
+
+    def run_layer(self, module: nn.Module, hidden_states: Tensor) -> Tensor:
+        """One decoder layer over windows that start at position 0, ``[B, S, D]`` to ``[B, S, D]``."""
+        position_ids = torch.arange(hidden_states.shape[1])[None]
+        angles = self.rotary(hidden_states, position_ids)
+        return module(hidden_states, attention_mask=None, position_ids=position_ids, position_embeddings=angles)
+
+    @cached_property
+    def rotary(self) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Cosines and sines of the family's own rotary module."""
+        return self.rotary_class(self.config)
+
+    def in_layer(self, name: str) -> bool:
+        """Whether the tensor ``name`` belongs to a decoder layer."""
+        return name.startswith(self.layer_prefix.partition("{")[0])
+
+    def replaced(self, name: str) -> int | None:
+        """The layer whose attention the tensor ``name`` belongs to; None for one that passes through."""
+        pattern = re.escape(self.layer_prefix).replace(r"\{layer\}", r"(\d+)") + re.escape(self.attention_prefix)
+        match = re.match(pattern, name)
+        return None if match is None else int(match.group(1))
+
+    def mla_tensors(
+        self, layer: int, weights: MLAWeights, config: PreTrainedConfig, dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        """The converted attention under its names in the new checkpoint."""
+        prefix = self.layer_prefix.format(layer=layer) + self.attention_prefix
+        # The constant exceeds float16; engines convert it as they need.
+        norm_dtype = torch.float32 if dtype == torch.float16 else dtype
+        rank = weights.kv_b_proj.shape[1]
+        tensors = {
+            "q_proj.weight": weights.q_proj.to(dtype),
+            "kv_a_proj_with_mqa.weight": weights.kv_a_proj_with_mqa.to(dtype),
+            "kv_a_layernorm.weight": torch.full((rank,), IDENTITY_NORM_WEIGHT, dtype=norm_dtype),
+            "kv_b_proj.weight": weights.kv_b_proj.to(dtype),
+            "o_proj.weight": weights.o_proj.to(dtype),
+        }
+        for field, wanted in zip(_BIASES, (config.q_bias, config.kv_a_bias, config.o_bias), strict=True):
+            if wanted:
+                name, bias = field.removesuffix("_bias"), getattr(weights, field)
+                width = tensors[f"{name}.weight"].shape[0]
+                tensors[f"{name}.bias"] = torch.zeros(width, dtype=dtype) if bias is None else bias.to(dtype)
+        return {prefix + name: tensor for name, tensor in tensors.items()}
+
+    def mla_config(self, layers: Iterable[MLAWeights], dtype: torch.dtype) -> PreTrainedConfig:
+        """The configuration of the converted model: the source's body, the layers' attention."""
+        first = self.geometry(0)
+        ranks, rows, biased, head_dims = [], [], set(), set()
+        for weights in layers:
+            ranks.append(weights.kv_b_proj.shape[1])
+            rows.append(weights.inv_freq.float().tolist())
+            biased |= {name for name in _BIASES if getattr(weights, name) is not None}
+            head_dims.add((weights.qk_nope_head_dim, weights.v_head_dim))
+        widths = [2 * len(row) for row in rows]
+        ((qk_nope_head_dim, v_head_dim),) = head_dims
+        body = {key: value for key, value in self.config.to_dict().items() if key not in _NOT_IN_MLA_CONFIG}
+        return getattr(modeling_mla, f"{self.mla_name}Config")(
+            **body,
+            architectures=[f"{self.mla_name}ForCausalLM"],
+            dtype=dtype,
+            kv_lora_rank=max(ranks),
+            kv_lora_ranks=ranks if len(set(ranks)) > 1 else None,
+            q_lora_rank=None,
+            qk_nope_head_dim=qk_nope_head_dim,
+            qk_rope_head_dim=max(widths),
+            qk_rope_head_dims=widths if len(set(widths)) > 1 else None,
+            v_head_dim=v_head_dim,
+            rope_interleave=False,
+            rope_inv_freq=rows if any(row != rows[0] for row in rows) else rows[:1],
+            rope_attention_factor=None if first.attention_factor == 1 else first.attention_factor,
+            softmax_scale=first.softmax_scale,
+            q_bias="q_proj_bias" in biased,
+            kv_a_bias="kv_a_proj_with_mqa_bias" in biased,
+            o_bias="o_proj_bias" in biased,
+            latent_norm="identity",
+        )
+
+
+def _natural_order(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (0, part) for part in name.split(".")]

@@ -1,0 +1,19 @@
+"""Settings that every test shares."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _deterministic() -> None:
+    torch.manual_seed(0)
+
+
+def pytest_configure() -> None:
+    # Tiny matrices gain nothing from threads, and workers of pytest-xdist share the cores.
+    torch.set_num_threads(1)

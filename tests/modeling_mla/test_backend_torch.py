@@ -1,0 +1,101 @@
+"""Absorbed attention over latents equals a softmax written down, in one block and in many."""
+
+import pytest
+import torch
+from tiny import assert_close
+
+from modeling_mla import backend_torch_mla
+from modeling_mla.backend_torch_mla import TorchBackend, merge_attended
+from modeling_mla.backends_mla import BACKENDS, AbsorbedShape, select_backend
+
+BATCH, HEADS, QUERIES, KEYS, RANK, WIDTH = 2, 3, 4, 50, 5, 8
+
+
+def masks() -> dict[str, torch.Tensor | None]:
+    causal = torch.ones(QUERIES, KEYS, dtype=torch.bool).tril(KEYS - QUERIES)
+    padding = torch.ones(BATCH, 1, 1, KEYS, dtype=torch.bool)
+    padding[1, ..., :40] = False
+    additive = torch.zeros(BATCH, 1, QUERIES, KEYS, dtype=torch.float64).masked_fill(~causal, float("-inf"))
+    per_head = torch.randn(1, HEADS, QUERIES, KEYS, dtype=torch.float64)
+    nothing = torch.ones(BATCH, HEADS, QUERIES, KEYS, dtype=torch.bool)
+    nothing[0, :, 1] = False
+    return {
+        "none": None,
+        "causal": causal,
+        "padding": padding,
+        "both": causal & padding,
+        "additive": additive,
+        "bias": per_head,
+        "one row sees nothing": nothing,
+    }
+
+
+def softmax_attention(query, latents, scale, mask, softcap):
+    scores = torch.einsum("bhnd,bsd->bhns", query, latents) * scale
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    weights = scores.softmax(-1).nan_to_num()
+    return torch.einsum("bhns,bsr->bhnr", weights, latents[..., :RANK]), scores.logsumexp(-1)
+
+
+@pytest.fixture
+def tensors() -> tuple[torch.Tensor, torch.Tensor]:
+    query = torch.randn(BATCH, HEADS, QUERIES, WIDTH, dtype=torch.float64)
+    # Rows of a larger buffer, as a cache with free capacity gives them.
+    return query, torch.randn(BATCH, KEYS + 30, WIDTH, dtype=torch.float64)[:, :KEYS]
+
+
+@pytest.mark.parametrize("block", [None, 1, 7, 13])
+@pytest.mark.parametrize("softcap", [None, 0.7])
+@pytest.mark.parametrize("mask", masks())
+def test_equals_softmax(tensors, mask, softcap, block, monkeypatch):
+    if block is not None:
+        monkeypatch.setattr(backend_torch_mla, "_BLOCK_SCORES", 0)
+        monkeypatch.setattr(backend_torch_mla, "_MIN_BLOCK", block)
+    query, latents = tensors
+    expected, expected_lse = softmax_attention(query, latents, 0.3, masks()[mask], softcap)
+    context, lse = TorchBackend().attend(query, latents, RANK, 0.3, masks()[mask], softcap)
+    assert_close(context, expected, 1e-12)
+    assert_close(lse, expected_lse, 1e-12)
+
+
+@pytest.mark.parametrize("block", [None, 16])
+def test_half_precision_sums_in_float32(block, monkeypatch):
+    if block is not None:
+        monkeypatch.setattr(backend_torch_mla, "_BLOCK_SCORES", 0)
+        monkeypatch.setattr(backend_torch_mla, "_MIN_BLOCK", block)
+    query, latents = torch.randn(1, 2, 1, WIDTH).bfloat16(), torch.randn(1, 3000, WIDTH).bfloat16()
+    expected, expected_lse = softmax_attention(query.double(), latents.double(), 0.3, None, None)
+    context, lse = TorchBackend().attend(query, latents, RANK, 0.3, None, None)
+    assert context.dtype == torch.bfloat16
+    assert lse.dtype == torch.float32
+    assert_close(context.double(), expected, 2e-3)
+    assert_close(lse.double(), expected_lse, 2e-2)
+
+
+def test_merging_disjoint_keys(tensors):
+    query, latents = tensors
+    whole = softmax_attention(query, latents, 0.3, None, None)
+    parts = [softmax_attention(query, part, 0.3, None, None) for part in latents.split([20, 30], dim=1)]
+    for actual, expected in zip(merge_attended(*parts[0], *parts[1]), whole, strict=True):
+        assert_close(actual, expected, 1e-12)
+    nothing = torch.zeros_like(whole[0]), torch.full_like(whole[1], float("-inf"))
+    for actual, expected in zip(merge_attended(*nothing, *whole), whole, strict=True):
+        assert_close(actual, expected, 1e-12)
+    assert merge_attended(*nothing, *nothing)[0].isfinite().all()
+
+
+def test_selection_names_the_reason(monkeypatch):
+    class Picky(TorchBackend):
+        name = "picky"
+
+        def supports(self, shape: AbsorbedShape) -> str | None:
+            return "needs 128 heads" if shape.num_heads < 128 else None
+
+    monkeypatch.setitem(BACKENDS, "picky", Picky())
+    shape = AbsorbedShape(1, 4, 1, 8, 5, 3, torch.float32, torch.device("cpu"), has_mask=False)
+    assert select_backend("auto", shape).supports(shape) is None
+    with pytest.raises(ValueError, match="'picky' cannot serve this attention: needs 128 heads"):
+        select_backend("picky", shape)

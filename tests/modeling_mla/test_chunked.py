@@ -1,0 +1,71 @@
+"""The expanded route piece by piece equals the expanded route at once."""
+
+import pytest
+import torch
+from tiny import assert_close, every_variant, left_padding, positions_of, random_ids, reference_logits, tiny_model
+from tiny import VARIANTS
+
+from modeling_mla import LatentCache, chunked_mla, routes_mla
+from modeling_mla.cache_static_mla import StaticLatentCache
+
+LENGTH = 150
+
+
+@pytest.fixture
+def pieces(monkeypatch) -> list[int]:
+    """Forces pieces of 64 keys and blocks of 16 queries; counts the keys of every piece."""
+    sizes: list[int] = []
+    attention = routes_mla.attend_in_pieces
+
+    def counting(expand, *args, **kwargs):
+        def expand_and_count(kv_c, k_pe):
+            sizes.append(kv_c.shape[2])
+            return expand(kv_c, k_pe)
+
+        return attention(expand_and_count, *args, **kwargs)
+
+    monkeypatch.setattr(routes_mla, "EXPANDED_LIMIT", 0)
+    monkeypatch.setattr(routes_mla, "attend_in_pieces", counting)
+    monkeypatch.setattr(chunked_mla, "_PIECE_LIMIT", 1)
+    monkeypatch.setattr(chunked_mla, "_QUERY_BLOCK", 16)
+    return sizes
+
+
+@every_variant
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@torch.no_grad()
+def test_prefill_equals_reference(pieces, variant, implementation):
+    model = tiny_model(attn_implementation=implementation, **VARIANTS[variant])
+    model.set_attention_route("expanded")
+    ids, mask = random_ids(3, LENGTH), left_padding(3, LENGTH)
+    positions = positions_of(mask)
+    actual = model(ids, attention_mask=mask, position_ids=positions).logits
+    assert_close(actual[mask.bool()], reference_logits(model, ids, mask, positions)[mask.bool()])
+    assert pieces == [64, 64, 22] * 2
+    assert_close(model(ids).logits, reference_logits(model, ids))
+
+
+@pytest.mark.parametrize("cache", [LatentCache, lambda config: StaticLatentCache(config, 200)])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@torch.no_grad()
+def test_chunks_on_top_of_a_cache(pieces, cache, implementation):
+    model = tiny_model(attn_implementation=implementation)
+    model.set_attention_route("expanded")
+    ids, past = random_ids(2, LENGTH), cache(model.config)
+    parts = [model(part, past_key_values=past).logits for part in ids.split([70, 40, 39, 1], dim=1)]
+    assert_close(torch.cat(parts, dim=1), reference_logits(model, ids))
+    assert max(pieces) == 64
+
+
+@torch.no_grad()
+def test_bounds_leave_short_contexts_whole():
+    query = torch.zeros(1, 4, 2, 12)
+    assert chunked_mla.expanded_bytes(query, 100, 6) == 4 * 100 * (12 + 6) * 4
+
+
+def test_training_is_not_taken_apart(pieces):
+    model = tiny_model()
+    ids = random_ids(1, 70)
+    model(ids, labels=ids).loss.backward()
+    assert not pieces
+    assert all(parameter.grad.any() for parameter in model.parameters())

@@ -1,0 +1,134 @@
+"""What differs from family to family: window, biases, per-head norms; every way of caching gives the same."""
+
+import pytest
+import torch
+from tiny import assert_close, decode, left_padding, positions_of, random_ids, reference_logits, tiny_model
+from transformers import AutoModel, AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
+
+import modeling_mla
+from modeling_mla.cache_layers_mla import LatentLayer, SlidingLatentLayer
+
+WINDOW = 4
+FAMILIES = {
+    "Llama": {},
+    "Mistral": {"sliding_window": WINDOW},
+    "Mistral full": {"sliding_window": None},
+    "Qwen2": {"q_bias": True, "kv_a_bias": True},
+    "Qwen2 mixed": {
+        "use_sliding_window": True,
+        "sliding_window": WINDOW,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "Qwen3": {"qk_norm_head_dim": 8, "qk_norm_key_heads": 2},
+}
+WINDOWS = {"Mistral": [WINDOW, WINDOW], "Qwen2 mixed": [WINDOW, None]}
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+def family_model(family: str, task: str = "ForCausalLM", **options) -> torch.nn.Module:
+    cls = getattr(modeling_mla, f"{family.split()[0]}MLA{task}")
+    return tiny_model(cls, **FAMILIES[family], **options)
+
+
+@every_family
+@pytest.mark.parametrize("route", ["absorbed", "expanded"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@torch.no_grad()
+def test_decode_equals_forward(family, route, implementation):
+    model = family_model(family, attn_implementation=implementation)
+    ids, mask = random_ids(2, 12), left_padding(2, 12)
+    positions = positions_of(mask)
+    model.set_attention_route("expanded")
+    expected = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits[mask.bool()]
+    if family != "Qwen3":
+        reference = reference_logits(model, ids, mask, positions, WINDOWS.get(family))
+        assert_close(expected, reference[mask.bool()])
+    model.set_attention_route(route)
+    cache, parts = None, []
+    for rows in torch.arange(12).split([5, 3, 1, 1, 1, 1]):
+        own_mask = mask[:, : rows[-1] + 1]
+        options = {"attention_mask": own_mask, "position_ids": positions[:, rows], "past_key_values": cache}
+        output = model(ids[:, rows], **options)
+        cache = output.past_key_values
+        parts.append(output.logits)
+    assert_close(torch.cat(parts, dim=1)[mask.bool()], expected)
+    kinds = [SlidingLatentLayer if window else LatentLayer for window in WINDOWS.get(family, [None, None])]
+    assert [type(layer) for layer in cache.layers] == kinds
+
+
+@every_family
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_beams": 3},
+        {"do_sample": True},
+        {"cache_implementation": "static"},
+        {"cache_implementation": "static", "num_beams": 3},
+        {"prompt_lookup_num_tokens": 3},
+        {"assistant_early_exit": 1},
+        {"prefill_chunk_size": 4},
+    ],
+    ids=str,
+)
+def test_generation(family, options):
+    model, ids = family_model(family), random_ids(1, 5).repeat(1, 3)
+    sequences = []
+    for own in ({**options, "use_cache": True}, {k: v for k, v in options.items() if k in ("num_beams", "do_sample")}):
+        torch.manual_seed(2)
+        arguments = {"max_new_tokens": 9, "do_sample": False, "use_cache": False, "disable_compile": True} | own
+        sequences.append(model.generate(ids, **arguments))
+    assert torch.equal(*sequences)
+
+
+@every_family
+def test_assisted(family):
+    model, ids = family_model(family), random_ids(1, 9)
+    expected = model.generate(ids, max_new_tokens=12, do_sample=False, use_cache=False)
+    for helper in (family_model(family), family_model("Llama", num_hidden_layers=1)):
+        actual = model.generate(ids, max_new_tokens=12, do_sample=False, assistant_model=helper)
+        assert torch.equal(actual, expected)
+
+
+@every_family
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_continuous_batching(family, implementation):
+    model = family_model(family, attn_implementation=implementation)
+    prompts = [random_ids(1, length)[0].tolist() for length in (3, 11)]
+    expected = [
+        model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False, use_cache=False)[0, len(prompt) :]
+        for prompt in prompts
+    ]
+    config = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    paging = ContinuousBatchingConfig(page_size=4, num_blocks=40, max_batch_tokens=16)
+    outputs = list(model.generate_batch(prompts, generation_config=config, continuous_batching_config=paging).values())
+    assert [output.error for output in outputs] == [None, None]
+    assert [output.generated_tokens for output in outputs] == [tokens.tolist() for tokens in expected]
+
+
+@every_family
+def test_gradients_reach_every_parameter(family):
+    model, ids = family_model(family).train(), random_ids(2, 9)
+    model(ids, labels=ids).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.any(), name
+
+
+@every_family
+def test_saved_models_load_by_auto_classes(family, tmp_path):
+    model = family_model(family)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    assert type(loaded) is type(model)
+    assert loaded.config.to_dict() == model.config.to_dict() | {"_name_or_path": str(tmp_path)}
+    ids = random_ids(2, 9)
+    assert_close(decode(loaded, ids), decode(model, ids))
+    assert type(AutoModel.from_pretrained(tmp_path)) is type(model.model)
+
+
+@every_family
+@pytest.mark.parametrize("task", ["ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering"])
+def test_heads(family, task):
+    model = family_model(family, task, num_labels=3, pad_token_id=0)
+    assert model(random_ids(2, 5))[0].isfinite().all()

@@ -1,0 +1,158 @@
+"""A saved checkpoint carries its code: it works in a process in which the package cannot be imported."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import VOCABULARY, assert_close, random_ids, tiny_model
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from modeling_mla import LlamaMLAForCausalLM
+
+IDS = random_ids(2, 7)
+TEXT = ["the latent cache holds one latent for every token", "the rotary key is shared by all heads"]
+TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+
+PREAMBLE = """
+import sys
+
+class NoPackage:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "modeling_mla":
+            raise ImportError(name + " is hidden")
+
+sys.meta_path.insert(0, NoPackage())
+try:
+    import modeling_mla
+except ImportError:
+    pass
+else:
+    raise AssertionError("the package must not be importable")
+import torch
+import transformers
+
+checkpoint, again = sys.argv[1:3]
+ids = torch.load(checkpoint + "/ids.pt")
+"""
+
+LOADING = """
+config = transformers.AutoConfig.from_pretrained(checkpoint, trust_remote_code=True)
+assert type(config).__name__ == "LlamaMLAConfig", type(config)
+results = {}
+for name in ("", "ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering"):
+    auto = getattr(transformers, "AutoModel" + name)
+    model = auto.from_pretrained(checkpoint, trust_remote_code=True)
+    assert type(model).__name__ == "LlamaMLA" + (name or "Model"), type(model)
+    results[name] = model(ids)[0].detach()
+model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True)
+for name, options in {
+    "greedy": {"do_sample": False},
+    "sampling": {"do_sample": True},
+    "beams": {"do_sample": False, "num_beams": 3},
+    "static": {"do_sample": False, "cache_implementation": "static", "disable_compile": True},
+}.items():
+    torch.manual_seed(3)
+    results[name] = model.generate(ids, max_new_tokens=6, **options)
+results["cache"] = type(model(ids).past_key_values).__name__
+torch.save(results, again + ".pt")
+model.save_pretrained(again)
+reloaded = transformers.AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True)
+assert torch.equal(reloaded(ids).logits, model(ids).logits)
+"""
+
+PIPELINE = """
+import json
+
+generator = transformers.pipeline("text-generation", model=checkpoint, trust_remote_code=True)
+options = {"max_new_tokens": 6, "do_sample": False}
+text = generator("the latent cache", **options)[0]["generated_text"]
+chat = generator([{"role": "user", "content": "the rotary key"}], **options)[0]["generated_text"]
+json.dump({"text": text, "chat": chat}, open(again + ".json", "w"))
+"""
+
+
+def run_without_package(script: str, checkpoint: Path, again: Path) -> None:
+    # Code of checkpoints is copied below the cache's folder.
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(checkpoint.parent / "home")}
+    command = [sys.executable, "-c", PREAMBLE + script, str(checkpoint), str(again)]
+    done = subprocess.run(command, cwd=checkpoint.parent, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("remote") / "checkpoint"
+    tiny_model(
+        dtype=torch.float32,
+        kv_lora_ranks=[5, 16],
+        qk_rope_head_dims=[2, 4],
+        rope_inv_freq=[torch.rand(1).tolist(), torch.rand(2).tolist()],
+        latent_norm="identity",
+        pad_token_id=0,
+    ).save_pretrained(folder)
+    tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.train_from_iterator(TEXT, trainers.WordLevelTrainer(special_tokens=["<unk>", "<s>"]))
+    tokenizer.add_tokens([f"word{index}" for index in range(VOCABULARY - tokenizer.get_vocab_size())])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>")
+    fast.chat_template = TEMPLATE
+    fast.save_pretrained(folder)
+    torch.save(IDS, folder / "ids.pt")
+    return folder
+
+
+def test_every_file_of_the_package_that_is_needed_is_saved(checkpoint):
+    saved = {file.name for file in checkpoint.glob("*.py")}
+    assert {"llama_mla.py", "attention_mla.py", "cache_mla.py", "routes_mla.py"} <= saved
+    assert "from modeling_mla" not in "".join(file.read_text() for file in checkpoint.glob("*.py"))
+
+
+def test_every_auto_class_and_generation(checkpoint, tmp_path):
+    again = tmp_path / "again"
+    run_without_package(LOADING, checkpoint, again)
+    results = torch.load(f"{again}.pt", weights_only=True)
+    model = LlamaMLAForCausalLM.from_pretrained(checkpoint)
+    with torch.no_grad():
+        assert_close(results["ForCausalLM"], model(IDS).logits, 1e-5)
+        assert_close(results[""], model.model(IDS).last_hidden_state, 1e-5)
+    assert results["ForTokenClassification"].shape[:2] == IDS.shape
+    assert results["cache"] == "LatentCache"
+    for name, options in {"greedy": {}, "beams": {"num_beams": 3}, "sampling": {"do_sample": True}}.items():
+        torch.manual_seed(3)
+        expected = model.generate(IDS, max_new_tokens=6, **({"do_sample": False} | options))
+        assert torch.equal(results[name], expected), name
+    assert torch.equal(results["static"], results["greedy"])
+
+    first, second = load_file(checkpoint / "model.safetensors"), load_file(again / "model.safetensors")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert {file.name for file in again.glob("*.py")} == {file.name for file in checkpoint.glob("*.py")}
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (checkpoint, again)]
+    assert configs[0] == configs[1]
+
+
+def test_pipeline_with_text_and_chat(checkpoint, tmp_path):
+    again = tmp_path / "pipeline"
+    run_without_package(PIPELINE, checkpoint, again)
+    answers = json.loads(Path(f"{again}.json").read_text())
+
+    tokenizer, model = AutoTokenizer.from_pretrained(checkpoint), LlamaMLAForCausalLM.from_pretrained(checkpoint)
+
+    def answer(text: str) -> str:
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        new = model.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :]
+        return tokenizer.decode(new)
+
+    assert answers["text"] == "the latent cache" + answer("the latent cache")
+    content = answer("the rotary key ")
+    assert content
+    assert answers["chat"] == [
+        {"role": "user", "content": "the rotary key"},
+        {"role": "assistant", "content": content},
+    ]

@@ -1,0 +1,147 @@
+"""Losses and gradients, by hand and by Trainer."""
+
+import pytest
+import torch
+from tiny import VOCABULARY, assert_close, random_ids, reference_logits, tiny_model
+from transformers import Trainer, TrainingArguments, set_seed
+
+from modeling_mla import LlamaMLAForCausalLM, LlamaMLAForSequenceClassification, LlamaMLAForTokenClassification
+
+IMPLEMENTATIONS = ["eager", "sdpa"]
+SHAPES = {
+    "plain": {},
+    "q_lora": {"q_lora_rank": 20, "attention_bias": True},
+    "per_layer": {"kv_lora_ranks": [5, 16], "qk_rope_head_dims": [2, 4], "rope_inv_freq": [[0.7], [1.1, 0.02]]},
+    "no_nope": {"qk_nope_head_dim": 0, "latent_norm": "identity"},
+}
+
+
+def next_token_loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradients_reach_every_parameter(shape, implementation):
+    model = tiny_model(attn_implementation=implementation, **SHAPES[shape]).train()
+    ids = random_ids(2, 12)
+    loss = model(ids, labels=ids).loss
+    # Transformers computes the loss in float32.
+    assert_close(loss.double(), next_token_loss(reference_logits(model, ids), ids), 1e-5)
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.any(), name
+
+
+def test_gradients_are_those_of_finite_differences():
+    model = tiny_model(num_hidden_layers=1)
+    hidden = torch.randn(1, 4, 32, dtype=torch.float64, requires_grad=True)
+    angles = model.model.rotary_emb(hidden, torch.arange(4)[None])
+    attention = model.model.layers[0].self_attn
+    attention.kv_a_layernorm = torch.nn.Identity()  # Llama's norm rounds to float32
+    assert torch.autograd.gradcheck(lambda x: attention(x, angles)[0], hidden)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_changes_no_gradient(reentrant):
+    ids = random_ids(2, 12)
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny_model().train()
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        output = model(ids, labels=ids)
+        assert (output.past_key_values is None) == checkpointing, "a cache would be filled twice"
+        output.loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        assert_close(gradients[1][name], gradient, 1e-12)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("route", ["auto", "absorbed", "expanded"])
+def test_packed_rows_equal_separate_rows(implementation, route):
+    model = tiny_model(attn_implementation=implementation)
+    model.set_attention_route(route)
+    rows = [random_ids(1, length) for length in (5, 3, 7)]
+    position_ids = torch.cat([torch.arange(row.shape[1]) for row in rows])[None]
+    with torch.no_grad():
+        packed = model(torch.cat(rows, dim=1), position_ids=position_ids, use_cache=False).logits
+        separate = torch.cat([reference_logits(model, row) for row in rows], dim=1)
+    assert_close(packed, separate)
+    assert (packed - reference_logits(model, torch.cat(rows, dim=1))).abs().max() > 1e-3, "packing must matter"
+
+
+def train(model: LlamaMLAForCausalLM, folder: str, steps: int, batch: int, accumulation: int, **options) -> list[float]:
+    """The losses that Trainer reports over rows of unequal lengths."""
+    rows = [random_ids(1, length)[0] for length in (4, 9, 14, 6, 11, 5, 8, 13)]
+    padded = [torch.nn.functional.pad(row, (0, 14 - len(row)), value=0) for row in rows]
+    data = [
+        {
+            "input_ids": ids,
+            "attention_mask": (torch.arange(14) < len(row)).long(),
+            "labels": torch.where(torch.arange(14) < len(row), ids, -100),
+        }
+        for ids, row in zip(padded, rows, strict=True)
+    ]
+    arguments = TrainingArguments(
+        output_dir=folder,
+        max_steps=steps,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        learning_rate=0.01,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        train_sampling_strategy="sequential",
+        **options,
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=data)
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_accumulated_batches_give_the_loss_of_one_batch(tmp_path):
+    """Rows differ in length: a mean of means would be another number."""
+    whole = train(tiny_model(), str(tmp_path), steps=3, batch=8, accumulation=1)
+    accumulated = train(tiny_model(), str(tmp_path), steps=3, batch=2, accumulation=4)
+    assert accumulated == pytest.approx(whole, abs=2e-5)
+
+
+def test_training_lowers_the_loss(tmp_path):
+    set_seed(0)
+    options = {"activation_checkpointing": True}
+    losses = train(tiny_model(attention_dropout=0.1), str(tmp_path), steps=15, batch=8, accumulation=1, **options)
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_dropout_acts_in_training_only():
+    model, ids = tiny_model(attention_dropout=0.5), random_ids(2, 8)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, model(ids).logits)
+        assert_close(model(ids).logits, reference_logits(model, ids))
+        model.train()
+        assert (model(ids, use_cache=False).logits - model(ids, use_cache=False).logits).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("cls", [LlamaMLAForSequenceClassification, LlamaMLAForTokenClassification])
+def test_classification_heads_learn(cls):
+    model = tiny_model(cls, num_labels=3, pad_token_id=0).train()
+    ids = random_ids(2, 8)
+    labels = torch.tensor([0, 2]) if cls is LlamaMLAForSequenceClassification else torch.randint(0, 3, (2, 8))
+    output = model(ids, labels=labels)
+    assert output.logits.shape == (*labels.shape, 3)
+    output.loss.backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
+
+
+def test_resized_and_tied_embeddings():
+    model = tiny_model(tie_word_embeddings=True)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    model.resize_token_embeddings(VOCABULARY + 3)
+    assert model(random_ids(1, 3)).logits.shape[-1] == VOCABULARY + 3
+    assert model.lm_head.weight is model.model.embed_tokens.weight

@@ -1,0 +1,160 @@
+"""The configurations and recipes that the project ships."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+import yaml
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+
+from conversion.checkpoint.location import Location
+from conversion.errors import SourceError
+from conversion.memory import cache_memory, read_config
+from conversion.plan import make_plan
+from conversion.recipe import make_recipe
+from conversion.sources import SOURCES, source_of
+from modeling_mla import LlamaMLAConfig, LlamaMLAForCausalLM
+
+FOLDER = Path(__file__).parents[1] / "hub_configs"
+PROVENANCE = json.loads((FOLDER / "provenance.json").read_text())
+CONFIGS = sorted(file.stem for file in FOLDER.glob("*.json") if file.stem != "provenance")
+
+BYTES_PER_TOKEN = {
+    "a.x-k1": 2 * (512 + 64) * 61,
+    "a.x-k2": 2 * (128 + 32 + 128) * 48,
+    "deepseek-v2": 69120,
+    "deepseek-v2-lite": 31104,
+    "deepseek-v3": 70272,
+    "deepseek-v3.2": 2 * (512 + 64 + 128) * 61,
+    # 21 layers keep a 512-wide entry and a 128-wide indexer key for every 4 tokens, 20 an entry for every 128.
+    "deepseek-v4-flash": 21 * 2 * (512 + 128) // 4 + 20 * 2 * 512 // 128,
+    # 30 layers of the first kind, 31 of the second.
+    "deepseek-v4-pro": 30 * 2 * (512 + 128) // 4 + 31 * 2 * 512 // 128,
+    # The other 33 layers keep a window.
+    "dots3-note": 2 * (512 + 64 + 128) * 13,
+    "glm-4.7-flash": 54144,
+    "glm-5": 89856 + 2 * 128 * 78,
+    # Layers 0 to 2 have an indexer, then every fourth from layer 6 on.
+    "glm-5.2": 89856 + 2 * 128 * (3 + 18),
+    # The pooling indexer keeps key, gate and a flag.
+    "glm-5.3-flash": 11264 + 2 * 257 * 11,
+    "hy4-preview": 39168 + 2 * 128 * 10,
+    "kimi-k2": 70272,
+    "kimi-k2.5": 70272,
+    "kimi-k2.6": 70272,
+    "kimi-linear-48b-a3b": 1152 * 7,
+    "ling-3.0-flash": 8064,
+    "llama-mla-135m": 2 * (192 + 32) * 28,
+    "llama-mla-1b": 2 * (256 + 64) * 22,
+    "llama-mla-8b": 2 * (512 + 64) * 32,
+    "longcat-flash": 64512,
+    "longcat-flash-lite": 32256,
+    "minicpm3-4b": 35712,
+    "mistral-large-3-675b": 70272,
+    "mistral-large-4": 2 * (512 * 72 + 64 * 54 + 128 * 72),
+    "mistral-small-4-119b": 23040,
+    "moonlight-16b-a3b": 31104,
+    "youtu-llm-2b": 36864,
+}
+"""By hand: two bytes for the values of the latent, of the rotary key and of the indexer's key, over their layers."""
+
+
+def test_every_configuration_has_its_figures_and_its_provenance():
+    assert CONFIGS == sorted(BYTES_PER_TOKEN) == sorted(PROVENANCE)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_bytes_per_token(name):
+    assert cache_memory(read_config(FOLDER / f"{name}.json")).bytes_per_token == BYTES_PER_TOKEN[name]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_provenance_is_told(name):
+    entry = PROVENANCE[name]
+    assert entry["verified"] in {"no", "partly", "two sources", "own design"}
+    assert entry["source"]
+    if "class" in entry["source"] and "defaults of" in entry["source"]:
+        assert entry["verified"] == "no"
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_transformers_loads_the_types_that_it_knows(name, tmp_path):
+    fields = json.loads((FOLDER / f"{name}.json").read_text())
+    if fields["model_type"] not in CONFIG_MAPPING:
+        assert name == "kimi-k2"
+        return
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert config.model_type == fields["model_type"]
+    # What the file says is what the model would be built with.
+    text = config.get_text_config(decoder=True)
+    for field, value in fields.get("text_config", fields).items():
+        if field in ("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "num_attention_heads"):
+            assert getattr(text.per_layer_config[0], field) == value
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"), [("llama-mla-135m", 135), ("llama-mla-1b", 1000), ("llama-mla-8b", 8000)]
+)
+def test_training_configurations_build_this_librarys_classes(name, millions):
+    config = read_config(FOLDER / f"{name}.json")
+    assert type(config) is LlamaMLAConfig
+    assert config.auto_map == LlamaMLAConfig.model_auto_map
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert type(model) is LlamaMLAForCausalLM
+    assert abs(model.num_parameters() / 1e6 / millions - 1) < 0.1
+
+
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+# Type, hidden size, MLP, layers, heads, key/value heads, head size, vocabulary, further fields; values cached a token
+# and layer before and after.
+PUBLISHED = {
+    "llama-3.1-8b": ("Llama", 4096, 14336, 32, 32, 8, 128, 128256, {"rope_parameters": _LLAMA3}, 2048, 576),
+    "qwen2.5-7b": ("Qwen2", 3584, 18944, 28, 28, 4, 128, 152064, {}, 1024, 576),
+    "qwen3-8b": ("Qwen3", 4096, 12288, 36, 32, 8, 128, 151936, {}, 2048, 576),
+    "mistral-7b": ("Mistral", 4096, 14336, 32, 32, 8, 128, 32768, {"sliding_window": None}, 2048, 576),
+    "gemma-2-9b": ("Gemma2", 3584, 14336, 42, 16, 8, 256, 256000, {}, 4096, 2048),
+}
+
+
+def test_every_recipe_is_tested():
+    assert sorted(file.name.removesuffix(".recipe.yaml") for file in FOLDER.glob("*.yaml")) == sorted(PUBLISHED)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_recipes_fit_their_sources(name, tmp_path):
+    family, hidden, mlp, layers, heads, kv_heads, head_dim, vocabulary, further, before, after = PUBLISHED[name]
+    config = getattr(transformers, f"{family}Config")(
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        vocab_size=vocabulary,
+        dtype="bfloat16",
+        **further,
+    )
+    recipe = make_recipe(**yaml.safe_load((FOLDER / f"{name}.recipe.yaml").read_text()))
+    location = Location(recipe.source, tmp_path)
+    if config.model_type not in SOURCES:
+        with pytest.raises(SourceError, match=f"is of family '{config.model_type}', which cannot be converted"):
+            source_of(location, config)
+        pytest.skip(f"{config.model_type} cannot be converted yet")
+    plan = make_plan(recipe, source_of(location, config))
+    assert plan.source_cache_bytes == 2 * before * layers
+    assert plan.cache_bytes == 2 * after * layers
+    if recipe.kv_lora_rank is not None:
+        assert {(layer.kv_lora_rank, layer.qk_rope_head_dim) for layer in plan.layers} == {(512, 64)}
