@@ -26,6 +26,8 @@ from .mistral_mla import (
     MistralMLAModel,
     MistralMLAPreTrainedModel,
 )
+from .native_mla import disable_absorbed_attention, enable_absorbed_attention
+from .native_shared_head_mla import disable_shared_head_attention, enable_shared_head_attention
 from .qwen2_mla import (
     Qwen2MLAConfig,
     Qwen2MLAForCausalLM,
@@ -78,4 +80,8 @@ __all__ = [
     "Qwen3MLAModel",
     "Qwen3MLAPreTrainedModel",
     "StaticLatentCache",
+    "disable_absorbed_attention",
+    "disable_shared_head_attention",
+    "enable_absorbed_attention",
+    "enable_shared_head_attention",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from transformers.cache_utils import DynamicIndexedLayer
 
 from .cache_layers_mla import LatentLayer
@@ -14,3 +15,7 @@ class IndexedLatentLayer(DynamicIndexedLayer, LatentLayer):
     def nbytes(self) -> int:
         """Bytes of the latents, free capacity included, and of the indexer keys."""
         return super().nbytes + (self.indexer_keys.nbytes if self.indexer_keys is not None else 0)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        # Both bases would select the indexer keys, one after the other.
+        self.batch_select_indices(beam_idx)

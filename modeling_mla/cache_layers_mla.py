@@ -61,7 +61,8 @@ class LatentLayer(DynamicLayer):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.kv_lora_rank = key_states.shape[-1]
         width = self.kv_lora_rank + value_states.shape[-1]
-        self.buffer = key_states.new_empty(key_states.shape[0], self.capacity, width)
+        # Zeros, not whatever memory holds: a product with an unfilled row must stay finite, and exports compare buffers.
+        self.buffer = key_states.new_zeros(key_states.shape[0], self.capacity, width)
         self.is_initialized = True
 
     def _make_room(self, new_tokens: int) -> None:
@@ -73,7 +74,7 @@ class LatentLayer(DynamicLayer):
     def _move(self, rows: torch.Tensor, needed: int) -> None:
         wanted = max(needed, int(rows.shape[1] * _GROWTH))
         capacity = -(-wanted // _ALIGNMENT) * _ALIGNMENT
-        grown = rows.new_empty(rows.shape[0], capacity, rows.shape[2])
+        grown = rows.new_zeros(rows.shape[0], capacity, rows.shape[2])
         grown[:, : rows.shape[1]] = rows
         self.buffer = grown
 

@@ -36,7 +36,8 @@ class LatentCache(DynamicCache):
     ) -> None:
         layer_types, layer_kwargs = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
         layers = []
-        for layer_type, kwargs in zip(layer_types, layer_kwargs, strict=True):
+        # A model that drafts with its first layers has fewer of them than of layer types.
+        for layer_type, kwargs in zip(layer_types, layer_kwargs, strict=False):
             if layer_type == "full_attention":
                 layers.append((QuantizedLatentLayer if quantized else LatentLayer)(capacity=capacity))
             elif layer_type == "indexed_attention":

@@ -103,7 +103,7 @@ class StaticLatentCache(StaticCache):
     def __init__(self, config: PreTrainedConfig, max_cache_len: int, offloading: bool = False) -> None:
         config = config.get_text_config(decoder=True)
         layers = []
-        for index, (layer_type, kwargs) in enumerate(zip(*get_layer_types_and_kwargs(config), strict=True)):
+        for index, (layer_type, kwargs) in enumerate(zip(*get_layer_types_and_kwargs(config), strict=False)):
             if layer_type == "full_attention":
                 layer = StaticLatentLayer(max_cache_len, *latent_widths(config, index))
             else:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
-from types import FunctionType, MethodType
 from typing import Any, cast
 
 import torch
@@ -21,6 +19,14 @@ from .absorbed_weights_mla import AbsorbedWeightCache
 from .attention_mla import ALL_ATTENTION_FUNCTIONS, LatentAttention, expand_latents
 from .backends_mla import BACKENDS
 from .modeling_mla import MLAPreTrainedMixin, add_latent_cache
+from .native_classes_mla import (
+    become,
+    become_native,
+    is_changed,
+    native_subclass,
+    why_no_attention_function,
+    with_attention_functions,
+)
 
 _DIMENSIONS = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 _CACHE_HOOK = "_latent_cache_hook"
@@ -56,7 +62,7 @@ def enable_absorbed_attention(model: nn.Module, backend: str = "auto") -> nn.Mod
             raise ValueError(f"{type(attention).__name__} cannot be absorbed: {reason}")
     for attention in attentions:
         if not isinstance(attention, LatentAttention):
-            _become(attention, _absorbing_attention)
+            become(attention, _absorbing_attention)
         absorbing = cast(LatentAttention, attention)
         absorbing._absorbed, absorbing.backend = AbsorbedWeightCache(), backend
     for body in _holders(model, attentions):
@@ -64,21 +70,17 @@ def enable_absorbed_attention(model: nn.Module, backend: str = "auto") -> nn.Mod
             body.__dict__[_CACHE_HOOK] = body.register_forward_pre_hook(add_latent_cache, with_kwargs=True)
     for module in _models(model, attentions):
         if module.can_generate() and not isinstance(module, MLAPreTrainedMixin):
-            _become(module, _latent_generation)
+            become(module, _latent_generation)
     return model
 
 
 def disable_absorbed_attention(model: nn.Module) -> nn.Module:
     """Undoes `enable_absorbed_attention`: every module is of its former class again; returns ``model``."""
     for module in model.modules():
-        # Read past the delegation of adapters' wrappers, which show their inner model's attributes as theirs.
         hook = module.__dict__.pop(_CACHE_HOOK, None)
         if hook is not None:
             hook.remove()
-        if hasattr(type(module), "native_class"):
-            _become(module, lambda absorbing_class: absorbing_class.native_class)
-            for name in ("_absorbed", "backend", "route"):
-                module.__dict__.pop(name, None)
+        become_native(module, "_absorbed", "backend", "route")
     return model
 
 
@@ -90,7 +92,8 @@ def _why_not_mla(model: nn.Module) -> str:
     if getattr(config, "compress_rates", None) is not None:
         return (
             f"{name} has nothing to absorb: its attention is not MLA but compressed attention over one shared "
-            "key/value head, cached as it is read; it has no kv_lora_rank and no kv_b_proj. Use the model as it is."
+            "key/value head, cached as it is read; it has no kv_lora_rank and no kv_b_proj. "
+            "enable_shared_head_attention keeps that head from being copied."
         )
     return (
         f"{name} has nothing to absorb: none of its modules has a kv_b_proj, the up-projection of latents; its "
@@ -100,7 +103,7 @@ def _why_not_mla(model: nn.Module) -> str:
 
 def _why_not_understood(attention: Any) -> str | None:
     """The reason why an attention module cannot be absorbed, None where it can."""
-    if hasattr(type(attention), "native_class"):
+    if is_changed(attention):
         return None
     if isinstance(attention, LatentAttention):
         return "it is this library's own and absorbs already; name a backend with model.set_attention_backend."
@@ -112,13 +115,12 @@ def _why_not_understood(attention: Any) -> str | None:
     for name in _DIMENSIONS:
         if not isinstance(getattr(attention, name, None), int):
             return f"its {name} is {getattr(attention, name, None)!r}, not a number."
-    forward = type(attention).forward
-    if not isinstance(forward, FunctionType) or hasattr(forward, "__wrapped__"):
-        return "its forward is wrapped by a decorator, behind which the attention function cannot be reached."
-    missing = {"expand_kv", "ALL_ATTENTION_FUNCTIONS", "get_interface"} - set(forward.__code__.co_names)
-    if missing:
-        return f"its forward does not use {', '.join(sorted(missing))}."
-    if list(inspect.signature(attention.expand_kv).parameters) != ["kv_nope", "k_rot"]:
+    reason = why_no_attention_function(attention)
+    if reason is not None:
+        return reason
+    if "expand_kv" not in type(attention).forward.__code__.co_names:
+        return "its forward does not call expand_kv."
+    if len(inspect.signature(attention.expand_kv).parameters) != 2:
         return f"its expand_kv takes {inspect.signature(attention.expand_kv)}, not latents and rotary keys."
     if any(tensor.is_meta for tensor in attention.kv_b_proj.parameters()):
         return None
@@ -140,18 +142,14 @@ def _why_expansion_differs(attention: Any) -> str | None:
     with torch.no_grad():
         expected = expand_latents(kv_b_proj, kv_c, k_pe, attention.qk_nope_head_dim, attention.v_head_dim)
         given = attention.expand_kv(kv_c, k_pe)
+        offset = kv_b_proj(torch.zeros_like(kv_c))
     kv_b_proj.train(training)
+    if offset.any():
+        return "its kv_b_proj has a bias, which absorption would lose."
     for name, ours, theirs in zip(("keys", "values"), expected, given, strict=True):
         if ours.shape != theirs.shape or not torch.allclose(ours, theirs, equal_nan=True):
             return f"its expand_kv gives other {name} than DeepSeek's form, kv_b_proj beside a shared rotary key."
     return None
-
-
-def _become(module: Any, other_class: Callable[[Any], type]) -> None:
-    module.__class__ = other_class(module.__class__)
-    if isinstance(module.__dict__.get("_old_forward"), MethodType):
-        # Accelerate's hooks keep the forward that they wrap.
-        module._old_forward = MethodType(module.__class__.forward, module)
 
 
 def _models(model: nn.Module, attentions: list[nn.Module]) -> list[PreTrainedModel]:
@@ -173,46 +171,17 @@ def _holders(model: nn.Module, attentions: list[nn.Module]) -> list[PreTrainedMo
 @functools.cache
 def _absorbing_attention(native_class: Any) -> type[nn.Module]:
     """The native class with its own forward, of which `expand_kv` and the attention function know latents."""
-    return _subclass(
+    return native_subclass(
         _absorbing_attention,
         (LatentAttention, native_class),
-        forward=_with_latent_functions(native_class.forward),
+        forward=with_attention_functions(native_class.forward, ALL_ATTENTION_FUNCTIONS),
         expand_latents=native_class.expand_kv,
     )
 
 
 @functools.cache
 def _latent_generation(native_class: Any) -> type[PreTrainedModel]:
-    return _subclass(_latent_generation, (MLAPreTrainedMixin, native_class))
-
-
-def _subclass(made_by: Callable[[Any], type], bases: tuple[type, ...], **members: Any) -> type:
-    native_class = bases[-1]
-    members |= {
-        "native_class": native_class,
-        "__module__": native_class.__module__,
-        "__qualname__": native_class.__qualname__,
-        "__doc__": native_class.__doc__,
-        # Under its name pickle would find the native class.
-        "__reduce_ex__": lambda self, protocol: (_unpickled, (made_by, native_class), self.__dict__),
-    }
-    return type(native_class.__name__, bases, members)
-
-
-def _unpickled(made_by: Callable[[Any], type], native_class: type) -> object:
-    absorbing_class: Any = made_by(native_class)
-    return absorbing_class.__new__(absorbing_class)
-
-
-def _with_latent_functions(forward: FunctionType) -> FunctionType:
-    """The function again, for which ``ALL_ATTENTION_FUNCTIONS`` is ours; its module keeps the global one."""
-    namespace = {**forward.__globals__, "ALL_ATTENTION_FUNCTIONS": ALL_ATTENTION_FUNCTIONS}
-    # By this name `torch.compile` would find the module, and the global one in it.
-    del namespace["__name__"]
-    rebound = FunctionType(forward.__code__, namespace, forward.__name__, forward.__defaults__, forward.__closure__)
-    rebound.__kwdefaults__ = forward.__kwdefaults__
-    rebound.__module__, rebound.__doc__ = forward.__module__, forward.__doc__
-    return rebound
+    return native_subclass(_latent_generation, (MLAPreTrainedMixin, native_class))
 
 
 __all__ = ["disable_absorbed_attention", "enable_absorbed_attention"]

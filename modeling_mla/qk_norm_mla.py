@@ -5,8 +5,6 @@ are made, keys are normalised, and ``kv_a_proj_with_mqa`` reads both side by sid
 it is mapped to un-rotated and rotated channels.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -114,7 +114,7 @@ def _takes_absorbed_route(
 def _must_expand_in_pieces(
     module: LatentAttention, query: torch.Tensor, kv_length: int, dropout: float, kwargs: dict
 ) -> bool:
-    if dropout or kwargs.get("output_attentions") or any(kwargs.get(name) is not None for name in _EXPANDED_ONLY):
+    if dropout or _wants_weights(module, kwargs) or any(kwargs.get(name) is not None for name in _EXPANDED_ONLY):
         return False
     if kwargs.get("s_aux") is not None or (torch.is_grad_enabled() and query.requires_grad):
         return False

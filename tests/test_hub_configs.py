@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-import yaml
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+from typer.testing import CliRunner
 
 from conversion.checkpoint.location import Location
+from conversion.cli import app
 from conversion.errors import SourceError
 from conversion.memory import cache_memory, read_config
 from conversion.plan import make_plan
-from conversion.recipe import make_recipe
+from conversion.recipe import read_recipe
 from conversion.sources import SOURCES, source_of
 from modeling_mla import LlamaMLAConfig, LlamaMLAForCausalLM
 
@@ -147,7 +148,7 @@ def test_recipes_fit_their_sources(name, tmp_path):
         dtype="bfloat16",
         **further,
     )
-    recipe = make_recipe(**yaml.safe_load((FOLDER / f"{name}.recipe.yaml").read_text()))
+    recipe = read_recipe(FOLDER / f"{name}.recipe.yaml")
     location = Location(recipe.source, tmp_path)
     if config.model_type not in SOURCES:
         with pytest.raises(SourceError, match=f"is of family '{config.model_type}', which cannot be converted"):
@@ -158,3 +159,41 @@ def test_recipes_fit_their_sources(name, tmp_path):
     assert plan.cache_bytes == 2 * after * layers
     if recipe.kv_lora_rank is not None:
         assert {(layer.kv_lora_rank, layer.qk_rope_head_dim) for layer in plan.layers} == {(512, 64)}
+
+
+def test_a_recipe_runs(tmp_path):
+    config = transformers.LlamaConfig(
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=50,
+        dtype="float32",
+    )
+    config.save_pretrained(tmp_path / "source")
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"source: {tmp_path / 'source'}\noutput: {tmp_path / 'out'}\nmethod: exact\n")
+    result = CliRunner().invoke(app, ["run", str(file), "--dry-run"])
+    assert result.exit_code == 0
+    assert "16 + 16" in result.stdout
+    for text, reason in (("a: [", "cannot be read as a recipe"), ("word", "is no recipe"), ("method: exact", "source")):
+        file.write_text(text)
+        result = CliRunner().invoke(app, ["run", str(file)])
+        assert result.exit_code == 2
+        assert reason in result.stderr
+
+
+def test_the_readme_table_is_the_codes():
+    readme = (FOLDER.parent / "README.md").read_text()
+    rows = [
+        [cell.strip() for cell in line.strip("| ").split("|")] for line in readme.splitlines() if line.startswith("| ")
+    ]
+    figures = {row[0].rstrip(" †‡"): row[3:5] for row in rows if len(row) == 7 and row[3].replace(",", "").isdigit()}
+    for title, name in {
+        "DeepSeek-V3, R1, V3.1": "deepseek-v3",
+        "Kimi-K2.6": "kimi-k2.6",
+        "MiniCPM3-4B": "minicpm3-4b",
+    }.items():
+        memory = cache_memory(read_config(FOLDER / f"{name}.json"))
+        assert figures[title] == [f"{BYTES_PER_TOKEN[name]:,}", f"{memory.bytes_at(2**18) / 2**30:.2f}"]

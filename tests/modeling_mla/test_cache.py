@@ -77,7 +77,7 @@ def test_sliding_window_decode_equals_reference(route, chunks):
     model = tiny_model()
     model.set_attention_route(route)
     ids = random_ids(2, 11)
-    cache = LatentCache(tiny_config(layer_types=["sliding_attention"] * 2, sliding_windows=[window] * 2))
+    cache = LatentCache(tiny_config(layer_types=["sliding_attention"] * 2, sliding_window=window))
     parts, start = [], 0
     for size in chunks:
         keys, first = cache.layers[0].get_mask_sizes(size)

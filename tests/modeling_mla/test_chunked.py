@@ -2,8 +2,16 @@
 
 import pytest
 import torch
-from tiny import assert_close, every_variant, left_padding, positions_of, random_ids, reference_logits, tiny_model
-from tiny import VARIANTS
+from tiny import (
+    VARIANTS,
+    assert_close,
+    every_variant,
+    left_padding,
+    positions_of,
+    random_ids,
+    reference_logits,
+    tiny_model,
+)
 
 from modeling_mla import LatentCache, chunked_mla, routes_mla
 from modeling_mla.cache_static_mla import StaticLatentCache

@@ -53,7 +53,7 @@ def test_matrix(models, name, implementation, cache, mode):
     model.set_attn_implementation(implementation)
     actual = generate(model, ids, attention_mask=mask, **CACHES[cache], **MODES[mode])
     assert torch.equal(actual, expected)
-    assert len(set(actual[0, 9:].tolist())) > 2, "the model says something"
+    assert len(set(actual[0, 9:].tolist())) > 1, "the model says something"
 
 
 @pytest.mark.parametrize("route", ["absorbed", "expanded"])

@@ -21,7 +21,7 @@ def causal(queries: int, keys: int, offset: int = 0, window: int | None = None) 
 def test_no_mask_is_causal_from_the_start_and_hides_unfilled_keys():
     keys = VisibleKeys(None, 4, 10, CPU)
     assert keys.keys_in_use == 4
-    assert torch.equal(keys.dense(), causal(4, 4))
+    assert torch.equal(keys.dense(), causal(4, 4)[None, None])
 
 
 def test_one_query_without_a_mask_sees_everything():

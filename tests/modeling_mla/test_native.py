@@ -112,7 +112,7 @@ def test_every_attention_function_agrees(name):
         torch.testing.assert_close(logits, expected, rtol=0.0, atol=2e-4)
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3", "longcat_flash"])
+@pytest.mark.parametrize("name", ["deepseek_v3", "longcat_flash", "deepseek_v32", "dots3_note"])
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -124,7 +124,7 @@ def test_every_attention_function_agrees(name):
     ids=lambda arguments: "-".join(arguments),
 )
 def test_ways_to_generate(name, arguments, absorbed_calls):
-    model = build(DENSE[name]())
+    model = build(ALL[name]())
     ids, _ = _inputs()
     ids = ids[1:]
     expected = model.generate(ids, max_new_tokens=8, do_sample=False, **arguments)
@@ -196,6 +196,18 @@ def test_hooks_of_accelerate_keep_working(absorbed_calls):
     logits, _ = _logits_and_cache(model)
     assert torch.equal(logits, expected)
     assert not absorbed_calls
+
+
+def test_offloaded_weights_are_absorbed(absorbed_calls):
+    accelerate = pytest.importorskip("accelerate")
+    model = build(DENSE["deepseek_v3"]())
+    expected, _ = _logits_and_cache(model)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert model.model.layers[1].self_attn.kv_b_proj.weight.is_meta
+    enable_absorbed_attention(model)
+    logits, _ = _logits_and_cache(model)
+    torch.testing.assert_close(logits, expected, rtol=0.0, atol=1e-9)
+    assert absorbed_calls
 
 
 def test_copies_and_saved_models_are_enabled_too(absorbed_calls):

@@ -147,7 +147,7 @@ def test_pipeline_with_text_and_chat(checkpoint, tmp_path):
     def answer(text: str) -> str:
         ids = tokenizer(text, return_tensors="pt").input_ids
         new = model.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :]
-        return tokenizer.decode(new)
+        return tokenizer.decode(new, skip_special_tokens=True)
 
     assert answers["text"] == "the latent cache" + answer("the latent cache")
     content = answer("the rotary key ")

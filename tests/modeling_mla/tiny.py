@@ -94,7 +94,9 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float 
 
 def expanded_weights(attention: MLAttention) -> torch.Tensor:
     """``[H, qk_nope_head_dim + v_head_dim, r]``: the rows of kv_b_proj, head by head."""
-    return attention.kv_b_proj.weight.view(-1, attention.qk_nope_head_dim + attention.v_head_dim, attention.kv_lora_rank)
+    return attention.kv_b_proj.weight.view(
+        -1, attention.qk_nope_head_dim + attention.v_head_dim, attention.kv_lora_rank
+    )
 
 
 def _rotate(x: torch.Tensor, inv_freq: torch.Tensor, positions: torch.Tensor, factor: float, interleave: bool):

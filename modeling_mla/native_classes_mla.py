@@ -1,0 +1,79 @@
+"""How a loaded model's modules change their behaviour in place, and change back.
+
+A module becomes an instance of a subclass of its own class: it stays the object that others hold, with its parameters,
+hooks and name, whatever wraps it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import FunctionType, MethodType
+from typing import Any
+
+from torch import nn
+from transformers.modeling_utils import AttentionInterface
+
+
+def become(module: Any, other_class: Callable[[Any], type]) -> None:
+    """Changes the class of ``module`` to what ``other_class`` makes of it."""
+    module.__class__ = other_class(module.__class__)
+    if isinstance(module.__dict__.get("_old_forward"), MethodType):
+        # Accelerate's hooks keep the forward that they wrap.
+        module._old_forward = MethodType(module.__class__.forward, module)
+
+
+def become_native(module: nn.Module, *attributes: str) -> None:
+    """Undoes `become`, and deletes ``attributes`` that the other class had set; leaves other modules alone."""
+    # Read from the class: adapters' wrappers show their inner model's attributes as theirs.
+    if is_changed(module):
+        become(module, lambda changed_class: changed_class.native_class)
+        for name in attributes:
+            module.__dict__.pop(name, None)
+
+
+def is_changed(module: nn.Module) -> bool:
+    """Whether ``module`` has become something else."""
+    return hasattr(type(module), "native_class")
+
+
+def native_subclass(made_by: Callable[[Any], type], bases: tuple[type, ...], **members: Any) -> type:
+    """A class that passes for the last of ``bases``.
+
+    Args:
+        made_by: the module-level function that makes it from that base, by which pickle finds it again.
+    """
+    native_class = bases[-1]
+    members |= {
+        "native_class": native_class,
+        "__module__": native_class.__module__,
+        "__qualname__": native_class.__qualname__,
+        "__doc__": native_class.__doc__,
+        # Under its name pickle would find the native class.
+        "__reduce_ex__": lambda self, protocol: (_unpickled, (made_by, native_class), self.__dict__),
+    }
+    return type(native_class.__name__, bases, members)
+
+
+def _unpickled(made_by: Callable[[Any], type], native_class: type) -> object:
+    changed_class: Any = made_by(native_class)
+    return changed_class.__new__(changed_class)
+
+
+def why_no_attention_function(module: nn.Module) -> str | None:
+    """The reason why `with_attention_functions` cannot serve a module's forward, None where it can."""
+    forward = type(module).forward
+    if not isinstance(forward, FunctionType) or hasattr(forward, "__wrapped__"):
+        return "its forward is wrapped by a decorator, behind which the attention function cannot be reached."
+    missing = {"ALL_ATTENTION_FUNCTIONS", "get_interface"} - set(forward.__code__.co_names)
+    return f"its forward does not use {', '.join(sorted(missing))}." if missing else None
+
+
+def with_attention_functions(forward: FunctionType, functions: AttentionInterface) -> FunctionType:
+    """The function again, for which ``ALL_ATTENTION_FUNCTIONS`` is ours; its module keeps the global one."""
+    namespace = {**forward.__globals__, "ALL_ATTENTION_FUNCTIONS": functions}
+    # By this name `torch.compile` would find the module, and the global one in it.
+    del namespace["__name__"]
+    rebound = FunctionType(forward.__code__, namespace, forward.__name__, forward.__defaults__, forward.__closure__)
+    rebound.__kwdefaults__ = forward.__kwdefaults__
+    rebound.__module__, rebound.__doc__ = forward.__module__, forward.__doc__
+    return rebound
