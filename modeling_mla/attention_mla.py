@@ -23,9 +23,9 @@ ALL_ATTENTION_FUNCTIONS = MLAttentionInterface()
 class IdentityRMSNorm(nn.Module):
     """The latent norm of a converted model, which has none.
 
-    Its constants make any engine's RMSNorm over the same tensors a bit-exact identity, so that code which expects
-    DeepSeek's latent norm works unchanged; here the identity is taken literally. The weight is a constant, not a
-    parameter, and is saved for those engines.
+    Its constants make any engine's RMSNorm over the same tensors a bit-exact identity (in float32 for latents of a root
+    mean square below about 180), so that code which expects DeepSeek's latent norm works unchanged; here the identity
+    is taken literally. The weight is a constant, not a parameter, and is saved for those engines.
     """
 
     weight: torch.Tensor

@@ -61,7 +61,7 @@ class LatentLayer(DynamicLayer):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.kv_lora_rank = key_states.shape[-1]
         width = self.kv_lora_rank + value_states.shape[-1]
-        # Zeros, not whatever memory holds: a product with an unfilled row must stay finite, and exports compare buffers.
+        # Zeros, not what the memory held: products with unfilled rows must stay finite, and exports compare buffers.
         self.buffer = key_states.new_zeros(key_states.shape[0], self.capacity, width)
         self.is_initialized = True
 

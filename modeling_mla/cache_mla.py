@@ -62,16 +62,16 @@ class LatentCache(DynamicCache):
             input_ids: ``[B, S]``, the tokens that the cache holds.
 
         Raises:
-            ValueError: the cache holds another number of tokens, or has layers that are not plain `LatentLayer`s.
+            ValueError: the cache holds another number of sequences or tokens, or has layers that are no `LatentLayer`.
         """
-        length = self.get_seq_length()
-        if input_ids.shape[-1] != length:
-            raise ValueError(
-                f"input_ids has {input_ids.shape[-1]} tokens, the cache holds {length}; pass the tokens that it holds."
-            )
         other = next((layer for layer in self.layers if type(layer) is not LatentLayer), None)
         if other is not None:
             raise ValueError(f"Only full-attention latent layers can be saved, and this cache has a {other!r}.")
+        held = tuple(self.layers[0].stored.shape[:2]) if self.layers[0].is_initialized else (0, 0)
+        if tuple(input_ids.shape) != held:
+            raise ValueError(
+                f"input_ids is {tuple(input_ids.shape)}, the cache is {held} (sequences, tokens); pass what it holds."
+            )
         write_prefix(path, [(layer.stored, layer.kv_lora_rank) for layer in self.layers], model, input_ids)
 
     @classmethod

@@ -18,7 +18,7 @@ else:
     _Body = object
 
 IDENTITY_NORM_EPS = float(2**40)
-"""With ``IDENTITY_NORM_WEIGHT`` this makes any RMSNorm a bit-exact identity in float32 and bfloat16."""
+"""With ``IDENTITY_NORM_WEIGHT`` this makes any RMSNorm an identity, bit-exact in float32 and bfloat16."""
 IDENTITY_NORM_WEIGHT = float(2**20)
 
 

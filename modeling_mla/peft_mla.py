@@ -16,6 +16,8 @@ def register_peft_targets(model_type: str) -> None:
     constants = sys.modules.get("peft.utils.constants")
     if constants is None:
         return
+    usual = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING["llama"]
     for name, mapping in vars(constants).items():
-        if name.startswith("TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES"):
+        # Methods that adapt in Llama what LoRA adapts; others choose norms or the MLP.
+        if name.endswith("_TARGET_MODULES_MAPPING") and mapping.get("llama") == usual:
             mapping.setdefault(model_type, list(ATTENTION_PROJECTIONS))

@@ -90,8 +90,9 @@ def test_damaged_files_are_refused(saved, damage):
 def test_tokens_that_are_not_the_prefix_are_refused(tmp_path):
     model = tiny_model()
     cache = model(PREFIX).past_key_values
-    with pytest.raises(ValueError, match="9"):
-        cache.save(tmp_path / "prefix.safetensors", model, PREFIX[:, :5])
+    for wrong in (PREFIX[:, :5], PREFIX[:1]):
+        with pytest.raises(ValueError, match=r"the cache is \(2, 9\)"):
+            cache.save(tmp_path / "prefix.safetensors", model, wrong)
 
 
 def test_a_missing_file_is_told(tmp_path):
