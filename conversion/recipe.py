@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from .errors import BudgetError, ConversionError
@@ -34,6 +35,7 @@ class Recipe(BaseModel):
         calibration: a text file or a name of a data set; None is the default mix.
         tokens: of calibration text.
         seed: of everything that is sampled.
+        statistics: folder that keeps what is measured on the text, for other budgets; made where it is absent.
         dtype: of the weights written; None keeps the source's.
     """
 
@@ -49,6 +51,7 @@ class Recipe(BaseModel):
     tokens: int = Field(DEFAULT_TOKENS, ge=1)
     seed: int = Field(0, ge=0)
     dtype: DtypeName | None = None
+    statistics: Path | None = None
 
     @field_validator("cache")
     @classmethod
@@ -70,7 +73,7 @@ class Recipe(BaseModel):
 
     def identity(self) -> dict[str, str]:
         """What two runs must share for one to go on where the other stopped."""
-        return {name: str(value) for name, value in self.model_dump(exclude={"output"}).items()}
+        return {name: str(value) for name, value in self.model_dump(exclude={"output", "statistics"}).items()}
 
 
 def make_recipe(**values: object) -> Recipe:
@@ -82,6 +85,18 @@ def make_recipe(**values: object) -> Recipe:
         name = ".".join(str(part) for part in first["loc"])
         message = first["msg"].removeprefix("Value error, ")
         raise ConversionError(f"{name} is {first['input']!r}: {message}.") from error
+
+
+def read_recipe(file: Path) -> Recipe:
+    """A recipe from a YAML file; raises `ConversionError` in one line where it cannot be read or a value is wrong."""
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ConversionError(f"{file} cannot be read as a recipe: {reason}") from error
+    if not isinstance(values, dict):
+        raise ConversionError(f"{file} is no recipe; give source, output and the options of convert, one a line.")
+    return make_recipe(**values)
 
 
 def cache_elements(cache: str, geometries: list[AttentionGeometry], itemsize: int) -> list[int]:

@@ -42,7 +42,7 @@ class Report:
         plan = self.plan.as_json()
         recipe = plan.pop("recipe") | {"source": self.location.name, "revision": self.location.revision}
         recipe["calibration"] = calibration_name(recipe["calibration"])
-        del recipe["output"]
+        del recipe["output"], recipe["statistics"]
         layers = [
             {
                 "kv_lora_rank": budget.kv_lora_rank,

@@ -39,6 +39,10 @@ class IdentityRMSNorm(nn.Module):
         init.constant_(self.weight, IDENTITY_NORM_WEIGHT)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if isinstance(hidden_states, torch.fx.Proxy):
+            # An engine reads the graph, and knows a norm by its formula.
+            variance = hidden_states.pow(2).mean(-1, keepdim=True)
+            return self.weight * (hidden_states * torch.rsqrt(variance + self.variance_epsilon))
         return hidden_states
 
 
@@ -90,8 +94,9 @@ class LatentAttention(nn.Module):
         """
         if is_latent_aware(self.config._attn_implementation):
             return kv_c, k_pe
-        # The projection is named here, for engines recognise the method by it.
-        return expand_latents(self.kv_b_proj, kv_c, k_pe, self.qk_nope_head_dim, self.v_head_dim)
+        # The projection is named here and a pair written out: engines recognise the method by both.
+        key, value = expand_latents(self.kv_b_proj, kv_c, k_pe, self.qk_nope_head_dim, self.v_head_dim)
+        return key, value
 
     def expand_latents(self, kv_c: torch.Tensor, k_pe: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As `expand_kv`, whatever function is in use."""

@@ -77,7 +77,7 @@ def layer_angles(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The cos and sin ``[B, S, rope_dim/2]`` of one layer, from what :class:`MLARotaryEmbedding` returned."""
     cos, sin = position_embeddings
-    row = layer_idx if cos.shape[2] > 1 else 0
+    row = layer_idx % cos.shape[2]
     return cos[:, :, row, : rope_dim // 2], sin[:, :, row, : rope_dim // 2]
 
 

@@ -63,3 +63,25 @@ def require_space(folder: Path, needed: int) -> None:
             f"the conversion needs {needed / 1e9:.2f} GB in {existing}, where {free / 1e9:.2f} GB are free; "
             "free some or choose another output folder."
         )
+
+
+@contextmanager
+def publishing(output: Path) -> Iterator[Path]:
+    """Gives an empty folder beside ``output``, which gets that name when the block ends, and is deleted if it fails.
+
+    Raises:
+        OutputError: ``output`` exists, cannot be written, or the disk is full.
+    """
+    if output.exists():
+        raise OutputError(f"{output} exists already; choose another output, or move it away.")
+    work = output.with_name(f".{output.name}.{os.getpid()}.partial")
+    try:
+        work.mkdir(parents=True)
+    except OSError as error:
+        raise OutputError(f"{work.parent} cannot be written ({error.strerror}); choose another output.") from error
+    try:
+        yield work
+        work.rename(output)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise

@@ -12,13 +12,12 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 
 from ..errors import JournalError, OutputError
 from ..layers import LayerBudget, MLAWeights
-from .atomic import write_tensors, write_text
+from .atomic import write_text
 from .layer_store import read_layer, write_layer
+from .measurements import Measurements
 
 _JOURNAL = "journal.json"
 
@@ -105,23 +104,10 @@ class WorkFolder:
         """Writes the journal."""
         write_text(self.path / _JOURNAL, self.progress.model_dump_json(indent=2) + "\n")
 
-    def write_statistics(self, layer: int, tensors: dict[str, Tensor]) -> None:
-        write_tensors(self._statistics(layer), tensors)
-
-    def read_statistics(self, layer: int) -> dict[str, Tensor]:
-        return self._load(self._statistics(layer))
-
-    def write_hidden_states(self, layer: int, hidden_states: Tensor) -> None:
-        """Hidden states of the calibration text that enter ``layer``."""
-        write_tensors(self._hidden_states(layer), {"hidden_states": hidden_states})
-
-    def read_hidden_states(self, layer: int) -> Tensor:
-        return self._load(self._hidden_states(layer))["hidden_states"]
-
-    def forget_measurements(self, layer: int) -> None:
-        """Deletes what only the conversion of ``layer`` needs: call it when the journal has moved on."""
-        self._statistics(layer).unlink(missing_ok=True)
-        self._hidden_states(layer).unlink(missing_ok=True)
+    @property
+    def measurements(self) -> Measurements:
+        """The conversion's own statistics and hidden states."""
+        return _OwnMeasurements(self)
 
     def write_layer(self, layer: int, weights: MLAWeights) -> None:
         write_layer(self._layer(layer), weights)
@@ -142,20 +128,28 @@ class WorkFolder:
         self.checkpoint.rename(output)
         shutil.rmtree(self.path)
 
-    def _load(self, path: Path) -> dict[str, Tensor]:
-        try:
-            return load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise self._lost(path) from error
-
     def _lost(self, path: Path) -> JournalError:
         return JournalError(f"{path} is missing or damaged, though the journal names it; delete {self.path}.")
 
-    def _statistics(self, layer: int) -> Path:
-        return self.path / f"statistics-{layer:05d}.safetensors"
-
-    def _hidden_states(self, layer: int) -> Path:
-        return self.path / f"hidden-states-{layer:05d}.safetensors"
-
     def _layer(self, layer: int) -> Path:
         return self.path / f"layer-{layer:05d}.safetensors"
+
+
+class _OwnMeasurements(Measurements):
+    """Kept in the work folder, each until its layer is converted."""
+
+    def __init__(self, work: WorkFolder) -> None:
+        super().__init__(work.path)
+        self._work = work
+
+    @property
+    def measured(self) -> int:
+        return self._work.progress.measured
+
+    def advance(self, measured: int) -> None:
+        self._work.progress.measured = measured
+        self._work.save()
+
+    def forget(self, layer: int) -> None:
+        """Deletes them; the journal has moved on."""
+        self.delete(layer)

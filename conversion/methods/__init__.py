@@ -6,8 +6,12 @@ from ..errors import ConversionError
 from .attention_aware import AttentionAwareMethod
 from .base import LayerRefit, LayerStatistics, Method
 from .exact import ExactMethod
+from .mha2mla import MHA2MLAMethod
+from .transmla import TransMLAMethod
 
-METHODS: dict[str, Method] = {method.name: method for method in (ExactMethod(), AttentionAwareMethod())}
+METHODS: dict[str, Method] = {
+    method.name: method for method in (ExactMethod(), AttentionAwareMethod(), TransMLAMethod(), MHA2MLAMethod())
+}
 
 
 def get_method(name: str) -> Method:

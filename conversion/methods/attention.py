@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..layers import AttentionGeometry, AttentionWeights, MLAWeights
+from ..layers import AttentionGeometry, AttentionWeights, MLAWeights, encoder_input, query_input
 from .heads import repeat_groups
 
 
@@ -64,9 +64,9 @@ def source_heads(geometry: AttentionGeometry, weights: AttentionWeights, inputs:
         return torch.nn.functional.linear(states, weight, bias).unflatten(-1, (-1, geometry.head_dim)).transpose(0, 1)
 
     return SourceHeads(
-        queries=heads(inputs[rows], weights.q, weights.q_bias),
-        keys=heads(inputs, weights.k, weights.k_bias),
-        values=heads(inputs, weights.v, weights.v_bias),
+        queries=heads(query_input(inputs[rows], weights.q), weights.q, weights.q_bias),
+        keys=heads(encoder_input(inputs, weights.k), weights.k, weights.k_bias),
+        values=heads(encoder_input(inputs, weights.v), weights.v, weights.v_bias),
     )
 
 
@@ -92,9 +92,11 @@ def converted_contexts(geometry: AttentionGeometry, weights: MLAWeights, inputs:
     """Per-head contexts of the converted layer, side by side: what its ``o_proj`` reads, ``[n, H*d_v]``."""
     nope, v_dim, pairs = weights.qk_nope_head_dim, weights.v_head_dim, weights.inv_freq.numel()
     heads = geometry.num_heads
-    query = torch.nn.functional.linear(inputs[rows], weights.q_proj, weights.q_proj_bias)
+    read = query_input(inputs[rows], weights.q_proj)
+    query = torch.nn.functional.linear(read, weights.q_proj, weights.q_proj_bias)
     q_nope, q_rope = query.unflatten(-1, (heads, -1)).transpose(0, 1).split((nope, 2 * pairs), dim=-1)
-    cached = torch.nn.functional.linear(inputs, weights.kv_a_proj_with_mqa, weights.kv_a_proj_with_mqa_bias)
+    read = encoder_input(inputs, weights.kv_a_proj_with_mqa)
+    cached = torch.nn.functional.linear(read, weights.kv_a_proj_with_mqa, weights.kv_a_proj_with_mqa_bias)
     latent, key_rope = cached.split((cached.shape[-1] - 2 * pairs, 2 * pairs), dim=-1)
     up_key, up_value = weights.kv_b_proj.unflatten(0, (heads, nope + v_dim)).split((nope, v_dim), dim=1)
 

@@ -19,7 +19,7 @@ from ..errors import BudgetError
 from ..layers import AttentionGeometry, AttentionWeights, LayerBudget, MLAWeights
 from .allocation import allocate_ranks
 from .base import LayerRefit, Method
-from .heads import refuse_qk_norms, repeat_groups
+from .heads import repeat_groups
 from .joint_latent import JointLatent, joint_latent, latent_spectrum, latent_targets
 from .rotary_pca import RotaryKey, as_pairs, from_pairs, mean_rotation, rotary_queries, shared_rotary_key
 from .statistics import AttentionStatistics, output_gram, pair_energy
@@ -118,7 +118,6 @@ class AttentionAwareMethod(Method):
         return LayerBudget(kv_lora_rank=cache_elements - rotary, qk_rope_head_dim=rotary)
 
     def statistics(self, geometry: AttentionGeometry, weights: AttentionWeights, seed: int) -> AttentionStatistics:
-        refuse_qk_norms(weights, self.name)
         return AttentionStatistics(geometry, weights, seed)
 
     def allocate(

@@ -68,6 +68,9 @@ class Method(ABC):
     def split(self, geometry: AttentionGeometry, cache_elements: int) -> LayerBudget:
         """Divides a cache size between latent and rotary key. Raises `BudgetError` where it cannot."""
 
+    def check(self, geometry: AttentionGeometry, budget: LayerBudget) -> None:  # noqa: B027 (most have nothing to add)
+        """Raises `BudgetError` for a budget between the smallest and the largest that still does not fit."""
+
     def statistics(self, geometry: AttentionGeometry, weights: AttentionWeights, seed: int) -> LayerStatistics | None:
         """A fresh accumulator for one layer, or None where no text is needed.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import BudgetError
 from ..layers import AttentionGeometry, AttentionWeights, LayerBudget, MLAWeights
 from .base import Method
-from .heads import refuse_qk_norms, value_bias_through_output
+from .heads import value_bias_through_output
 
 
 class ExactMethod(Method):
@@ -46,7 +46,6 @@ class ExactMethod(Method):
         budget: LayerBudget,
     ) -> MLAWeights:
         """See `Method.factorise`; ``statistics`` are not read and ``budget`` has one possible value."""
-        refuse_qk_norms(weights, self.name)
         kv, d, rotary = geometry.num_kv_heads, geometry.head_dim, geometry.rotary_dim
         passive = d - rotary
         key_rows = torch.arange(kv * d).view(kv, d)

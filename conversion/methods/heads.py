@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from ..errors import ConversionError
 from ..layers import AttentionGeometry, AttentionWeights
-
-
-def refuse_qk_norms(weights: AttentionWeights, method: str) -> None:
-    """Raises `ConversionError` for a source that normalises queries or keys per head (Qwen3)."""
-    if weights.q_norm is not None or weights.k_norm is not None:
-        raise ConversionError(
-            f"this source normalises queries and keys per head (q_norm, k_norm), which method {method} cannot convert "
-            "yet; choose a model without them."
-        )
 
 
 def repeat_groups(geometry: AttentionGeometry, rows: Tensor) -> Tensor:
@@ -29,3 +20,9 @@ def value_bias_through_output(geometry: AttentionGeometry, weights: AttentionWei
         return weights.o_bias
     moved = weights.o @ repeat_groups(geometry, weights.v_bias)
     return moved if weights.o_bias is None else moved + weights.o_bias
+
+
+def augmented_rows(weight: Tensor, bias: Tensor | None, head_dim: int) -> Tensor:
+    """Weight rows by head with the bias as a last column, ``[heads, d, D+1]`` in float64: maps of ``x~ = [x, 1]``."""
+    constant = weight.new_zeros(weight.shape[0]) if bias is None else bias
+    return torch.cat((weight, constant[:, None]), dim=1).double().unflatten(0, (-1, head_dim))

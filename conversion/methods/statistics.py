@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..layers import AttentionGeometry, AttentionWeights
+from ..layers import AttentionGeometry, AttentionWeights, encoder_input
 from .attention import Rotation, SourceHeads, source_attention, source_heads
 from .base import LayerStatistics
 
@@ -23,7 +23,7 @@ UNIFORM_SHARE = 0.25
 class AttentionStatistics(LayerStatistics):
     """Running sums, float64, for one layer.
 
-    ``tensors()``, with ``x~ = [x, 1]`` (the constant carries biases and means), N tokens:
+    ``tensors()``, with ``x~ = [x, 1]`` of the encoder's input x (the constant carries biases and means), N tokens:
 
     - ``moment [D+1, D+1]``: ``sum_j t_j x~_j x~_j^T``, token weights t that add up to 1 in every window;
     - ``mean [D+1]``: ``sum_j x~_j``, so the last entry is N;
@@ -36,7 +36,7 @@ class AttentionStatistics(LayerStatistics):
     def __init__(self, geometry: AttentionGeometry, weights: AttentionWeights, seed: int) -> None:
         self.geometry, self.weights, self.seed = geometry, weights, seed
         self.windows = 0
-        width, heads, d = geometry.hidden_size + 1, geometry.num_heads, geometry.head_dim
+        width, heads, d = weights.k.shape[1] + 1, geometry.num_heads, geometry.head_dim
         self.sums = {
             "moment": torch.zeros(width, width, dtype=torch.float64),
             "mean": torch.zeros(width, dtype=torch.float64),
@@ -64,7 +64,8 @@ class AttentionStatistics(LayerStatistics):
         attention = source_attention(self.geometry, heads, rows)
         score_weights = output_sensitivity(self.geometry, self.weights.o, heads, attention)
 
-        augmented = torch.cat((inputs, inputs.new_ones(inputs.shape[0], 1)), dim=1)
+        encoded = encoder_input(inputs, self.weights.k)
+        augmented = torch.cat((encoded, encoded.new_ones(len(encoded), 1)), dim=1)
         squared = attention.square()
         token_weights = importance(score_weights.sum((0, 1)), squared.sum((0, 1)))
         row_weights = score_weights.sum(-1)

@@ -8,8 +8,13 @@ from ..checkpoint.location import Location, locate
 from ..errors import SourceError
 from .base import SourceModel
 from .llama import LlamaSource
+from .mistral import MistralSource
+from .qwen2 import Qwen2Source
+from .qwen3 import Qwen3Source
 
-SOURCES: dict[str, type[SourceModel]] = {source.model_type: source for source in (LlamaSource,)}
+SOURCES: dict[str, type[SourceModel]] = {
+    source.model_type: source for source in (LlamaSource, MistralSource, Qwen2Source, Qwen3Source)
+}
 
 
 def open_source(model: str) -> SourceModel:
@@ -27,12 +32,13 @@ def open_source(model: str) -> SourceModel:
 
 def source_of(location: Location, config: PreTrainedConfig) -> SourceModel:
     """The family's view of a checkpoint; raises as `open_source`."""
+    text = config.get_text_config(decoder=True)
     if is_mla(config):
         raise SourceError(
             f"{location.model} is an MLA model already ({config.model_type}, kv_lora_rank "
-            f"{config.get_text_config(decoder=True).per_layer_config[0].kv_lora_rank}); give a model with standard attention."
+            f"{text.per_layer_config[0].kv_lora_rank}); give a model with standard attention."
         )
-    if hasattr(config.get_text_config(decoder=True), "compress_rates"):
+    if hasattr(text, "compress_rates"):
         raise SourceError(
             f"{location.model} is of family {config.model_type!r}: it caches one key/value head that all heads share, "
             "compressed over tokens, which latents would not make smaller; use it as it is."

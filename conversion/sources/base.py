@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 import modeling_mla
+from modeling_mla.attention_mla import layer_window
 from modeling_mla.configuration_mla import IDENTITY_NORM_WEIGHT
 
 from ..checkpoint.location import Location, locate
@@ -33,10 +33,11 @@ _NOT_IN_MLA_CONFIG = {
     "quantization_config",
     "transformers_version",
 }
+_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 _BIASES = ("q_proj_bias", "kv_a_proj_with_mqa_bias", "o_proj_bias")
 
 
-class SourceModel(ABC):
+class SourceModel:
     """One checkpoint of a family. Reads tensors one layer at a time; the defaults describe Llama's naming.
 
     Raises:
@@ -69,13 +70,45 @@ class SourceModel(ABC):
             )
         self.refuse_unsupported()
 
-    @abstractmethod
     def refuse_unsupported(self) -> None:
-        """Raises `SourceError`, with the feature's name, for a configuration that would be converted wrongly."""
+        """Raises `SourceError`, with the feature's name, for a configuration that would be converted wrongly.
 
-    @abstractmethod
+        Frequencies that depend on the sequence length have no fixed table; the others become one.
+        """
+        rope = self.config.rope_parameters
+        if rope["rope_type"] not in _ROPE_TYPES:
+            raise SourceError(
+                f"{self.location.model} has rotary scaling {rope['rope_type']!r}, whose frequencies depend on the "
+                f"length of the text; supported are {', '.join(_ROPE_TYPES)}."
+            )
+        if rope.get("partial_rotary_factor", 1.0) != 1.0:
+            raise SourceError(
+                f"{self.location.model} has partial_rotary_factor {rope['partial_rotary_factor']}, which "
+                f"{self.causal_lm.__name__} does not apply; remove it from the configuration."
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
+
     def geometry(self, layer: int) -> AttentionGeometry:
-        """Sizes, frequencies and scale of one layer's attention."""
+        """Sizes, frequencies, scale and window of one layer's attention."""
+        inv_freq, attention_factor = self._frequencies
+        return AttentionGeometry(
+            hidden_size=self.config.hidden_size,
+            num_heads=self.config.num_attention_heads,
+            num_kv_heads=self.config.num_key_value_heads,
+            head_dim=self.head_dim,
+            inv_freq=inv_freq,
+            softmax_scale=self.head_dim**-0.5,
+            attention_factor=attention_factor,
+            sliding_window=layer_window(self.config, layer),
+        )
+
+    @cached_property
+    def _frequencies(self) -> tuple[Tensor, float]:
+        rotary: Any = self.rotary_class(self.config)
+        return rotary.inv_freq.float(), float(rotary.attention_scaling)
 
     @property
     def num_layers(self) -> int:
@@ -182,7 +215,8 @@ class SourceModel(ABC):
         """One decoder layer over windows that start at position 0, ``[B, S, D]`` to ``[B, S, D]``."""
         position_ids = torch.arange(hidden_states.shape[1])[None]
         angles = self.rotary(hidden_states, position_ids)
-        return module(hidden_states, attention_mask=None, position_ids=position_ids, position_embeddings=angles)
+        mask = sliding_mask(hidden_states.shape[1], self.geometry(module.get_submodule("self_attn").layer_idx))
+        return module(hidden_states, attention_mask=mask, position_ids=position_ids, position_embeddings=angles)
 
     @cached_property
     def rotary(self) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -252,7 +286,20 @@ class SourceModel(ABC):
             kv_a_bias="kv_a_proj_with_mqa_bias" in biased,
             o_bias="o_proj_bias" in biased,
             latent_norm="identity",
+            **self.family_fields(),
         )
+
+    def family_fields(self) -> dict[str, Any]:
+        """What the converted configuration of this family says beside the common fields."""
+        return {}
+
+
+def sliding_mask(length: int, geometry: AttentionGeometry) -> Tensor | None:
+    """Bool ``[1, 1, S, S]``, True where a query sees a key; None where causality alone decides."""
+    if geometry.sliding_window is None or geometry.sliding_window >= length:
+        return None
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    return ((distance >= 0) & (distance < geometry.sliding_window))[None, None]
 
 
 def _natural_order(name: str) -> list[tuple[int, str]]:

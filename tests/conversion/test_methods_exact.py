@@ -67,13 +67,6 @@ def test_refuses_a_smaller_cache():
         EXACT.split(geometry, 31)
 
 
-@pytest.mark.parametrize("norm", ["q_norm", "k_norm"])
-def test_refuses_head_norms(norm):
-    geometry, weights = naive.random_layer()
-    with pytest.raises(ConversionError, match="q_norm, k_norm"):
-        EXACT.factorise(geometry, replace(weights, **{norm: torch.ones(8)}), None, EXACT.smallest(geometry))
-
-
 def test_unknown_method():
     with pytest.raises(ConversionError, match=r"'svd'.*exact"):
         get_method("svd")

@@ -1,0 +1,122 @@
+"""For vLLM's Transformers backend: zero padding to the sizes that its MLA attention has kernels for.
+
+Nothing else changes: the padded model is the same model under the same architecture, run by vLLM with the plugin
+`modeling_mla.vllm_mla`. All zeros are exact, for they meet zeros.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from modeling_mla.configuration_mla import IDENTITY_NORM_WEIGHT
+
+from ..errors import BudgetError, SourceError
+from .base import Exporter
+
+KV_LORA_RANK = 512
+QK_ROPE_HEAD_DIM = 64
+HEAD_DIMS = ((64, 128), (128, 128), (192, 256))
+"""(qk_nope_head_dim, v_head_dim) beside 64 rotary channels for which there are prefill kernels on GPUs."""
+
+_ATTENTION = re.compile(r"model\.layers\.(\d+)\.self_attn\.(\w+)\.(weight|bias)")
+
+
+class VllmExporter(Exporter):
+    """Rank 512 and rotary key 64 in every layer, head sizes from `HEAD_DIMS`."""
+
+    name = "vllm"
+
+    def config(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """See `Exporter.config`."""
+        if hasattr(config, "qk_norm_head_dim"):
+            raise SourceError(
+                f"{config.model_type} normalises queries and keys of every head, which vLLM cannot fuse into its MLA "
+                "attention; serve the model with Transformers."
+            )
+        for field, limit in (("kv_lora_rank", KV_LORA_RANK), ("qk_rope_head_dim", QK_ROPE_HEAD_DIM)):
+            if getattr(config, field) > limit:
+                raise BudgetError(
+                    f"{field} is {getattr(config, field)}, and vLLM's kernels have {limit}; convert the model with "
+                    f"--{field.replace('_', '-')} {limit} or less."
+                )
+        fitting = [
+            sizes for sizes in HEAD_DIMS if config.qk_nope_head_dim <= sizes[0] and config.v_head_dim <= sizes[1]
+        ]
+        if not fitting:
+            raise SourceError(
+                f"qk_nope_head_dim {config.qk_nope_head_dim} and v_head_dim {config.v_head_dim} are more than vLLM's "
+                f"largest head, {HEAD_DIMS[-1]}; serve the model with Transformers."
+            )
+        self._refuse_unpaddable(config)
+        qk_head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
+        padded = copy.deepcopy(config.to_dict())
+        rows = config.rope_inv_freq
+        if rows is not None:
+            padded["rope_inv_freq"] = [row + [0.0] * (QK_ROPE_HEAD_DIM // 2 - len(row)) for row in rows]
+        for derived in ("head_dim", "num_key_value_heads", "qk_head_dim"):
+            padded.pop(derived, None)
+        return type(config)(
+            **padded
+            | {
+                "kv_lora_rank": KV_LORA_RANK,
+                "kv_lora_ranks": None,
+                "qk_rope_head_dim": QK_ROPE_HEAD_DIM,
+                "qk_rope_head_dims": None,
+                "qk_nope_head_dim": fitting[0][0],
+                "v_head_dim": fitting[0][1],
+                "softmax_scale": qk_head_dim**-0.5 if config.softmax_scale is None else config.softmax_scale,
+            }
+        )
+
+    def _refuse_unpaddable(self, config: PreTrainedConfig) -> None:
+        if config.latent_norm != "identity" and config.kv_lora_rank != KV_LORA_RANK:
+            raise SourceError(
+                f"kv_lora_rank is {config.kv_lora_rank} with a latent norm, whose mean zeros would change; vLLM can "
+                f"serve this model only with kv_lora_rank {KV_LORA_RANK}."
+            )
+        implicit = config.rope_inv_freq is None or config.rope_interleave
+        if implicit and config.qk_rope_head_dim != QK_ROPE_HEAD_DIM:
+            raise SourceError(
+                f"qk_rope_head_dim is {config.qk_rope_head_dim} without explicit, half-split frequencies "
+                f"(rope_inv_freq), which padding would change; vLLM can serve this model only with {QK_ROPE_HEAD_DIM}."
+            )
+
+    def tensor(self, name: str, tensor: Tensor, before: PreTrainedConfig, after: PreTrainedConfig) -> Tensor:
+        """See `Exporter.tensor`."""
+        match = _ATTENTION.fullmatch(name)
+        if match is None:
+            return tensor
+        layer, projection = int(match.group(1)), match.group(2)
+        rank, rotary = before.layer_kv_lora_rank(layer), before.layer_qk_rope_head_dim(layer)
+        half, heads = rotary // 2, before.num_attention_heads
+        nope = (before.qk_nope_head_dim, after.qk_nope_head_dim)
+        value = (before.v_head_dim, after.v_head_dim)
+        halves = [(half, after.qk_rope_head_dim // 2)] * 2
+        latent = (rank, after.kv_lora_rank)
+        if projection in ("q_proj", "q_b_proj"):
+            return _pad_parts(tensor.unflatten(0, (heads, -1)), 1, [nope, *halves]).flatten(0, 1)
+        if projection == "kv_a_proj_with_mqa":
+            return _pad_parts(tensor, 0, [latent, *halves])
+        if projection == "kv_a_layernorm":
+            return torch.cat((tensor, tensor.new_full((latent[1] - rank,), IDENTITY_NORM_WEIGHT)))
+        if projection == "kv_b_proj":
+            per_head = _pad_parts(tensor.unflatten(0, (heads, -1)), 1, [nope, value]).flatten(0, 1)
+            return _pad_parts(per_head, 1, [latent])
+        if projection == "o_proj" and match.group(3) == "weight":
+            return _pad_parts(tensor.unflatten(1, (heads, -1)), 2, [value]).flatten(1, 2)
+        return tensor
+
+
+def _pad_parts(tensor: Tensor, dim: int, parts: list[tuple[int, int]]) -> Tensor:
+    """Zeros behind each of the parts of a dimension, given as (size, padded size)."""
+    padded = []
+    for part, (size, wanted) in zip(tensor.split([size for size, _ in parts], dim=dim), parts, strict=True):
+        shape = list(tensor.shape)
+        shape[dim] = wanted - size
+        padded += [part, tensor.new_zeros(shape)]
+    return torch.cat(padded, dim=dim)

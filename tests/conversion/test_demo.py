@@ -1,0 +1,45 @@
+"""``make demo`` on a tiny model: convert, verify, and answer in a process without the package."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_source import convert, save_source
+
+_EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(_EXAMPLES / script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo")
+    save_source(folder / "source", dtype=torch.float32)
+    return folder
+
+
+def test_demo_answers_and_replaces_an_earlier_one(folder: Path) -> None:
+    convert(folder / "source", folder / "out", method="exact")
+    finished = run("demo.py", folder / "source", folder / "out", "--cache", "75%", "--prompt", "Hello")
+    assert finished.returncode == 0, finished.stderr
+    for line in ("cache, bytes a token", "perplexity", "seconds", "peak memory", "> Hello"):
+        assert line in finished.stdout
+    assert "modeling_mla cannot be imported here" in finished.stdout
+    assert "model class: transformers_modules.out." in finished.stdout
+    assert json.loads((folder / "out" / "conversion.json").read_text())["recipe"]["cache"] == "75%"
+
+
+def test_demo_replaces_nothing_that_it_did_not_make(folder: Path) -> None:
+    (folder / "mine").mkdir()
+    finished = run("demo.py", folder / "source", folder / "mine")
+    assert finished.returncode == 1
+    assert finished.stderr.strip().endswith("choose another output, or move it away.")
+    assert (folder / "mine").is_dir()

@@ -1,0 +1,70 @@
+"""Tiny random checkpoints of every source family's own Transformers class."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tiny_source import CONTEXT, byte_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+WINDOW = 20
+FAMILIES = {
+    "llama": {},
+    "mistral": {"sliding_window": WINDOW},
+    "mistral-full": {"sliding_window": None, "head_dim": 8},
+    "qwen2": {},
+    "qwen2-windows": {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
+    "qwen3": {"head_dim": 16},
+    "qwen3-biases-windows": {
+        "head_dim": 8,
+        "attention_bias": True,
+        "use_sliding_window": True,
+        "sliding_window": WINDOW,
+        "max_window_layers": 1,
+    },
+}
+"""By family, and what of it: fields beside those that all share."""
+
+
+def save_family(folder: Path, family: str, kv_heads: int = 2, dtype: torch.dtype = torch.float64, **overrides) -> Path:
+    """Writes a checkpoint, norms and biases random as well."""
+    torch.manual_seed(0)
+    fields = {
+        "vocab_size": 258,
+        "hidden_size": 64,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": CONTEXT,
+        "initializer_range": 0.15,
+        "pad_token_id": None,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0},
+    }
+    config = AutoConfig.for_model(family.partition("-")[0], **(fields | FAMILIES[family] | overrides))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias"):
+                parameter.normal_(std=0.5)
+            elif "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+    model.to(dtype).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def load(folder: Path, route: str = "auto") -> PreTrainedModel:
+    """A causal model in float64; the route is for MLA models."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    if hasattr(model, "set_attention_route"):
+        model.set_attention_route(route)
+    return model
+
+
+def prompts(batch: int, length: int) -> torch.Tensor:
+    """Random token ids ``[batch, length]``, no special token among them."""
+    return torch.randint(2, 258, (batch, length), generator=torch.Generator().manual_seed(3))

