@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from transformers.utils import logging
 
+from .backend_cpu_mla import CpuBackend
 from .backend_torch_mla import TorchBackend
 
 logger = logging.get_logger(__name__)
@@ -66,7 +67,7 @@ class AbsorbedBackend(Protocol):
         """
 
 
-BACKENDS: dict[str, AbsorbedBackend] = {backend.name: backend for backend in (TorchBackend(),)}
+BACKENDS: dict[str, AbsorbedBackend] = {backend.name: backend for backend in (CpuBackend(), TorchBackend())}
 """In order of preference for ``auto``."""
 
 

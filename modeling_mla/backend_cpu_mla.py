@@ -1,0 +1,65 @@
+"""Absorbed attention by PyTorch's fused kernel for CPUs: float32 decode over long contexts, one pass over the cache."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from .backends_mla import AbsorbedShape
+
+_MIN_LENGTH = 512
+"""Below this context two matrix products are as fast."""
+
+
+class CpuBackend:
+    """Splits the context over the threads, for the kernel itself splits only heads and queries, and there is one head.
+
+    bfloat16 stays with matrix products: they use the processor's bfloat16 units, the fused kernel does not.
+    """
+
+    name = "cpu"
+
+    def supports(self, shape: AbsorbedShape) -> str | None:
+        if shape.device.type != "cpu" or shape.dtype != torch.float32:
+            return f"it takes float32 on a CPU, not {shape.dtype} on {shape.device.type}"
+        if shape.has_mask or shape.softcap is not None:
+            return "it takes neither a mask nor a softcap"
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return "it has no gradient and is not compiled"
+        if shape.kv_length < _MIN_LENGTH:
+            return f"a context of {shape.kv_length} is below {_MIN_LENGTH}"
+        return None
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        latents: torch.Tensor,
+        kv_lora_rank: int,
+        scale: float,
+        mask: torch.Tensor | None,
+        softcap: float | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `AbsorbedBackend.attend`."""
+        batch, heads, length, width = query.shape
+        parts = torch.get_num_threads()
+        size = latents.shape[1] // parts
+        rows = query.reshape(batch, 1, heads * length, width)
+        split = latents[:, : parts * size].unflatten(1, (parts, size))
+        # Keys and values are one tensor, for the kernel takes equal widths only; what is behind the rank is cut off.
+        context, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            rows.expand(-1, parts, -1, -1), split, split, scale=scale
+        )
+        context = context[..., :kv_lora_rank]
+        rest = latents[:, parts * size :]
+        if rest.shape[1]:
+            # Fewer tokens than threads are left: each is a part whose output is itself and whose log-sum-exp its score.
+            scores = torch.matmul(rest, rows[:, 0].mT) * scale
+            lse = torch.cat((lse, scores), dim=1)
+            own = rest[:, :, None, :kv_lora_rank].expand(-1, -1, heads * length, -1)
+            context = torch.cat((context, own), dim=1)
+        total = torch.logsumexp(lse, dim=1)
+        weights = torch.exp(lse - total.unsqueeze(1)).unsqueeze(-1)
+        context = (context * weights).sum(1)
+        return context.view(batch, heads, length, kv_lora_rank), total.view(batch, heads, length)

@@ -1,0 +1,66 @@
+"""The fused CPU backend against the plain one, and what it leaves to it."""
+
+import pytest
+import torch
+
+from modeling_mla.backend_cpu_mla import CpuBackend
+from modeling_mla.backend_torch_mla import TorchBackend
+from modeling_mla.backends_mla import AbsorbedShape, select_backend
+
+
+def shape(**changes) -> AbsorbedShape:
+    fields = {
+        "batch": 2,
+        "num_heads": 3,
+        "query_length": 1,
+        "kv_length": 700,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "dtype": torch.float32,
+        "device": torch.device("cpu"),
+        "has_mask": False,
+    }
+    return AbsorbedShape(**fields | changes)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("kv_length", [512, 700, 701])
+@pytest.mark.parametrize("query_length", [1, 4])
+def test_equals_the_plain_backend(threads, kv_length, query_length):
+    torch.manual_seed(kv_length)
+    query = torch.randn(2, 3, query_length, 24)
+    latents = torch.randn(2, kv_length + 64, 24)[:, :kv_length]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        actual = CpuBackend().attend(query, latents, 16, 0.3, None, None)
+    finally:
+        torch.set_num_threads(before)
+    expected = TorchBackend().attend(query.double(), latents.double(), 16, 0.3, None, None)
+    for own, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(own.double(), other, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_auto_takes_it_for_long_float32_contexts():
+    assert select_backend("auto", shape()).name == "cpu"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"dtype": torch.bfloat16}, "bfloat16"),
+        ({"has_mask": True}, "mask"),
+        ({"softcap": 30.0}, "softcap"),
+        ({"kv_length": 100}, "100"),
+    ],
+)
+def test_what_it_leaves_to_the_plain_backend(changes, reason):
+    assert select_backend("auto", shape(**changes)).name == "torch"
+    with pytest.raises(ValueError, match=reason):
+        select_backend("cpu", shape(**changes))
+
+
+def test_it_is_not_used_where_gradients_are_wanted():
+    assert select_backend("auto", shape()).name == "torch"
