@@ -56,7 +56,7 @@ class ResidualStream:
             residual = window.float()
             observer(self._source.attention_input(module, residual), residual)
             if not last:
-                window.copy_(self._source.run_layer(module, residual))
+                window.copy_(self._source.run_layer(layer, module, residual))
             step()
         if not last:
             self._measurements.write_hidden_states(layer + 1, states)

@@ -1,4 +1,7 @@
-"""The command line: ``mla inspect | plan | convert | run | verify``. Results go to stdout, the rest to stderr."""
+"""The command line: ``mla inspect | plan | convert | run | verify | heal | export``.
+
+Results go to stdout, everything else to stderr.
+"""
 
 from __future__ import annotations
 
@@ -30,13 +33,18 @@ _INTERRUPTED = 130
 
 Model = Annotated[str, typer.Argument(help="A folder, a .gguf file, a folder with one, or a Hub id (name[@revision]).")]
 Output = Annotated[Path, typer.Argument(help="Folder of the new checkpoint; must not exist.")]
-MethodName = Annotated[str, typer.Option(help="exact, attention_aware (compresses), or a published one: transmla, mha2mla.")]
+MethodName = Annotated[
+    str, typer.Option(help="exact; attention_aware, which compresses; transmla or mha2mla, as their papers have it.")
+]
 Cache = Annotated[
     str | None,
     typer.Option(help="50% of the source's, 192 (values a token and layer), or 11520B (bytes a token; KB, KiB)."),
 ]
 Rank = Annotated[int | None, typer.Option(help="Pins the latent's width in every layer.")]
 Rotary = Annotated[int | None, typer.Option(help="Pins the rotary key's width in every layer.")]
+Uniform = Annotated[
+    bool, typer.Option("--uniform", help="Equal ranks and a rotary key of 64 or 32: what serving kernels take.")
+]
 Calibration = Annotated[
     str | None,
     typer.Option(help="A text file, or a data set as name[@configuration][:split[:column]]. [default: a shipped mix]"),
@@ -65,7 +73,7 @@ def _reported(command: Callable[..., None]) -> Callable[..., None]:
                 raise
             _fail(str(error), error.exit_code)
         except KeyboardInterrupt:
-            _fail("stopped; what is done is kept, the same command goes on from there.", _INTERRUPTED)
+            _fail("stopped; nothing was published. The same mla convert goes on from there.", _INTERRUPTED)
         except Exception as error:
             if debug:
                 raise
@@ -137,6 +145,7 @@ def plan(
     cache: Cache = None,
     kv_lora_rank: Rank = None,
     qk_rope_head_dim: Rotary = None,
+    uniform: Uniform = False,
     calibration: Calibration = None,
     tokens: Tokens = None,
     seed: Seed = 0,
@@ -145,7 +154,9 @@ def plan(
     debug: Debug = False,
 ) -> None:
     """Ranks, cache size, expected time and memory of a conversion."""
-    _, made = _plan(model, output, method, cache, kv_lora_rank, qk_rope_head_dim, calibration, tokens, seed, dtype)
+    _, made = _plan(
+        model, output, method, cache, kv_lora_rank, qk_rope_head_dim, uniform, calibration, tokens, seed, dtype
+    )
     _show(made.as_json(), [made.table(f"{model} → {output}")], as_json)
 
 
@@ -158,6 +169,7 @@ def convert(
     cache: Cache = None,
     kv_lora_rank: Rank = None,
     qk_rope_head_dim: Rotary = None,
+    uniform: Uniform = False,
     calibration: Calibration = None,
     tokens: Tokens = None,
     seed: Seed = 0,
@@ -168,7 +180,18 @@ def convert(
 ) -> None:
     """Converts a model; a stopped conversion goes on with the same command."""
     source, made = _plan(
-        model, output, method, cache, kv_lora_rank, qk_rope_head_dim, calibration, tokens, seed, dtype, statistics
+        model,
+        output,
+        method,
+        cache,
+        kv_lora_rank,
+        qk_rope_head_dim,
+        uniform,
+        calibration,
+        tokens,
+        seed,
+        dtype,
+        statistics,
     )
     _execute(source, made, dry_run)
 
@@ -200,7 +223,7 @@ def _execute(source: SourceModel, made: ConversionPlan, dry_run: bool) -> None:
         return
     with shown_progress() as progress:
         finished = run_plan(made, source, progress)
-    _show({}, finished.report.tables()[:1], as_json=False)
+    _show({}, finished.report.tables()[:-1], as_json=False)
     Console().print(f"{output} is ready after {time.monotonic() - started:.0f} s.", highlight=False, soft_wrap=True)
 
 
@@ -209,25 +232,75 @@ def _execute(source: SourceModel, made: ConversionPlan, dry_run: bool) -> None:
 def verify(
     output: Annotated[Path, typer.Argument(help="The converted checkpoint.")],
     against: Annotated[str, typer.Option(help="The model that it was made from.")],
-    text: Annotated[Path | None, typer.Option(help="A text file. [default: held-out text]")] = None,
-    windows: Annotated[int, typer.Option(min=1, help="At most so many windows of 1024 tokens.")] = 32,
+    text: Annotated[
+        list[Path] | None, typer.Option(help="A text file; may be repeated. [default: held-out texts]")
+    ] = None,
+    windows: Annotated[int, typer.Option(min=1, help="At most so many of each text, from its start.")] = 32,
+    context: Annotated[int | None, typer.Option(min=2, help="Tokens in a window. [default: 1024]")] = None,
+    recall: Annotated[bool, typer.Option("--recall", help="Needle in a haystack and copying, at the context.")] = False,
+    tasks: Annotated[str | None, typer.Option(help="Tasks of lm-eval, by name, separated by commas.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Questions of each task. [default: all]")] = None,
+    seed: Seed = 0,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Compares a converted checkpoint with its source."""
-    from .report import verification_table
+    from .measure import measure
+    from .report import recall_table, task_table, verification_tables
     from .sources import open_source
-    from .verify import HELD_OUT, held_out_windows, text_windows, verify_checkpoint, window_length
 
-    source = open_source(against)
-    tokenizer, length = source.location.tokenizer(), window_length(source)
-    if text is None:
-        ids, name = held_out_windows(tokenizer, length, windows), HELD_OUT
-    else:
-        ids, name = text_windows(_read(text), str(text), tokenizer, length, windows), text.name
+    contents = {file.name: _read(file) for file in text or ()}
+    names = tasks.split(",") if tasks else []
     with shown_progress() as progress:
-        found = verify_checkpoint(output, source, ids, name, progress)
-    _show(found.as_json(), [verification_table(found)], as_json)
+        found = measure(output, open_source(against), contents, windows, context, recall, names, limit, seed, progress)
+    tables = verification_tables(found.verification)
+    if found.recall is not None:
+        tables.append(recall_table(found.recall))
+    if found.tasks:
+        tables.append(task_table(found.tasks))
+    _show(found.as_json(), tables, as_json)
+
+
+@app.command()
+@_reported
+def heal(
+    model: Annotated[str, typer.Argument(help="The converted checkpoint.")],
+    teacher: Annotated[str, typer.Option(help="The model that it was made from.")],
+    data: Annotated[str, typer.Option(help="A text file, or a data set as name[@configuration][:split[:column]].")],
+    out: Annotated[Path, typer.Option(help="Folder of the healed checkpoint; must not exist.")],
+    minutes: Annotated[float | None, typer.Option(min=0.01, help="Of training and validation.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Instead of minutes; can be repeated exactly.")] = None,
+    lora: Annotated[int | None, typer.Option(min=1, help="Train adapters of this rank, and merge them.")] = None,
+    seed: Seed = 0,
+    debug: Debug = False,
+) -> None:
+    """Distils the source's logits into a converted model's attention."""
+    from .healing import HealingRecipe, heal
+
+    recipe = HealingRecipe(model, teacher, data, out, minutes=minutes, steps=steps, lora_rank=lora, seed=seed)
+    with shown_progress() as progress:
+        healed = heal(recipe, progress)
+    change = f"validation KL {healed.kl_before:.4f} → {healed.kl_after:.4f} nats a token after {healed.steps} steps"
+    end = f"{out} is ready." if healed.improved else f"not improved: {out} holds the weights of {model}."
+    Console(soft_wrap=True, highlight=False).print(f"{change}; {end}", markup=False)
+
+
+@app.command()
+@_reported
+def export(
+    model: Annotated[str, typer.Argument(help="A converted checkpoint.")],
+    output: Output,
+    to: Annotated[str, typer.Option(help="vllm (padded for its Transformers backend).")],
+    debug: Debug = False,
+) -> None:
+    """Writes a converted checkpoint for something else than Transformers."""
+    from .exporters import export_checkpoint
+
+    with shown_progress() as progress:
+        export = export_checkpoint(model, output, to, progress)
+    before, after = export.cache_bytes_per_token, export.exported_cache_bytes_per_token
+    told = f"{output} is ready; its cache is {after} B a token, before {before} B."
+    Console(soft_wrap=True, highlight=False).print(told, markup=False)
 
 
 def _read(text: Path) -> str:
@@ -244,6 +317,7 @@ def _plan(
     cache: str | None,
     kv_lora_rank: int | None,
     qk_rope_head_dim: int | None,
+    uniform: bool,
     calibration: str | None,
     tokens: int | None,
     seed: int,
@@ -261,6 +335,7 @@ def _plan(
         cache=cache,
         kv_lora_rank=kv_lora_rank,
         qk_rope_head_dim=qk_rope_head_dim,
+        uniform=uniform,
         calibration=calibration,
         tokens=DEFAULT_TOKENS if tokens is None else tokens,
         seed=seed,

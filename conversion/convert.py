@@ -30,7 +30,7 @@ from .plan import VERIFIED_WINDOWS, ConversionPlan, make_plan
 from .progress import counting, silent_progress
 from .report import Report, write_report
 from .sources import SourceModel
-from .verify import HELD_OUT, Verification, held_out_windows, verify_checkpoint, window_length
+from .verify import Verification, held_out_windows, verify_checkpoint, window_length
 
 _LAYER_SEEDS = 100_003
 """Distance between the seeds of two conversions, so that their layers share none."""
@@ -201,7 +201,7 @@ class _Run:
         if stored is not None:
             return stored
         budgets = list(self.plan.layers)
-        if self.windows is not None and self.plan.recipe.kv_lora_rank is None:
+        if self.windows is not None and self.plan.recipe.kv_lora_rank is None and not self.plan.recipe.uniform:
             statistics = _Lazy(len(budgets), self.measurements.read_statistics)
             weights = _Lazy(len(budgets), self._source_weights)
             budgets = self.method.allocate(self.geometries, budgets, statistics, weights)
@@ -253,8 +253,8 @@ class _Run:
         return weights, float((found - wanted).square().sum() / wanted.square().sum())
 
     def _verify(self, tokenizer: PreTrainedTokenizerBase) -> Verification:
-        windows = held_out_windows(tokenizer, window_length(self.source), VERIFIED_WINDOWS)
-        return verify_checkpoint(self.work.checkpoint, self.source, windows, HELD_OUT, self.progress)
+        texts = held_out_windows(tokenizer, window_length(self.source), VERIFIED_WINDOWS)
+        return verify_checkpoint(self.work.checkpoint, self.source, texts, self.progress)
 
 
 __all__ = ["Conversion", "make_plan", "run_plan"]

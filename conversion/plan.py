@@ -21,6 +21,8 @@ DEFAULT_COMPRESSION = "50%"
 
 _PROCESS_BYTES = 700 * 10**6
 """The interpreter with PyTorch and Transformers."""
+SERVED_ROTARY_DIMS = (64, 32)
+"""Widths of a rotary key that kernels of serving engines take; the narrower one is padded with zeros."""
 VERIFIED_WINDOWS = 6
 """Of held-out text, in the check before a checkpoint is published."""
 _WORK_PER_TOKEN = 3.5
@@ -157,8 +159,12 @@ def _budget(recipe: Recipe, method: Method, geometry: AttentionGeometry, element
             f"kv_lora_rank {rank} and qk_rope_head_dim {rotary} are {rank + rotary} values a token, more than the "
             f"{elements} of a cache of {cache}; leave out one of the three."
         )
-    if rank is None and rotary is None:
+    if rank is None and rotary is None and not recipe.uniform:
         return method.split(geometry, elements)
+    if rank is None and rotary is None:
+        # A third is about what the method gives the rotary key by itself.
+        wide, narrow = SERVED_ROTARY_DIMS
+        rotary = wide if elements >= 3 * wide else narrow
     rotary = (elements - (rank or 0)) // 2 * 2 if rotary is None else rotary
     rank = elements - rotary if rank is None else rank
     largest = method.largest(geometry).qk_rope_head_dim

@@ -32,6 +32,7 @@ class Recipe(BaseModel):
             (``KB``, ``KiB``) over all layers in the written type. None is the method's own size: half for a
             compressing one, all for an exact one.
         kv_lora_rank, qk_rope_head_dim: pins one of the two parts in every layer, or both.
+        uniform: the same rank in every layer, and a rotary key as wide as serving kernels have it.
         calibration: a text file or a name of a data set; None is the default mix.
         tokens: of calibration text.
         seed: of everything that is sampled.
@@ -47,6 +48,7 @@ class Recipe(BaseModel):
     cache: str | None = None
     kv_lora_rank: int | None = Field(None, ge=1)
     qk_rope_head_dim: int | None = Field(None, ge=0)
+    uniform: bool = False
     calibration: str | None = None
     tokens: int = Field(DEFAULT_TOKENS, ge=1)
     seed: int = Field(0, ge=0)

@@ -16,6 +16,7 @@ from .checkpoint.atomic import write_text
 from .checkpoint.location import Location
 from .layers import LayerBudget
 from .plan import ConversionPlan
+from .recall import Recall
 from .verify import Verification
 
 JSON_NAME = "conversion.json"
@@ -62,7 +63,7 @@ class Report:
 
     def tables(self) -> list[Table]:
         """For the terminal and the text file."""
-        return [verification_table(self.verification), self._layer_table()]
+        return [*verification_tables(self.verification), self._layer_table()]
 
     def _layer_table(self) -> Table:
         table = Table(title="Layers", title_justify="left")
@@ -74,8 +75,54 @@ class Report:
         return table
 
 
-def verification_table(verification: Verification) -> Table:
-    """Source and converted model side by side."""
+def verification_tables(verification: Verification) -> list[Table]:
+    """Source and converted model side by side, over all texts and text by text."""
+    tables = [_summary_table(verification)]
+    if len(verification.domains) > 1:
+        tables.append(_domain_table(verification))
+    return tables
+
+
+def _domain_table(verification: Verification) -> Table:
+    table = Table(title="By text", title_justify="left")
+    for column in ("", "perplexity, source", "converted", "KL", "same token"):
+        table.add_column(column, justify="left" if not column else "right")
+    for domain in verification.domains:
+        table.add_row(
+            domain.text,
+            f"{domain.perplexity_source:.3f}",
+            f"{domain.perplexity:.3f}",
+            f"{domain.kl:.4f}",
+            f"{domain.top1_agreement:.1%}",
+        )
+    if verification.far_off:
+        names = ", ".join(domain.text for domain in verification.far_off)
+        table.caption = f"Far off: {names}. Calibrate on text of this kind too, or on more."
+    return table
+
+
+def recall_table(recall: Recall) -> Table:
+    """What source and converted model find again."""
+    table = Table(title=f"Recall at {recall.context} tokens, {recall.samples} samples each", title_justify="left")
+    for column in ("", "source", "converted"):
+        table.add_column(column, justify="left" if not column else "right")
+    table.add_row("needle in a haystack, numbers", f"{recall.needle_source:.0%}", f"{recall.needle:.0%}")
+    table.add_row("copy of a passage, tokens", f"{recall.copy_source:.1%}", f"{recall.copy:.1%}")
+    return table
+
+
+def task_table(tasks: dict[str, dict[str, dict[str, float]]]) -> Table:
+    """Measures of lm-eval."""
+    table = Table(title="Tasks", title_justify="left")
+    for column in ("task", "measure", "source", "converted"):
+        table.add_column(column, justify="left" if column in ("task", "measure") else "right")
+    for task, measures in tasks.items():
+        for name, values in measures.items():
+            table.add_row(task, name, f"{values['source']:.4f}", f"{values['converted']:.4f}")
+    return table
+
+
+def _summary_table(verification: Verification) -> Table:
     v = verification
     title = f"{v.windows} windows of {v.window} tokens, {v.text}"
     table = Table(title=title, title_justify="left")
@@ -85,6 +132,8 @@ def verification_table(verification: Verification) -> Table:
     table.add_row("perplexity", f"{v.perplexity_source:.3f}", f"{v.perplexity:.3f}")
     table.add_row("KL to the source, nats a token", "", f"{v.kl:.4f}")
     table.add_row("same most likely token", "", f"{v.top1_agreement:.1%}")
+    worst = max(range(len(v.layer_errors)), key=lambda layer: v.layer_errors[layer])
+    table.add_row(f"attention output error, worst layer ({worst})", "", f"{v.layer_errors[worst]:.4f}")
     table.add_row("largest logit difference", "", f"{v.max_abs_logit_error:.2e}")
     table.add_row(f"equal greedy tokens of {v.greedy_tokens}", "", str(round(v.greedy_match * v.greedy_tokens)))
     return table

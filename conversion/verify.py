@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.progress import Progress
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from .checkpoint.location import Location, first_line, locate
@@ -17,6 +17,7 @@ from .checkpoint.reader import SafetensorsReader
 from .default_texts import evaluation_texts
 from .errors import CalibrationError, SourceError, VerificationError
 from .progress import counting
+from .scores import Score, Scores
 from .sources import SourceModel, is_mla
 
 WINDOW = 1024
@@ -26,30 +27,25 @@ DECODED_TOKENS = 8
 """Decoded one by one in the check of the cache."""
 ROUTE_TOLERANCE = 1e-3
 """Between routes, and between decoding and a full forward pass, relative to the largest logit, in float32."""
-HELD_OUT = "held-out prose, documentation and code"
 _CHARACTERS_PER_TOKEN = 16
 """Upper estimate: no more of a long text is tokenised than is needed."""
-_ROWS = 128
-"""Positions whose distributions over the vocabulary are formed at a time."""
+FAR_OFF = 2.5
+"""A text whose KL is so many times that of the closest one is reported: the calibration lacked its kind."""
+_SMALL_KL = 0.01
+"""Nats a token, below which no text is far off."""
 
 
 @dataclass(frozen=True)
-class Verification:
-    """What was measured, in float32.
+class Verification(Score):
+    """What was measured, in float32: the score over all texts, and more.
 
-    Perplexities are exp of the mean negative log-likelihood over the predicted tokens of all windows; ``kl`` is the
-    mean ``KL(source || converted)`` in nats a token; ``greedy_match`` the share of the greedy tokens before the first
-    one that differs. ``route_error`` and ``decode_error`` are relative to the largest logit.
+    ``domains`` are the scores of each text; ``layer_errors`` the relative squared error of each layer's attention
+    output where both models read the source's hidden states. ``greedy_match`` is the share of the greedy tokens before
+    the first one that differs. ``route_error`` and ``decode_error`` are relative to the largest logit.
     """
 
-    text: str
-    windows: int
-    window: int
-    perplexity_source: float
-    perplexity: float
-    kl: float
-    top1_agreement: float
-    max_abs_logit_error: float
+    domains: tuple[Score, ...]
+    layer_errors: tuple[float, ...]
     greedy_match: float
     greedy_tokens: int
     route_error: float
@@ -60,17 +56,22 @@ class Verification:
     cache_bytes_per_token: int
 
     def as_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return super().as_json() | {"far_off": [domain.text for domain in self.far_off]}
+
+    @property
+    def far_off(self) -> tuple[Score, ...]:
+        """The texts on which the converted model is much farther from its source than on the best one."""
+        limit = max(FAR_OFF * min(domain.kl for domain in self.domains), _SMALL_KL)
+        return tuple(domain for domain in self.domains if domain.kl > limit)
 
 
 def verify_checkpoint(
-    folder: Path, source: SourceModel, windows: Tensor, text_name: str, progress: Progress
+    folder: Path, source: SourceModel, texts: Mapping[str, Tensor], progress: Progress
 ) -> Verification:
     """Verifies the checkpoint in ``folder`` against the model that it was made from.
 
     Args:
-        windows: token ids ``[N, S]`` of the text to measure on.
-        text_name: what it is, for the report.
+        texts: token ids ``[N, S]`` of the windows of each text to measure on, by its name for the report.
 
     Raises:
         VerificationError: a tensor is missing, unknown, misshapen or not finite; the two routes differ; decoding
@@ -84,25 +85,29 @@ def verify_checkpoint(
     converted = load_model(location)
     tensors, unchanged = check_tensors(folder, converted, source)
     reference = load_model(source.location)
+    first = next(iter(texts.values()))[0]
     with torch.inference_mode():
-        route_error, decode_error = check_routes(converted, windows[0])
-        with counting(progress, "verifying", len(windows) + 2) as advanced:
-            scores = _Scores()
-            for window in windows:
-                scores.add(reference(window[None]).logits[0], converted(window[None]).logits[0], window)
-                advanced()
-            prompt = windows[0][None, : min(PROMPT_TOKENS, windows.shape[1] // 2)]
-            new_tokens = min(GREEDY_TOKENS, windows.shape[1] - prompt.shape[1])
+        route_error, decode_error = check_routes(converted, first)
+        with counting(progress, "verifying", sum(map(len, texts.values())) + 3) as advanced:
+            scores = {}
+            for name, windows in texts.items():
+                scores[name] = Scores()
+                for window in windows:
+                    scores[name].add(reference(window[None]).logits[0], converted(window[None]).logits[0], window)
+                    advanced()
+            layer_errors = compare_layers(reference, converted, first)
+            advanced()
+            prompt = first[None, : min(PROMPT_TOKENS, len(first) // 2)]
+            new_tokens = min(GREEDY_TOKENS, len(first) - prompt.shape[1])
             expected = greedy(reference, prompt, new_tokens)
             advanced()
             found = greedy(converted, prompt, new_tokens)
             advanced()
     dtype = config.dtype or torch.float32
     return Verification(
-        text=text_name,
-        windows=len(windows),
-        window=windows.shape[1],
-        **scores.result(),
+        **sum(scores.values(), Scores()).result(", ".join(texts)).as_json(),
+        domains=tuple(score.result(name) for name, score in scores.items()),
+        layer_errors=layer_errors,
         greedy_match=leading_match(expected, found),
         greedy_tokens=new_tokens,
         route_error=route_error,
@@ -134,13 +139,15 @@ def text_windows(text: str, text_name: str, tokenizer: PreTrainedTokenizerBase, 
     return torch.tensor(ids[: complete * length]).view(complete, length)
 
 
-def held_out_windows(tokenizer: PreTrainedTokenizerBase, length: int, count: int) -> Tensor:
+def held_out_windows(tokenizer: PreTrainedTokenizerBase, length: int, count: int) -> dict[str, Tensor]:
     """At least ``count`` windows, as many of every default domain, from text that no default calibration reads."""
     texts = evaluation_texts()
     share = -(-count // len(texts))
     longest = share * length * _CHARACTERS_PER_TOKEN
-    parts = [text_windows(text[:longest], name, tokenizer, length, share) for name, text in texts.items()]
-    return torch.cat(parts)
+    return {
+        f"held-out {name}": text_windows(text[:longest], f"held-out {name}", tokenizer, length, share)
+        for name, text in texts.items()
+    }
 
 
 def load_model(location: Location) -> PreTrainedModel:
@@ -220,6 +227,45 @@ def check_routes(model: PreTrainedModel, window: Tensor) -> tuple[float, float]:
     return route_error, decode_error
 
 
+def compare_layers(reference: PreTrainedModel, converted: PreTrainedModel, window: Tensor) -> tuple[float, ...]:
+    """The relative squared error of every layer's attention output, both models reading the source's hidden states.
+
+    Args:
+        window: token ids ``[S]``.
+    """
+    inputs: list[Tensor] = []
+    outputs: list[Tensor] = []
+    errors: list[float] = []
+
+    def record(module: nn.Module, args: Any, kwargs: dict[str, Any], result: Any) -> None:
+        inputs.append(kwargs["hidden_states"])
+        outputs.append(result[0])
+
+    def feed(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, kwargs | {"hidden_states": inputs[len(errors)]}
+
+    def compare(module: nn.Module, args: Any, kwargs: dict[str, Any], result: Any) -> None:
+        expected = outputs[len(errors)]
+        errors.append(float((result[0] - expected).square().sum() / expected.square().sum()))
+
+    hooks = [
+        *(attention.register_forward_hook(record, with_kwargs=True) for attention in _attention(reference)),
+        *(attention.register_forward_pre_hook(feed, with_kwargs=True) for attention in _attention(converted)),
+        *(attention.register_forward_hook(compare, with_kwargs=True) for attention in _attention(converted)),
+    ]
+    try:
+        for model in (reference, converted):
+            model(window[None], use_cache=False, logits_to_keep=1)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return tuple(errors)
+
+
+def _attention(model: PreTrainedModel) -> list[nn.Module]:
+    return [module for name, module in model.named_modules() if name.endswith(".self_attn")]
+
+
 def greedy(model: PreTrainedModel, prompt: Tensor, count: int) -> Tensor:
     """``[count]`` greedy continuation tokens, the end token excluded so that there are always ``count``."""
     generated = model.generate(
@@ -237,35 +283,3 @@ def leading_match(expected: Tensor, found: Tensor) -> float:
     """The share of tokens before the first difference."""
     differing = (expected != found).nonzero()
     return 1.0 if len(differing) == 0 else float(differing[0, 0]) / len(expected)
-
-
-class _Scores:
-    """Sums over windows; a window's logits are compared in slices and then forgotten."""
-
-    def __init__(self) -> None:
-        self.nll_source = self.nll = self.kl = 0.0
-        self.agreeing = self.predicted = 0
-        self.worst = 0.0
-
-    def add(self, expected: Tensor, found: Tensor, window: Tensor) -> None:
-        """Logits ``[S, V]`` of both models on the token ids ``window [S]``."""
-        targets = window[1:]
-        for start in range(0, len(targets), _ROWS):
-            rows = slice(start, min(start + _ROWS, len(targets)))
-            p, q = expected[rows].log_softmax(-1), found[rows].log_softmax(-1)
-            index = targets[rows, None]
-            self.nll_source -= float(p.gather(1, index).double().sum())
-            self.nll -= float(q.gather(1, index).double().sum())
-            self.kl += float((p.exp() * (p - q)).sum(-1).double().sum())
-            self.agreeing += int((p.argmax(-1) == q.argmax(-1)).sum())
-            self.worst = max(self.worst, float((expected[rows] - found[rows]).abs().max()))
-        self.predicted += len(targets)
-
-    def result(self) -> dict[str, float]:
-        return {
-            "perplexity_source": math.exp(self.nll_source / self.predicted),
-            "perplexity": math.exp(self.nll / self.predicted),
-            "kl": self.kl / self.predicted,
-            "top1_agreement": self.agreeing / self.predicted,
-            "max_abs_logit_error": self.worst,
-        }

@@ -8,13 +8,45 @@ from __future__ import annotations
 
 import importlib
 
-from vllm import ModelRegistry
+from transformers import PreTrainedConfig
 
-FAMILIES = ("LlamaMLA", "MistralMLA", "Qwen2MLA", "Qwen3MLA")
+from .attention_mla import layer_window
 
 
 def register() -> None:
     """Makes every family known to Transformers' auto classes and to vLLM, in each of vLLM's processes."""
-    importlib.import_module(__package__)
-    for family in FAMILIES:
-        ModelRegistry.register_model(f"{family}ForCausalLM", f"{__package__}.vllm_models_mla:TransformersForCausalLM")
+    from vllm import ModelRegistry
+
+    package = importlib.import_module(__package__)
+    for name in package.__all__:
+        if name.endswith("ForCausalLM"):
+            ModelRegistry.register_model(name, f"{__package__}.vllm_models_mla:TransformersForCausalLM")
+
+
+def refuse_unservable(config: PreTrainedConfig, max_model_len: int) -> None:
+    """Raises `ValueError`, by name, for what vLLM's MLA attention would ignore or cannot be given."""
+    if hasattr(config, "qk_norm_head_dim"):
+        raise ValueError(
+            f"{config.model_type} normalises queries and keys of every head before they are compressed, which vLLM "
+            "cannot fuse into its MLA attention; serve the model with Transformers (transformers serve)."
+        )
+    if config.q_lora_rank is not None:
+        raise ValueError(
+            f"q_lora_rank is {config.q_lora_rank}; vLLM cannot fuse this library's low-rank queries into its MLA "
+            "attention; serve the model with Transformers (transformers serve)."
+        )
+    layers = range(config.num_hidden_layers)
+    ranks = sorted({config.layer_kv_lora_rank(layer) for layer in layers})
+    widths = sorted({config.layer_qk_rope_head_dim(layer) for layer in layers})
+    if len(ranks) > 1 or len(widths) > 1:
+        raise ValueError(
+            f"the layers of this model cache latents of {ranks[0]} to {ranks[-1]} and rotary keys of {widths[0]} to "
+            f"{widths[-1]} values, and vLLM wants one size; pad them with: mla export MODEL DIR --to vllm."
+        )
+    windows = (layer_window(config, layer) for layer in layers)
+    window = min((window for window in windows if window is not None), default=max_model_len)
+    if window < max_model_len:
+        raise ValueError(
+            f"the sliding window is {window} tokens, which vLLM's MLA attention ignores; serve at most so many with "
+            f"--max-model-len {window}."
+        )

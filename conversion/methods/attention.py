@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ..layers import AttentionGeometry, AttentionWeights, MLAWeights, encoder_input, query_input
-from .heads import repeat_groups
 
 
 @dataclass(frozen=True)
@@ -74,17 +73,22 @@ def source_attention(geometry: AttentionGeometry, heads: SourceHeads, rows: Tens
     """The source's attention weights ``[H, n, S]``."""
     rotation = Rotation.of(geometry.inv_freq, heads.keys.shape[1], geometry.attention_factor)
     queries, keys = rotation.apply(heads.queries, rows), rotation.apply(heads.keys)
-    grouped = queries.unflatten(0, (geometry.num_kv_heads, geometry.num_groups))
-    scores = torch.einsum("ghnd,gsd->ghns", grouped, keys).flatten(0, 1)
-    return causal_softmax(scores * geometry.softmax_scale, rows, geometry.sliding_window)
+    grouped = (queries * geometry.softmax_scale).unflatten(0, (geometry.num_kv_heads, -1)).flatten(1, 2)
+    scores = (grouped @ keys.mT).unflatten(1, (geometry.num_groups, -1)).flatten(0, 1)
+    return causal_softmax(scores, rows, geometry.sliding_window)
+
+
+def attended(geometry: AttentionGeometry, attention: Tensor, values: Tensor) -> Tensor:
+    """Contexts ``[H, n, d]``: what the heads gather from their group's ``values [n_kv, S, d]``."""
+    grouped = attention.unflatten(0, (geometry.num_kv_heads, -1)).flatten(1, 2)
+    return (grouped @ values).unflatten(1, (geometry.num_groups, -1)).flatten(0, 1)
 
 
 def source_output(geometry: AttentionGeometry, weights: AttentionWeights, inputs: Tensor, rows: Tensor) -> Tensor:
     """What the source's attention block adds to the residual stream at the sampled rows, ``[n, D]``."""
     heads = source_heads(geometry, weights, inputs, rows)
     attention = source_attention(geometry, heads, rows)
-    values = repeat_groups(geometry, heads.values.transpose(1, 2).flatten(0, 1)).unflatten(0, (-1, geometry.head_dim))
-    context = torch.einsum("hns,hds->nhd", attention, values).flatten(1)
+    context = attended(geometry, attention, heads.values).transpose(0, 1).flatten(1)
     return torch.nn.functional.linear(context, weights.o, weights.o_bias)
 
 
@@ -101,8 +105,9 @@ def converted_contexts(geometry: AttentionGeometry, weights: MLAWeights, inputs:
     up_key, up_value = weights.kv_b_proj.unflatten(0, (heads, nope + v_dim)).split((nope, v_dim), dim=1)
 
     rotation = Rotation.of(weights.inv_freq, inputs.shape[0], geometry.attention_factor)
-    scores = rotation.apply(q_rope, rows) @ rotation.apply(key_rope).T + (q_nope @ up_key) @ latent.T
-    attention = causal_softmax(scores * geometry.softmax_scale, rows, geometry.sliding_window)
+    queries = torch.cat((q_nope @ up_key, rotation.apply(q_rope, rows)), dim=-1) * geometry.softmax_scale
+    scores = queries @ torch.cat((latent, rotation.apply(key_rope)), dim=-1).T
+    attention = causal_softmax(scores, rows, geometry.sliding_window)
     return ((attention @ latent) @ up_value.transpose(1, 2)).transpose(0, 1).flatten(1)
 
 

@@ -87,8 +87,8 @@ class MHA2MLAMethod(Method):
             )
 
     def statistics(self, geometry: AttentionGeometry, weights: AttentionWeights, seed: int) -> PairNorms:
-        if weights.q.shape[1] != weights.k.shape[1]:
-            # What lies behind the norms is a selection, of which no singular value decomposition says anything.
+        if torch.equal(weights.k, torch.eye(*weights.k.shape, dtype=weights.k.dtype)):
+            # What lies behind key norms is a selection, of which no singular value decomposition says anything.
             raise SourceError(
                 f"method {self.name} does not convert models that normalise queries and keys; choose another method."
             )

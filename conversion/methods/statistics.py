@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ..layers import AttentionGeometry, AttentionWeights, encoder_input
-from .attention import Rotation, SourceHeads, source_attention, source_heads
+from .attention import Rotation, SourceHeads, attended, source_attention, source_heads
 from .base import LayerStatistics
 
-ROWS_PER_WINDOW = 256
+ROWS_PER_WINDOW = 128
 """Query rows sampled in each window; sums over rows are scaled up to the window's length."""
 UNIFORM_SHARE = 0.25
 """Share of the token weight that ignores attention, so that no token is forgotten."""
@@ -92,14 +92,15 @@ def output_sensitivity(geometry: AttentionGeometry, output: Tensor, heads: Sourc
     gram = output_gram(geometry, output).to(attention.dtype)
     grouped = attention.unflatten(0, (geometry.num_kv_heads, geometry.num_groups))
     values = heads.values[:, None]
-    context = grouped @ values
+    context = attended(geometry, attention, heads.values).unflatten(0, grouped.shape[:2])
     gram = gram.unflatten(0, (geometry.num_kv_heads, geometry.num_groups))
     measured = values @ gram
     value_norm = (measured * values).sum(-1)
     context_norm = ((context @ gram) * context).sum(-1)
-    cross = context @ measured.mT
-    distance = value_norm[:, :, None] - 2 * cross + context_norm[..., None]
-    return (grouped.square() * distance.clamp_min(0)).flatten(0, 1)
+    distance = context @ (-2 * measured.mT)
+    distance += value_norm[:, :, None]
+    distance += context_norm[..., None]
+    return distance.clamp_min_(0).mul_(grouped).mul_(grouped).flatten(0, 1)
 
 
 def output_gram(geometry: AttentionGeometry, output: Tensor) -> Tensor:
@@ -122,7 +123,7 @@ def rotation_moments(geometry: AttentionGeometry, queries: Tensor, score_weights
     """
     rotation = Rotation.of(geometry.inv_freq, score_weights.shape[-1])
     turn_cos, turn_sin = rotation.cos.to(score_weights.dtype), rotation.sin.to(score_weights.dtype)
-    cos, sin = score_weights @ turn_cos, score_weights @ turn_sin
+    cos, sin = (score_weights @ torch.cat((turn_cos, turn_sin), dim=1)).chunk(2, dim=-1)
     row_cos, row_sin = turn_cos[rows], turn_sin[rows]
     energy = pair_energy(geometry, queries)
     real = (energy * (cos * row_cos + sin * row_sin)).sum(1)

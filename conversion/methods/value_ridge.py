@@ -16,8 +16,8 @@ from .attention import converted_contexts, source_output
 from .base import LayerRefit
 from .statistics import ROWS_PER_WINDOW, sample_rows
 
-SHRINKAGE = 1e-2
-"""Ridge strength, relative to each feature's variance."""
+SHRINKAGE = 0.1
+"""Ridge strength, relative to each feature's variance. Of 0.01 to 1 the best on held-out text, where 0.01 overfits."""
 SHRINKAGE_FLOOR = 1e-3
 """Added to every feature's variance, relative to the mean variance, before it is scaled by the strength."""
 

@@ -211,11 +211,11 @@ class SourceModel:
         """What the projections of a decoder layer read, from the hidden states that enter it."""
         return module.get_submodule("input_layernorm")(hidden_states)
 
-    def run_layer(self, module: nn.Module, hidden_states: Tensor) -> Tensor:
+    def run_layer(self, layer: int, module: nn.Module, hidden_states: Tensor) -> Tensor:
         """One decoder layer over windows that start at position 0, ``[B, S, D]`` to ``[B, S, D]``."""
         position_ids = torch.arange(hidden_states.shape[1])[None]
         angles = self.rotary(hidden_states, position_ids)
-        mask = sliding_mask(hidden_states.shape[1], self.geometry(module.get_submodule("self_attn").layer_idx))
+        mask = sliding_mask(hidden_states.shape[1], self.geometry(layer))
         return module(hidden_states, attention_mask=mask, position_ids=position_ids, position_embeddings=angles)
 
     @cached_property

@@ -9,7 +9,9 @@ import torch
 from rich.progress import Progress
 from tiny_families import load, prompts, save_family
 from tiny_source import byte_tokenizer, convert, write_text
+from typer.testing import CliRunner
 
+from conversion.cli import app
 from conversion.errors import BudgetError, ConversionError, OutputError, SourceError
 from conversion.exporters import export_checkpoint
 from conversion.progress import silent_progress
@@ -88,3 +90,13 @@ def test_other_refusals(tmp_path: Path) -> None:
         export(source, tmp_path / "out")
     with pytest.raises(SourceError, match="qwen3_mla normalises"):
         export(convert(source, tmp_path / "mla", method="exact").output, tmp_path / "out")
+
+
+def test_command_line(tmp_path: Path) -> None:
+    model = save_own(tmp_path / "own")
+    made = CliRunner().invoke(app, ["export", str(model), str(tmp_path / "vllm"), "--to", "vllm"])
+    assert made.exit_code == 0, made.output
+    assert "is ready; its cache is 4608 B a token" in made.stdout
+    refused = CliRunner().invoke(app, ["export", str(model), str(tmp_path / "vllm"), "--to", "vllm"])
+    assert refused.exit_code == 2
+    assert "exists already" in refused.stderr

@@ -3,6 +3,7 @@
 import naive_attention as naive
 import pytest
 import torch
+from tiny_source import convert, save_source, write_text
 
 from conversion.errors import BudgetError
 from conversion.layers import LayerBudget
@@ -130,3 +131,12 @@ def _double(layer):
         if isinstance(getattr(layer, field.name), torch.Tensor) and field.name != "inv_freq"
     }
     return replace(layer, **changes)
+
+
+def test_uniform_keeps_equal_ranks_in_every_layer(tmp_path):
+    source = save_source(tmp_path / "source", dtype=torch.float32)
+    options = {"cache": "56", "calibration": str(write_text(tmp_path / "text.txt")), "tokens": 512}
+    moved = convert(source, tmp_path / "moved", **options).report.budgets
+    assert len({budget.kv_lora_rank for budget in moved}) > 1
+    uniform = convert(source, tmp_path / "uniform", **options, uniform=True).report.budgets
+    assert uniform == [LayerBudget(24, 32)] * len(moved)

@@ -200,7 +200,7 @@ def test_rotary_widths_that_do_not_fit_are_refused() -> None:
 
 def test_mha2mla_refuses_query_and_key_norms() -> None:
     geometry, weights = naive.random_layer()
-    behind_norms = replace(weights, q=torch.eye(48), k=torch.eye(32)[:16], v=torch.eye(32)[16:])
+    behind_norms = replace(weights, q=torch.eye(32)[:, :20], k=torch.eye(20)[:16], v=torch.eye(20)[4:])
     with pytest.raises(SourceError, match="normalise queries and keys"):
         MHA2MLA.statistics(geometry, behind_norms, seed=0)
 

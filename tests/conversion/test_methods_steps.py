@@ -4,8 +4,15 @@ import naive_attention as naive
 import pytest
 import torch
 
+from conversion.methods import get_method
 from conversion.methods.allocation import allocate_ranks
-from conversion.methods.attention import causal_softmax, source_attention, source_heads
+from conversion.methods.attention import (
+    causal_softmax,
+    converted_output,
+    source_attention,
+    source_heads,
+    source_output,
+)
 from conversion.methods.joint_latent import centred, joint_latent, latent_spectrum, latent_targets, metric_roots
 from conversion.methods.rotary_pca import (
     as_pairs,
@@ -30,6 +37,19 @@ def window(length=9, **options):
     rows = torch.arange(length)
     heads = source_heads(geometry, weights, inputs, rows)
     return geometry, weights, inputs, rows, heads, source_attention(geometry, heads, rows)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"kv_heads": 6}, {"biases": True, "rotary_dim": 4}, {"sliding_window": 3, "attention_factor": 1.3}]
+)
+def test_attention_at_sampled_rows_is_the_definition(options):
+    geometry, weights = naive.random_layer(**options)
+    inputs, rows = torch.randn(9, geometry.hidden_size, dtype=torch.float64), torch.tensor([0, 3, 4, 8])
+    wanted = naive.source_output(geometry, weights, inputs)[rows]
+    torch.testing.assert_close(source_output(geometry, weights, inputs, rows), wanted, rtol=1e-6, atol=1e-6)
+    exact = get_method("exact")
+    converted = exact.factorise(geometry, weights, None, exact.smallest(geometry))
+    torch.testing.assert_close(converted_output(geometry, converted, inputs, rows), wanted, rtol=1e-6, atol=1e-6)
 
 
 def test_output_sensitivity_is_the_derivative_of_the_output():
@@ -207,7 +227,7 @@ def test_ridge_satisfies_its_normal_equations():
     share = row_weights / row_weights.sum()
     centred_features = features - (share * features).sum(0)
     variance = (share * centred_features.square()).sum(0)
-    penalty = 1e-2 * (variance + 1e-3 * variance.mean())
+    penalty = 0.1 * (variance + 1e-3 * variance.mean())
     w, b = projection.clone().requires_grad_(), bias.clone().requires_grad_()
     residual = targets - features @ w.T - b
     ((share * residual.square()).sum() + ((w - start).square() * penalty).sum()).backward()

@@ -107,3 +107,10 @@ def test_json_holds_every_layer_and_the_recipe(source: Path) -> None:
     assert found["cache_bytes_per_token"] * 2 == found["cache_bytes_per_token_source"]
     assert found["estimated_memory_bytes"] > 0
     assert found["estimated_seconds"] > 0
+
+
+def test_uniform_gives_a_rotary_key_that_kernels_take(tmp_path: Path) -> None:
+    wide = save_source(tmp_path / "wide", hidden_size=256, num_key_value_heads=4)
+    for elements, rotary in ((48, 32), (96, 32), (191, 32), (192, 64), (300, 64)):
+        made = planned(wide, cache=str(elements), uniform=True)
+        assert made.layers == (LayerBudget(elements - rotary, rotary),) * LAYERS

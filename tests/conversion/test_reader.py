@@ -128,7 +128,7 @@ def test_decoder_layers_are_the_models_own(tmp_path: Path) -> None:
         states = source.embed(ids)
         for layer in range(LAYERS):
             torch.testing.assert_close(states, expected[layer], rtol=0, atol=1e-5)
-            states = source.run_layer(source.decoder_layer(layer), states)
+            states = source.run_layer(layer, source.decoder_layer(layer), states)
         torch.testing.assert_close(model.model.norm(states), expected[-1], rtol=0, atol=1e-5)
 
 

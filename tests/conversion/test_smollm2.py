@@ -17,8 +17,9 @@ LAYERS = 30
 
 
 @pytest.fixture(autouse=True)
-def _few_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+def _little_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("conversion.convert.VERIFIED_WINDOWS", 1)
+    monkeypatch.setattr("conversion.verify.WINDOW", 256)
 
 
 @pytest.fixture

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tiny_source import CONTEXT, byte_tokenizer, convert, save_source, write_text
 from transformers import AutoModelForCausalLM
 
 from conversion.errors import VerificationError
 from conversion.progress import silent_progress
+from conversion.report import verification_tables
 from conversion.sources import open_source
 from conversion.verify import (
     Verification,
     check_routes,
+    compare_layers,
     greedy,
     held_out_windows,
     leading_match,
@@ -47,7 +52,8 @@ def windows(count: int = 3) -> torch.Tensor:
 
 
 def verified(converted: Path, source: Path) -> Verification:
-    return verify_checkpoint(converted, open_source(str(source)), windows(), "random tokens", silent_progress())
+    texts = {"random tokens": windows()}
+    return verify_checkpoint(converted, open_source(str(source)), texts, silent_progress())
 
 
 def test_figures_follow_their_definitions(folders: tuple[Path, Path]) -> None:
@@ -136,9 +142,62 @@ def test_text_is_cut_into_windows_once(tmp_path: Path) -> None:
 
 def test_held_out_text_covers_every_domain() -> None:
     tokenizer = byte_tokenizer()
-    found = held_out_windows(tokenizer, 64, 6)
-    assert found.shape == (6, 64)
-    assert len({tokenizer.decode(row) for row in found}) == 6
+    found = held_out_windows(tokenizer, 64, 5)
+    assert list(found) == ["held-out prose", "held-out documentation", "held-out code"]
+    assert all(windows.shape == (2, 64) for windows in found.values())
+    assert len({tokenizer.decode(row) for windows in found.values() for row in windows}) == 6
+
+
+def test_every_text_has_its_own_score(folders: tuple[Path, Path]) -> None:
+    source, converted = folders
+    opened, (first, second) = open_source(str(source)), windows(4).split((3, 1))
+    both = verify_checkpoint(converted, opened, {"a": first, "b": second}, silent_progress())
+    alone = verify_checkpoint(converted, opened, {"b": second}, silent_progress())
+    assert both.text == "a, b"
+    assert both.windows == 4
+    assert [domain.text for domain in both.domains] == ["a", "b"]
+    assert both.domains[1] == alone.domains[0]
+    assert both.kl == pytest.approx((3 * both.domains[0].kl + both.domains[1].kl) / 4)
+    assert math.log(both.perplexity) == pytest.approx(
+        (3 * math.log(both.domains[0].perplexity) + math.log(both.domains[1].perplexity)) / 4
+    )
+
+
+@pytest.mark.parametrize(
+    ("divergences", "far"), [((0.1, 0.2, 0.26), ["c"]), ((0.1, 0.2, 0.24), []), ((1e-6, 2e-6, 9e-3), [])]
+)
+def test_a_text_that_is_far_off_is_named(
+    folders: tuple[Path, Path], divergences: tuple[float, ...], far: list[str]
+) -> None:
+    found = verified(folders[1], folders[0])
+    domains = [replace(found.domains[0], text=name, kl=kl) for name, kl in zip("abc", divergences, strict=True)]
+    changed = replace(found, domains=tuple(domains))
+    assert changed.as_json()["far_off"] == far
+    shown = io.StringIO()
+    for table in verification_tables(changed):
+        Console(file=shown, width=100).print(table)
+    assert ("Far off: c" in shown.getvalue()) == bool(far)
+
+
+def test_error_of_a_layer_is_its_attention_on_the_sources_states(folders: tuple[Path, Path]) -> None:
+    reference, model = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for path in folders)
+    ids = windows()[0]
+    with torch.inference_mode():
+        found = compare_layers(reference, model, ids)
+        states = reference(ids[None], output_hidden_states=True).hidden_states[1]
+        block = reference.model.layers[1]
+        read = block.input_layernorm(states)
+        expected, other = (
+            m.model.layers[1].self_attn(
+                hidden_states=read, position_embeddings=m.model.rotary_emb(read, torch.arange(CONTEXT)[None]),
+                attention_mask=torch.full((CONTEXT, CONTEXT), float("-inf")).triu(1)[None, None],
+            )[0]
+            for m in (reference, model)
+        )  # fmt: skip
+    assert len(found) == 3
+    assert found[1] == pytest.approx(float((other - expected).norm() / expected.norm()) ** 2, rel=1e-4)
+    assert found[1] > 1e-4
+    assert not model.model.layers[1].self_attn._forward_pre_hooks
 
 
 @pytest.mark.parametrize(("found", "share"), [([1, 2, 3, 4], 1.0), ([1, 2, 9, 4], 0.5), ([9, 2, 3, 4], 0.0)])

@@ -27,7 +27,7 @@ BODY = {
     "qk_nope_head_dim": 64,
     "v_head_dim": 128,
     "max_position_embeddings": 512,
-    "initializer_range": 0.06,
+    "initializer_range": 0.15,
     "latent_norm": "identity",
 }
 
@@ -64,16 +64,19 @@ def save_converted(source: str, folder: Path) -> None:
 
 @torch.inference_mode()
 def answer(model: PreTrainedModel, prompt: list[int]) -> dict[str, list]:
-    """Greedy tokens, and their log-probabilities from one pass over prompt and answer."""
-    output = model.generate(
-        torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0
-    )
-    logprobs = model(output).logits[0, :-1].log_softmax(-1).gather(1, output[0, 1:, None])[:, 0]
+    """Greedy tokens, their log-probabilities from one pass over prompt and answer, and the lead of each over the second
+    best."""
+    model.generation_config.eos_token_id = None
+    output = model.generate(torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
+    distributions = model(output).logits[0, :-1].log_softmax(-1)
+    logprobs = distributions.gather(1, output[0, 1:, None])[:, 0]
+    best = distributions.topk(2).values
     first = len(prompt)
     return {
         "prompt": prompt,
         "tokens": output[0, first:].tolist(),
         "logprobs": logprobs[first - 1 :].tolist(),
+        "leads": (best[first - 1 :, 0] - best[first - 1 :, 1]).tolist(),
         "prompt_logprobs": logprobs[: first - 1].tolist(),
     }
 

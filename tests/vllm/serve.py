@@ -10,24 +10,28 @@ from vllm import LLM, SamplingParams, TokensPrompt
 
 
 def main(folder: str, answers: Path, result: Path) -> None:
-    """Answers the prompts in ``answers`` greedily; writes tokens and log-probabilities in the same form."""
+    """Answers the prompts in ``answers`` greedily, and reads prompts and answers once more.
+
+    Writes tokens with the log-probabilities of decoding, and ``read_logprobs`` of every given token from the second on.
+    """
     engine = LLM(folder, dtype="float32", enforce_eager=True, max_model_len=256, max_num_seqs=4, seed=0)
-    prompts = [answer["prompt"] for answer in json.loads(answers.read_text())]
-    length = len(json.loads(answers.read_text())[0]["tokens"])
-    sampling = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True, logprobs=1, prompt_logprobs=1)
+    expected = json.loads(answers.read_text())
+    length = len(expected[0]["tokens"])
+    decoding = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True, logprobs=1)
+    decoded = engine.generate([TokensPrompt(prompt_token_ids=answer["prompt"]) for answer in expected], decoding)
+    texts = [answer["prompt"] + answer["tokens"] for answer in expected]
+    reading = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1)
+    read = engine.generate([TokensPrompt(prompt_token_ids=text) for text in texts], reading)
     found = []
-    for prompt, output in zip(
-        prompts, engine.generate([TokensPrompt(prompt_token_ids=prompt) for prompt in prompts], sampling), strict=True
-    ):
+    for output, text, whole in zip(decoded, texts, read, strict=True):
         tokens = list(output.outputs[0].token_ids)
-        given = zip(prompt[1:], output.prompt_logprobs[1:], strict=True)
         chosen = zip(tokens, output.outputs[0].logprobs, strict=True)
+        given = zip(text[1:], whole.prompt_logprobs[1:], strict=True)
         found.append(
             {
-                "prompt": prompt,
                 "tokens": tokens,
                 "logprobs": [candidates[token].logprob for token, candidates in chosen],
-                "prompt_logprobs": [candidates[token].logprob for token, candidates in given],
+                "read_logprobs": [candidates[token].logprob for token, candidates in given],
             }
         )
     result.write_text(json.dumps(found))

@@ -96,7 +96,7 @@ def test_calibration_runs_the_sources_own_layers(family: str, tmp_path: Path) ->
     states = source.embed(ids)
     with torch.inference_mode():
         for layer in range(source.num_layers):
-            states = source.run_layer(source.decoder_layer(layer), states)
+            states = source.run_layer(layer, source.decoder_layer(layer), states)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         expected = model(ids, output_hidden_states=True).hidden_states[-1]
         torch.testing.assert_close(model.model.norm(states), expected, rtol=1e-4, atol=1e-4)

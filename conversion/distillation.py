@@ -1,0 +1,180 @@
+"""The Trainer that distils a teacher's logits, for a number of steps or of minutes."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+BETAS = (0.9, 0.98)
+WARM_UP = 0.05
+"""Share of a run in which the rates rise; they fall as a cosine afterwards."""
+LAST_RATE = 0.05
+"""Of the full rate, at both ends."""
+EVALUATIONS = 4
+"""During training, evenly spread."""
+_ROWS = 256
+"""Positions whose distributions over the vocabulary are formed at a time."""
+
+
+def kl_divergence(teacher: Tensor, student: Tensor) -> Tensor:
+    """Mean ``KL(teacher || student)`` in nats a token (Hinton et al., arXiv 1503.02531, at temperature 1).
+
+    Args:
+        teacher, student: logits ``[B, S, vocabulary]``.
+    """
+    total = student.new_zeros(())
+    for wanted, found in zip(teacher.flatten(0, 1).split(_ROWS), student.flatten(0, 1).split(_ROWS), strict=True):
+        log_wanted, log_found = wanted.float().log_softmax(-1), found.float().log_softmax(-1)
+        total = total + (log_wanted.exp() * (log_wanted - log_found)).sum()
+    return total / teacher.shape[:-1].numel()
+
+
+@dataclass
+class Pace(TrainerCallback):
+    """How long a run is: by steps, or by the clock, which starts when this is made.
+
+    Args:
+        steps: how many; or
+        seconds: how long.
+        advance: called for every step or second that has passed.
+    """
+
+    steps: int | None
+    seconds: float | None
+    advance: Callable[[], None]
+    started: float = field(default_factory=time.monotonic)
+    _shown: int = 0
+    _evaluated: int = 0
+
+    @property
+    def length(self) -> float:
+        return float(self.steps or self.seconds or 0)
+
+    def passed(self, step: int) -> float:
+        """Steps or seconds so far."""
+        return step if self.steps else time.monotonic() - self.started
+
+    def rate(self, step: int) -> float:
+        """What every group's rate is multiplied by."""
+        share = min(self.passed(step) / self.length, 1.0)
+        if share < WARM_UP:
+            return max(share / WARM_UP, LAST_RATE)
+        return LAST_RATE + (1 - LAST_RATE) * (1 + math.cos(math.pi * (share - WARM_UP) / (1 - WARM_UP))) / 2
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        passed = min(self.passed(state.global_step), self.length)
+        while self._shown < int(passed):
+            self._shown += 1
+            self.advance()
+        due = math.floor(EVALUATIONS * passed / self.length)
+        control.should_evaluate = due > self._evaluated
+        self._evaluated = due
+        control.should_training_stop = passed >= self.length
+        return control
+
+
+class DistillationTrainer(Trainer):
+    """Trainer whose loss, in training and in evaluation, is the divergence from a teacher."""
+
+    def __init__(self, *args: Any, teacher: PreTrainedModel, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.teacher = teacher.to(self.args.device).eval()
+        self.half = multiplies_bfloat16(self.args.device)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.half):
+            with torch.no_grad():
+                wanted = self.teacher(**inputs, use_cache=False).logits
+            outputs = model(**inputs, use_cache=False)
+        loss = kl_divergence(wanted, outputs.logits)
+        return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> tuple:
+        with torch.no_grad():
+            return self.compute_loss(model, self._prepare_inputs(inputs)), None, None
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the device has instructions for it; elsewhere it is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+
+
+def make_trainer(
+    student: nn.Module,
+    teacher: PreTrainedModel,
+    groups: list[dict[str, Any]],
+    *,
+    training: Tensor,
+    validation: Tensor,
+    pace: Pace,
+    seed: int,
+    work: Path,
+) -> DistillationTrainer:
+    """A trainer that keeps the best state by validation divergence, and has it loaded when it ends.
+
+    Args:
+        groups: parameter groups of the optimizer, each with its own rate.
+        training, validation: token ids ``[N, S]``.
+        seed: of the order of the windows.
+        work: where states are kept meanwhile.
+    """
+    arguments = TrainingArguments(
+        output_dir=str(work),
+        per_device_train_batch_size=1,
+        per_device_eval_batch_size=1,
+        max_steps=pace.steps or 10**9,
+        # Evaluation comes when the pace says so.
+        eval_strategy="steps",
+        eval_steps=10**9,
+        save_strategy="best",
+        save_only_model=True,
+        save_total_limit=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        seed=seed,
+        data_seed=seed,
+    )
+    optimizer = torch.optim.Adam(groups, betas=BETAS)
+    trainer = DistillationTrainer(
+        model=student,
+        args=arguments,
+        train_dataset=[{"input_ids": window} for window in training],
+        eval_dataset=[{"input_ids": window} for window in validation],
+        callbacks=[pace],
+        optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, pace.rate)),
+        teacher=teacher,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer

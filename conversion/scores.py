@@ -1,0 +1,94 @@
+"""How close one model's predictions are to another's, summed over text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+_ROWS = 128
+"""Positions whose distributions over the vocabulary are formed at a time."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """A converted model beside its source on ``windows`` of ``window`` tokens of one text.
+
+    Perplexities are exp of the mean negative log-likelihood over the predicted tokens of all windows; ``kl`` is the
+    mean ``KL(source || converted)`` in nats a token, ``top1_agreement`` the share of equal most likely tokens.
+    """
+
+    text: str
+    windows: int
+    window: int
+    perplexity_source: float
+    perplexity: float
+    kl: float
+    top1_agreement: float
+    max_abs_logit_error: float
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Scores:
+    """Sums over windows; a window's logits are compared in slices and then forgotten."""
+
+    def __init__(self) -> None:
+        self.nll_source = self.nll = self.kl = 0.0
+        self.agreeing = self.predicted = 0
+        self.worst = 0.0
+        self.shape = (0, 0)
+
+    def add(self, expected: Tensor, found: Tensor, window: Tensor) -> None:
+        """Logits ``[S, V]`` of source and converted model on the token ids ``window [S]``."""
+        targets = window[1:]
+        for start in range(0, len(targets), _ROWS):
+            rows = slice(start, min(start + _ROWS, len(targets)))
+            p, q = expected[rows].log_softmax(-1), found[rows].log_softmax(-1)
+            index = targets[rows, None]
+            self.nll_source -= float(p.gather(1, index).double().sum())
+            self.nll -= float(q.gather(1, index).double().sum())
+            self.kl += float((p.exp() * (p - q)).sum(-1).double().sum())
+            self.agreeing += int((p.argmax(-1) == q.argmax(-1)).sum())
+            self.worst = max(self.worst, float((expected[rows] - found[rows]).abs().max()))
+        self.predicted += len(targets)
+        self.shape = (self.shape[0] + 1, len(window))
+
+    def __add__(self, other: Scores) -> Scores:
+        """Of both texts together."""
+        both = Scores()
+        for name in ("nll_source", "nll", "kl", "agreeing", "predicted"):
+            setattr(both, name, getattr(self, name) + getattr(other, name))
+        both.worst = max(self.worst, other.worst)
+        both.shape = (self.shape[0] + other.shape[0], max(self.shape[1], other.shape[1]))
+        return both
+
+    def result(self, text: str) -> Score:
+        """The means; ``text`` is what was read."""
+        return Score(
+            text=text,
+            windows=self.shape[0],
+            window=self.shape[1],
+            perplexity_source=math.exp(self.nll_source / self.predicted),
+            perplexity=math.exp(self.nll / self.predicted),
+            kl=self.kl / self.predicted,
+            top1_agreement=self.agreeing / self.predicted,
+            max_abs_logit_error=self.worst,
+        )
+
+
+@torch.inference_mode()
+def perplexity(model: PreTrainedModel, windows: Tensor, step: Callable[[], None] = lambda: None) -> float:
+    """exp of the mean negative log-likelihood over the predicted tokens of ``windows [N, S]``."""
+    total = 0.0
+    for window in windows:
+        logits = model(window[None]).logits[0, :-1]
+        total += float(torch.nn.functional.cross_entropy(logits.float(), window[1:], reduction="sum"))
+        step()
+    return math.exp(total / (windows.shape[0] * (windows.shape[1] - 1)))

@@ -1,0 +1,179 @@
+"""Perplexity against cache size: conversion methods times budgets on one model.
+
+Every method calibrates once for all its budgets. Rows that the output already holds are kept, so a stopped benchmark
+goes on with the same command. Writes ``quality.json``, ``quality.md`` and ``quality.png``.
+
+    python examples/benchmarks/quality.py MODEL RESULTS --text test.txt --calibration calibration.txt
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import Progress
+
+from conversion.checkpoint.atomic import write_text
+from conversion.checkpoint.location import locate
+from conversion.convert import run_plan
+from conversion.errors import BudgetError
+from conversion.methods import METHODS
+from conversion.plan import make_plan
+from conversion.progress import counting, shown_progress
+from conversion.recipe import DEFAULT_TOKENS, make_recipe
+from conversion.scores import perplexity
+from conversion.sources import SourceModel, open_source
+from conversion.verify import load_model, text_windows, window_length
+
+BUDGETS = "100%,75%,50%,37.5%,25%,12.5%"
+PACKAGES = ("modeling-mla", "torch", "transformers")
+
+
+def settings(model: str, calibration: str | None, tokens: int, text: Path, windows: int, seed: int) -> dict[str, Any]:
+    """What all rows share; rows of other settings are not comparable."""
+    return {
+        "model": locate(model).name,
+        "calibration": "default mix" if calibration is None else Path(calibration).name,
+        "calibration_tokens": tokens,
+        "text": text.name,
+        "windows": windows,
+        "seed": seed,
+        "threads": torch.get_num_threads(),
+        "versions": {name: version(name) for name in PACKAGES},
+    }
+
+
+def convert_and_score(
+    source: SourceModel, recipe: dict[str, Any], windows: torch.Tensor, work: Path, progress: Progress
+) -> dict[str, Any]:
+    """One row of the table: converts, measures, deletes the checkpoint."""
+    asked = make_recipe(**recipe, source=source.location.model, output=work / "checkpoint", dtype="float32")
+    plan = make_plan(asked, source)
+    start = time.perf_counter()
+    report = run_plan(plan, source, progress).report
+    converted = time.perf_counter()
+    with counting(progress, f"{asked.method} {asked.cache}", len(windows)) as step:
+        found = perplexity(load_model(locate(str(asked.output))), windows, step)
+    layers, held_out = report.budgets, report.verification
+    return {
+        "method": asked.method,
+        "cache": asked.cache,
+        "cache_share": held_out.cache_bytes_per_token / held_out.cache_bytes_per_token_source,
+        "qk_rope_head_dim": sum(layer.qk_rope_head_dim for layer in layers) / len(layers),
+        "kv_lora_rank": sum(layer.kv_lora_rank for layer in layers) / len(layers),
+        "perplexity": found,
+        "held_out_kl": held_out.kl,
+        "held_out_top1_agreement": held_out.top1_agreement,
+        "seconds_to_convert": round(converted - start, 1),
+        "seconds_to_score": round(time.perf_counter() - converted, 1),
+    }
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The table, one row for each method and budget."""
+    base, common = result["perplexity_source"], result["settings"]
+    lines = [
+        f"{common['model']}, {common['windows']} windows of {common['text']}; source {base:.3f}. Calibrated on "
+        f"{common['calibration_tokens']} tokens of {common['calibration']}, seed {common['seed']}; "
+        f"{common['threads']} threads; "
+        + ", ".join(f"{name} {number}" for name, number in common["versions"].items())
+        + ". KL to the source and equal most likely tokens are on held-out prose, documentation and code. Seconds are "
+        "of the conversion with its verification; those of a method's first row include its calibration.",
+        "",
+        "| method | cache | rotary + latent | perplexity | x source | KL | top-1 | seconds |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    lines += [
+        f"| {row['method']} | {row['cache_share']:.1%} | {row['qk_rope_head_dim']:g} + {row['kv_lora_rank']:g} | "
+        f"{row['perplexity']:.2f} | {row['perplexity'] / base:.3f} | {row['held_out_kl']:.3f} | "
+        f"{row['held_out_top1_agreement']:.1%} | {row['seconds_to_convert']:.0f} |"
+        for row in result["rows"]
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def plot(result: dict[str, Any]) -> Figure:
+    """Perplexity over the cache's share, one line a method."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for method in dict.fromkeys(row["method"] for row in result["rows"]):
+        rows = sorted((row for row in result["rows"] if row["method"] == method), key=lambda row: row["cache_share"])
+        axes.plot([100 * row["cache_share"] for row in rows], [row["perplexity"] for row in rows], "o-", label=method)
+    axes.axhline(result["perplexity_source"], color="black", linestyle=":", label="source")
+    axes.set_yscale("log")
+    axes.set_xlabel("cache, % of the source's")
+    axes.set_ylabel(f"perplexity, {result['settings']['text']}")
+    axes.set_title(result["settings"]["model"])
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    return figure
+
+
+def write(result: dict[str, Any], folder: Path) -> None:
+    """The three files, each complete or as it was."""
+    write_text(folder / "quality.json", json.dumps(result, indent=2) + "\n")
+    write_text(folder / "quality.md", markdown(result))
+    plot(result).savefig(folder / "quality.png", dpi=150)
+
+
+def main(
+    model: Annotated[str, typer.Argument(help="A folder, a .gguf file, or a Hub id.")],
+    results: Annotated[Path, typer.Argument(help="Folder of the results.")],
+    text: Annotated[Path, typer.Option(help="The text to report on.")],
+    methods: Annotated[str, typer.Option(help="Separated by commas.")] = ",".join(METHODS),
+    budgets: Annotated[str, typer.Option(help="Separated by commas; what a method cannot meet is left out.")] = BUDGETS,
+    calibration: Annotated[str | None, typer.Option(help="As for mla convert. [default: a shipped mix]")] = None,
+    tokens: Annotated[int, typer.Option(help="Of calibration text.")] = DEFAULT_TOKENS,
+    windows: Annotated[int, typer.Option(help="Of 1024 tokens, from the start of the text.")] = 32,
+    seed: Annotated[int, typer.Option(help="Of all sampling.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Converts and scores; see the module."""
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    source = open_source(model)
+    common = settings(model, calibration, tokens, text, windows, seed)
+    results.mkdir(parents=True, exist_ok=True)
+    file = results / "quality.json"
+    result = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"settings": common, "rows": []}
+    if result["settings"] != common:
+        raise typer.BadParameter(f"{file} holds rows of other settings; choose another folder.")
+    content = text.read_text(encoding="utf-8")
+    ids = text_windows(content, text.name, source.location.tokenizer(), window_length(source), windows)
+    done = {(row["method"], row["cache"]) for row in result["rows"]}
+    with shown_progress() as progress:
+        if "perplexity_source" not in result:
+            with counting(progress, "source", len(ids)) as step:
+                result["perplexity_source"] = perplexity(load_model(source.location), ids, step)
+        for method in methods.split(","):
+            recipe = {"method": method, "calibration": calibration, "tokens": tokens, "seed": seed}
+            recipe["statistics"] = statistics = results / f"statistics-{method}"
+            for cache in budgets.split(","):
+                if (method, cache) in done:
+                    continue
+                with tempfile.TemporaryDirectory(dir=results, prefix=".checkpoint-") as work:
+                    try:
+                        row = convert_and_score(source, recipe | {"cache": cache}, ids, Path(work), progress)
+                    except BudgetError as error:
+                        progress.console.print(f"{method} {cache}: {error}", highlight=False)
+                        continue
+                result["rows"].append(row)
+                write(result, results)
+            shutil.rmtree(statistics, ignore_errors=True)
+    if as_json:
+        typer.echo(json.dumps(result))
+    else:
+        Console().print(markdown(result), highlight=False)
+
+
+if __name__ == "__main__":
+    typer.run(main)

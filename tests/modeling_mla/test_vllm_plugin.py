@@ -1,0 +1,81 @@
+"""What vLLM looks for in the modeling files, and what its plugin refuses. `make vllm-check` runs vLLM itself."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import sys
+import textwrap
+import tomllib
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny import tiny_config
+
+import modeling_mla
+from modeling_mla import LlamaMLAConfig, MistralMLAConfig, MLAttention, Qwen2MLAConfig, Qwen3MLAConfig
+from modeling_mla.attention_mla import IdentityRMSNorm
+from modeling_mla.vllm_mla import refuse_unservable
+
+PROJECT = Path(__file__).parents[2] / "pyproject.toml"
+
+
+def test_identity_norm_is_an_rms_norm_to_whom_reads_its_graph() -> None:
+    traced = torch.fx.symbolic_trace(IdentityRMSNorm(16))
+    called = [str(node.target).rpartition(".")[2] for node in traced.graph.nodes]
+    assert any("rsqrt" in name for name in called)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(5, 16).to(dtype)
+        assert torch.equal(traced.to(dtype)(x), x)
+
+
+def test_expansion_is_recognisable() -> None:
+    """One method of two arguments that names ``kv_b_proj`` and writes out pairs, called once by ``forward``."""
+    code = MLAttention.expand_kv.__code__
+    assert code.co_argcount == 3
+    assert "kv_b_proj" in code.co_names
+    tree = ast.parse(textwrap.dedent(inspect.getsource(MLAttention.expand_kv)))
+    returns = [node.value for node in ast.walk(tree) if isinstance(node, ast.Return)]
+    assert returns
+    assert all(isinstance(value, ast.Tuple) and len(value.elts) == 2 for value in returns)
+    assert inspect.getsource(MLAttention.forward).count("self.expand_kv(") == 1
+
+
+def test_cache_width_is_the_head_size() -> None:
+    config = tiny_config(LlamaMLAConfig, kv_lora_rank=16, qk_rope_head_dim=4)
+    assert (config.head_dim, config.num_key_value_heads) == (20, config.num_attention_heads)
+
+
+def test_plugin_registers_every_family(monkeypatch: pytest.MonkeyPatch) -> None:
+    registered: dict[str, str] = {}
+    registry = SimpleNamespace(register_model=registered.__setitem__)
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(ModelRegistry=registry))
+    project = tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]
+    module, _, function = project["entry-points"]["vllm.general_plugins"]["modeling_mla"].partition(":")
+    getattr(importlib.import_module(module), function)()
+    families = {name for name in modeling_mla.__all__ if name.endswith("ForCausalLM")}
+    assert len(families) >= 4
+    assert registered == dict.fromkeys(families, "modeling_mla.vllm_models_mla:TransformersForCausalLM")
+
+
+@pytest.mark.parametrize(
+    ("config_class", "fields", "message"),
+    [
+        (Qwen3MLAConfig, {}, "qwen3_mla normalises"),
+        (LlamaMLAConfig, {"q_lora_rank": 8}, "q_lora_rank is 8"),
+        (LlamaMLAConfig, {"kv_lora_ranks": [5, 16]}, "latents of 5 to 16 .*mla export"),
+        (MistralMLAConfig, {"sliding_window": 100}, "sliding window is 100 tokens"),
+        (Qwen2MLAConfig, {"use_sliding_window": True, "sliding_window": 99, "max_window_layers": 1}, "window is 99"),
+    ],
+)
+def test_plugin_refuses_by_name(config_class: type, fields: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        refuse_unservable(tiny_config(config_class, **fields), max_model_len=256)
+
+
+@pytest.mark.parametrize("fields", [{"sliding_window": None}, {"sliding_window": 256}])
+def test_plugin_serves_what_a_window_does_not_cut(fields: dict) -> None:
+    refuse_unservable(tiny_config(MistralMLAConfig, **fields), max_model_len=256)
