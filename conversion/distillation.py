@@ -52,12 +52,12 @@ class Pace(TrainerCallback):
     Args:
         steps: how many; or
         seconds: how long.
-        advance: called for every step or second that has passed.
+        advance: called with the number of steps or seconds that have passed since the last call.
     """
 
     steps: int | None
     seconds: float | None
-    advance: Callable[[], None]
+    advance: Callable[[int], None]
     started: float = field(default_factory=time.monotonic)
     _shown: int = 0
     _evaluated: int = 0
@@ -81,9 +81,9 @@ class Pace(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         passed = min(self.passed(state.global_step), self.length)
-        while self._shown < int(passed):
-            self._shown += 1
-            self.advance()
+        if int(passed) > self._shown:
+            self.advance(int(passed) - self._shown)
+            self._shown = int(passed)
         due = math.floor(EVALUATIONS * passed / self.length)
         control.should_evaluate = due > self._evaluated
         self._evaluated = due

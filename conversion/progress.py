@@ -26,16 +26,17 @@ def silent_progress() -> Progress:
 
 
 @contextmanager
-def counting(progress: Progress, description: str, total: int, done: int = 0) -> Iterator[Callable[[], None]]:
-    """Shows a step of ``total`` parts, ``done`` of which an earlier run did; the function that it gives adds one."""
+def counting(progress: Progress, description: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
+    """Shows a step of ``total`` parts, ``done`` of which an earlier run did; the function that it gives adds one,
+    or as many as it is told."""
     task = progress.add_task(description, total=total, completed=done)
     started = last = time.monotonic()
     completed = done
 
-    def advance() -> None:
+    def advance(parts: int = 1) -> None:
         nonlocal completed, last
-        completed += 1
-        progress.advance(task)
+        completed += parts
+        progress.advance(task, parts)
         now = time.monotonic()
         if progress.disable and now - last >= _SECONDS_BETWEEN_LINES:
             last = now

@@ -1,6 +1,6 @@
 """Answers a prompt with a converted checkpoint, and says what its cache takes.
 
-    python examples/generate.py OUT "The capital of France is"
+python examples/generate.py OUT "The capital of France is"
 """
 
 from __future__ import annotations

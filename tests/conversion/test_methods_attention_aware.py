@@ -95,6 +95,8 @@ def test_the_same_input_gives_the_same_bytes():
 def test_split_is_a_function_of_the_budget():
     geometry, _ = naive.random_layer(heads=9, kv_heads=3, head_dim=64, rotary_dim=64, hidden=20)
     assert METHOD.split(geometry, 192) == LayerBudget(kv_lora_rank=144, qk_rope_head_dim=48)
+    assert METHOD.split(geometry, 96) == LayerBudget(kv_lora_rank=72, qk_rope_head_dim=24)
+    assert METHOD.split(geometry, 48) == LayerBudget(kv_lora_rank=32, qk_rope_head_dim=16)
     for elements in range(18, 385):
         budget = METHOD.split(geometry, elements)
         assert budget.cache_elements == elements
