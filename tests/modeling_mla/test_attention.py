@@ -222,7 +222,7 @@ def test_unknown_backend_is_refused_by_name():
     model = tiny_model()
     model.set_attention_route("absorbed")
     model.set_attention_backend("cuda9")
-    with pytest.raises(ValueError, match="Unknown MLA backend 'cuda9'; known are auto, torch"):
+    with pytest.raises(ValueError, match="Unknown MLA backend 'cuda9'; known are auto, cpu, torch"):
         model(random_ids(1, 3))
 
 
