@@ -1,13 +1,15 @@
-"""The calibration text on its way through the source model, one layer at a time."""
+"""The calibration text on its way through the source model or a converted one, one layer at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .checkpoint.measurements import Measurements
+from .layers import MLAWeights
+from .methods.attention import converted_output
 from .sources import SourceModel
 
 Observer = Callable[[Tensor, Tensor], None]
@@ -19,10 +21,28 @@ def stream_dtype(source: SourceModel) -> torch.dtype:
     return torch.bfloat16 if source.dtype == torch.bfloat16 else torch.float32
 
 
+def run_converted(
+    source: SourceModel, layer: int, module: nn.Module, hidden_states: Tensor, weights: MLAWeights
+) -> Tensor:
+    """A decoder layer of the source with its attention converted, over windows that start at position 0.
+
+    Args:
+        module: the source's, of `SourceModel.decoder_layer`.
+        hidden_states: ``[B, S, D]``, that enter the layer.
+        weights: of its attention, in the type of the hidden states.
+
+    Returns:
+        ``[B, S, D]``.
+    """
+    geometry, inputs = source.geometry(layer), source.attention_input(module, hidden_states)
+    output = torch.stack([converted_output(geometry, weights, window) for window in inputs])
+    return source.run_layer(layer, module, hidden_states, output)
+
+
 class ResidualStream:
     """Hidden states ``[N, S, D]`` of all windows, those that enter each layer in a file of the measurements.
 
-    The first pass over the layers makes them; the second reads them again instead of running the model twice.
+    The first pass over the layers makes them; the last reads them again instead of running the model twice.
 
     Args:
         windows: token ids ``[N, S]``.
@@ -32,23 +52,20 @@ class ResidualStream:
         self._source, self._windows, self._measurements = source, windows, measurements
 
     def entering(self, layer: int) -> Tensor:
-        """The hidden states before a layer that an earlier call of `advance` has reached."""
+        """The hidden states before a layer that an earlier call of `observe_and_advance` has reached."""
         if layer == 0:
             return self._source.embed(self._windows).to(stream_dtype(self._source))
         return self._measurements.read_hidden_states(layer)
 
     @torch.inference_mode()
-    def observe(self, layer: int, observer: Observer, step: Callable[[], None]) -> None:
-        """Shows every window before ``layer`` to ``observer``; calls ``step`` after each."""
-        module = self._source.decoder_layer(layer)
-        for window in self.entering(layer).split(1):
-            residual = window.float()
-            observer(self._source.attention_input(module, residual), residual)
-            step()
+    def observe_and_advance(
+        self, layer: int, observer: Observer, step: Callable[[], None], converted: MLAWeights | None = None
+    ) -> None:
+        """Shows every window before ``layer`` to ``observer`` and moves it through, then calls ``step``.
 
-    @torch.inference_mode()
-    def observe_and_advance(self, layer: int, observer: Observer, step: Callable[[], None]) -> None:
-        """As `observe`; also moves every window through the layer."""
+        Args:
+            converted: takes the place of the layer's attention.
+        """
         module = self._source.decoder_layer(layer)
         last = layer + 1 == self._source.num_layers
         states = self.entering(layer)
@@ -56,7 +73,11 @@ class ResidualStream:
             residual = window.float()
             observer(self._source.attention_input(module, residual), residual)
             if not last:
-                window.copy_(self._source.run_layer(layer, module, residual))
+                window.copy_(
+                    self._source.run_layer(layer, module, residual)
+                    if converted is None
+                    else run_converted(self._source, layer, module, residual, converted)
+                )
             step()
         if not last:
             self._measurements.write_hidden_states(layer + 1, states)

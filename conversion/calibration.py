@@ -11,7 +11,7 @@ import torch
 from torch import LongTensor, Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .default_texts import DOMAINS, calibration_documents, evaluation_texts
+from .default_texts import DOMAINS, calibration_documents
 from .errors import CalibrationError
 
 _TEXT_SUFFIXES = {".txt", ".md", ".rst"}
@@ -54,11 +54,6 @@ def load_windows(
             "smaller window."
         )
     return cast(LongTensor, windows)
-
-
-def default_evaluation_text() -> str:
-    """Text of all default domains that no default calibration has seen."""
-    return "\n\n".join(evaluation_texts().values())
 
 
 def _balanced(tokenizer: PreTrainedTokenizerBase, window: int, count: int, seed: int) -> Tensor:

@@ -15,19 +15,21 @@ from rich.progress import Progress
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from . import damage
 from .activations import ResidualStream
 from .assemble import write_shards
 from .calibration import load_windows
 from .card import write_card
 from .checkpoint.atomic import require_space
 from .checkpoint.journal import WorkFolder
-from .checkpoint.measurements import Measurements, SharedMeasurements
+from .checkpoint.measurements import IntermediateMeasurements, Measurements, SharedMeasurements
 from .errors import OutputError
 from .layers import AttentionWeights, LayerBudget, MLAWeights
 from .methods import Method, get_method
-from .methods.attention import converted_output, source_output
+from .methods.base import INTERMEDIATE, TwoPassMethod
 from .plan import VERIFIED_WINDOWS, ConversionPlan, make_plan
 from .progress import counting, silent_progress
+from .refitting import Refitting, spread_windows
 from .report import Report, write_report
 from .sources import SourceModel
 from .verify import Verification, held_out_windows, verify_checkpoint, window_length
@@ -160,9 +162,10 @@ class _Run:
         stream = None
         if self.windows is not None:
             stream = ResidualStream(self.source, self.windows, self.measurements)
-            self._measure(stream, len(self.windows))
+            self._measure("measuring", stream, self.measurements, lambda _: None)
         budgets = self._allocate()
-        self._convert(budgets, stream)
+        with self._intermediate(budgets) as intermediate:
+            self._convert(budgets, stream, intermediate)
         layers = _Lazy(self.source.num_layers, self.work.read_layer)
         config = self.source.mla_config(layers, self.plan.dtype)
         write_shards(self.source, layers, config, self.plan.recipe.torch_dtype, self.work, self.progress)
@@ -182,75 +185,94 @@ class _Run:
     def _seed(self, layer: int) -> int:
         return self.plan.recipe.seed * _LAYER_SEEDS + layer
 
-    def _measure(self, stream: ResidualStream, windows: int) -> None:
-        """First pass: every layer's statistics."""
-        done, total = self.measurements.measured, self.source.num_layers
-        with counting(self.progress, "measuring", total * windows, done * windows) as step:
+    def _measure(
+        self,
+        description: str,
+        stream: ResidualStream,
+        measurements: Measurements,
+        converted: Callable[[int], MLAWeights | None],
+    ) -> None:
+        """Every layer's statistics in the model whose layers' attention is ``converted``, or the source's."""
+        assert self.windows is not None
+        windows, done, total = len(self.windows), measurements.measured, self.source.num_layers
+        with counting(self.progress, description, total * windows, done * windows) as step:
             for layer in range(done, total):
                 statistics = self.method.statistics(
                     self.geometries[layer], self._source_weights(layer), self._seed(layer)
                 )
                 assert statistics is not None
-                stream.observe_and_advance(layer, statistics.update, step)
-                self.measurements.write_statistics(layer, statistics.tensors())
-                self.measurements.advance(layer + 1)
+                stream.observe_and_advance(layer, statistics.update, step, converted(layer))
+                measurements.write_statistics(layer, statistics.tensors())
+                measurements.advance(layer + 1)
+
+    @contextmanager
+    def _intermediate(self, budgets: list[LayerBudget]) -> Iterator[Measurements | None]:
+        """What the second pass of a `TwoPassMethod` measures; None of another method."""
+        method, windows = self.method, self.windows
+        if not isinstance(method, TwoPassMethod) or windows is None:
+            yield None
+            return
+        widths = [budget.qk_rope_head_dim for budget in budgets]
+
+        def converted(layer: int) -> MLAWeights:
+            statistics = self.measurements.read_statistics(layer)
+            return method.intermediate(self.geometries[layer], self._source_weights(layer), statistics, widths[layer])
+
+        with IntermediateMeasurements(self.measurements, widths) as measurements:
+            stream = ResidualStream(self.source, windows, measurements)
+            self._measure("measuring again", stream, measurements, converted)
+            yield measurements
 
     def _allocate(self) -> list[LayerBudget]:
         """The final budgets: the plan's, unless the method moves ranks between layers."""
         stored = self.work.budgets
         if stored is not None:
             return stored
-        budgets = list(self.plan.layers)
-        if self.windows is not None and self.plan.recipe.kv_lora_rank is None and not self.plan.recipe.uniform:
+        budgets, recipe = list(self.plan.layers), self.plan.recipe
+        if self.windows is not None and self.method.allocates and recipe.kv_lora_rank is None and not recipe.uniform:
             statistics = _Lazy(len(budgets), self.measurements.read_statistics)
             weights = _Lazy(len(budgets), self._source_weights)
-            budgets = self.method.allocate(self.geometries, budgets, statistics, weights)
+            harm = self._damage(self.windows, budgets)
+            budgets = self.method.allocate(self.geometries, budgets, statistics, weights, harm)
         self.work.progress.budgets = [(budget.kv_lora_rank, budget.qk_rope_head_dim) for budget in budgets]
         self.work.save()
         return budgets
 
-    def _convert(self, budgets: list[LayerBudget], stream: ResidualStream | None) -> None:
-        """Second pass: factorises every layer, and refits it on the text."""
+    def _damage(self, windows: Tensor, budgets: list[LayerBudget]) -> list[float]:
+        chosen = windows[spread_windows(len(windows), damage.WINDOWS), : damage.LENGTH]
+        with counting(self.progress, "weighing layers", len(budgets)) as step:
+            return damage.layer_damage(
+                self.source, chosen, lambda layer: self._factorise(layer, budgets[layer], None), step
+            )
+
+    def _convert(
+        self, budgets: list[LayerBudget], stream: ResidualStream | None, intermediate: Measurements | None
+    ) -> None:
+        """Last pass: factorises every layer, and refits it on the text."""
         done, total = self.work.progress.converted, self.source.num_layers
-        windows = 1 if self.windows is None else len(self.windows)
-        with counting(self.progress, "converting", total * windows, done * windows) as step:
+        refitting = None if stream is None else Refitting(self.source, stream, self.work.converted_states)
+        with counting(self.progress, "converting", total, done) as step:
             for layer in range(done, total):
-                weights, error = self._factorise(layer, budgets[layer]), None
-                if stream is None:
-                    step()
-                else:
-                    weights, error = self._refit(layer, weights, stream, step)
+                weights, error = self._factorise(layer, budgets[layer], intermediate), None
+                if refitting is not None:
+                    source_weights = self._source_weights(layer)
+                    refit = self.method.refit(self.geometries[layer], source_weights, weights)
+                    weights, error = refitting.run(layer, source_weights, weights, refit)
                 self.work.write_layer(layer, weights)
                 self.work.progress.converted = layer + 1
                 self.work.progress.errors.append(error)
                 self.work.save()
+                self.work.converted_states.delete(layer)
                 self.measurements.forget(layer)
+                step()
 
-    def _factorise(self, layer: int, budget: LayerBudget) -> MLAWeights:
+    def _factorise(self, layer: int, budget: LayerBudget, intermediate: Measurements | None) -> MLAWeights:
         statistics = self.measurements.read_statistics(layer) if self.method.needs_calibration else None
+        if intermediate is not None:
+            assert statistics is not None
+            second = intermediate.read_statistics(layer)
+            statistics |= {INTERMEDIATE + name: tensor for name, tensor in second.items()}
         return self.method.factorise(self.geometries[layer], self._source_weights(layer), statistics, budget)
-
-    def _refit(
-        self, layer: int, weights: MLAWeights, stream: ResidualStream, step: Callable[[], None]
-    ) -> tuple[MLAWeights, float]:
-        """The corrected layer, and the relative squared error of its attention output on the first window."""
-        geometry, source_weights = self.geometries[layer], self._source_weights(layer)
-        refit = self.method.refit(geometry, source_weights, weights, self._seed(layer))
-        probe: list[Tensor] = []
-
-        def observe(attention_input: Tensor, residual: Tensor) -> None:
-            if not probe:
-                probe.append(attention_input[0].clone())
-            if refit is not None:
-                refit.update(attention_input, residual)
-
-        stream.observe(layer, observe, step)
-        if refit is not None:
-            weights = refit.weights()
-        rows = torch.arange(0, probe[0].shape[0], 4)
-        wanted = source_output(geometry, source_weights, probe[0], rows)
-        found = converted_output(geometry, weights, probe[0], rows)
-        return weights, float((found - wanted).square().sum() / wanted.square().sum())
 
     def _verify(self, tokenizer: PreTrainedTokenizerBase) -> Verification:
         texts = held_out_windows(tokenizer, window_length(self.source), VERIFIED_WINDOWS)

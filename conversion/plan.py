@@ -13,6 +13,7 @@ from .activations import stream_dtype
 from .errors import BudgetError
 from .layers import AttentionGeometry, LayerBudget
 from .methods import Method, get_method
+from .methods.base import TwoPassMethod
 from .recipe import Recipe, cache_elements
 from .sources import SourceModel
 from .verify import window_length
@@ -27,6 +28,8 @@ VERIFIED_WINDOWS = 6
 """Of held-out text, in the check before a checkpoint is published."""
 _WORK_PER_TOKEN = 3.5
 """Time of statistics, refit and forward pass of a token, in units of the forward pass's products [measured]."""
+_WORK_OF_SECOND_PASS = 1.5
+"""The same of a method that measures an intermediate model besides [measured]."""
 _FIXED_SECONDS = 20.0
 """Start, loading and writing [measured on a small model]."""
 
@@ -105,13 +108,14 @@ def make_plan(recipe: Recipe, source: SourceModel) -> ConversionPlan:
     budgets = _budgets(recipe, method, geometries, dtype.itemsize)
     window = window_length(source)
     windows = max(1, recipe.tokens // window) if method.needs_calibration else 0
+    twice = isinstance(method, TwoPassMethod)
 
     sizes = {name: tensor.numel() for name, tensor in source.meta_model.state_dict().items()}
     layer_parameters = sum(size for name, size in sizes.items() if source.in_layer(name)) // source.num_layers
     parameters = sum(tensor.numel() for tensor in source.meta_model.parameters())
     hidden = geometries[0].hidden_size
     stream_bytes = windows * window * hidden * stream_dtype(source).itemsize
-    statistics_bytes = 8 * (hidden + 1) ** 2 if windows else 0
+    statistics_bytes = (1 + twice) * 8 * (hidden + 1) ** 2 if windows else 0
     logits_bytes = 4 * window * source.config.vocab_size * 4
     return ConversionPlan(
         recipe=recipe,
@@ -125,7 +129,7 @@ def make_plan(recipe: Recipe, source: SourceModel) -> ConversionPlan:
         cache_bytes=sum(budget.cache_elements for budget in budgets) * dtype.itemsize,
         disk_bytes=int(1.5 * parameters * dtype.itemsize) + source.num_layers * (stream_bytes + statistics_bytes),
         memory_bytes=_PROCESS_BYTES + max(2 * parameters * 4 + logits_bytes, 8 * layer_parameters + 2 * stream_bytes),
-        seconds=_seconds(parameters, window * hidden * source.num_layers, windows * window, window),
+        seconds=_seconds(parameters, window * hidden * source.num_layers, windows * window, window, twice),
     )
 
 
@@ -193,7 +197,7 @@ def _check(method: Method, geometry: AttentionGeometry, budget: LayerBudget, lay
     method.check(geometry, budget)
 
 
-def _seconds(parameters: int, attention: int, tokens: int, window: int) -> float:
+def _seconds(parameters: int, attention: int, tokens: int, window: int, twice: bool) -> float:
     """From this machine's speed at a matrix product: the passes over the text, and the verification."""
     side = 512
     matrix = torch.ones(side, side)
@@ -203,4 +207,5 @@ def _seconds(parameters: int, attention: int, tokens: int, window: int) -> float
         matrix @ matrix
     rate = 4 * 2 * side**3 / (time.perf_counter() - start)
     forward = 2 * (parameters + attention) / rate
-    return forward * (_WORK_PER_TOKEN * tokens + 2 * VERIFIED_WINDOWS * window) + _FIXED_SECONDS
+    work = _WORK_PER_TOKEN + twice * _WORK_OF_SECOND_PASS
+    return forward * (work * tokens + 2 * VERIFIED_WINDOWS * window) + _FIXED_SECONDS

@@ -13,12 +13,12 @@ import time
 from pathlib import Path
 
 import torch
+from benchmarks.shrunk import shrunk_model
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 from transformers.utils import logging
 
-from conversion.memory import read_config
 from modeling_mla import LatentCache
 from modeling_mla.native_mla import enable_absorbed_attention
 
@@ -57,18 +57,6 @@ def main() -> None:
     console.print(f"{untouched_ms / enabled_ms:.1f} times as fast a token, at {ids.shape[1]} tokens of prompt")
     if tokenizer is not None:
         console.print(tokenizer.decode(tokens[0], skip_special_tokens=True), highlight=False)
-
-
-def shrunk_model(file: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """Two layers of a configuration's text model, with small dense MLPs and random weights."""
-    config = read_config(file).get_text_config(decoder=True)
-    small = {"num_hidden_layers": 2, "vocab_size": 1024, "intermediate_size": 1024, "first_k_dense_replace": 2}
-    ids = {"mlp_layer_types": ["dense", "dense"], "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
-    for field, value in (small | ids).items():
-        if hasattr(config, field):
-            setattr(config, field, value)
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config).to(dtype).eval()
 
 
 def generate(model: PreTrainedModel, ids: torch.Tensor, count: int) -> tuple[torch.Tensor, float, DynamicCache]:

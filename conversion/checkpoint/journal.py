@@ -9,15 +9,15 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 from safetensors import SafetensorError
 
-from ..errors import JournalError, OutputError
+from ..errors import JournalError
 from ..layers import LayerBudget, MLAWeights
 from .atomic import write_text
 from .layer_store import read_layer, write_layer
-from .measurements import Measurements
+from .locked_folder import LockedFolder, first_difference
+from .measurements import HiddenStates, Measurements
 
 _JOURNAL = "journal.json"
 
@@ -40,7 +40,7 @@ class Progress(BaseModel):
     shards: list[str] = []
 
 
-class WorkFolder:
+class WorkFolder(LockedFolder):
     """The work folder of the conversion to ``output``; use it as a context manager, which locks it.
 
     Raises:
@@ -49,56 +49,39 @@ class WorkFolder:
     """
 
     def __init__(self, output: Path, identity: dict[str, str]) -> None:
-        self.path = output.with_name(f".{output.name}.partial")
+        super().__init__(output.with_name(f".{output.name}.partial"), "output folder")
         self.checkpoint = self.path / "checkpoint"
-        self._lock = FileLock(output.with_name(f".{output.name}.partial.lock"), timeout=0)
+        self.converted_states = HiddenStates(self.path / "converted")
         self._identity = identity
         self.progress = Progress(identity=identity)
 
-    def __enter__(self) -> WorkFolder:
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire()
-        except Timeout as error:
-            raise JournalError(f"another process is converting to {self.path}; wait for it or stop it.") from error
-        except OSError as error:
-            raise OutputError(
-                f"{self.path.parent} cannot be written ({error.strerror}); choose another output folder."
-            ) from error
-        try:
-            self._open()
-        except BaseException:
-            self._lock.release()
-            raise
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        Path(self._lock.lock_file).unlink(missing_ok=True)
-        self._lock.release()
-
-    def _open(self) -> None:
+    def open(self) -> None:
+        """See `LockedFolder.open`."""
         journal = self.path / _JOURNAL
         if not journal.is_file():
-            self.path.mkdir(exist_ok=True)
             # The journal is the first file; a kill may leave it half-written under its temporary name.
             if any(file.suffix != ".tmp" for file in self.path.iterdir()):
                 raise JournalError(f"{self.path} has files but no journal; delete the folder to start over.")
             self.save()
-            self.checkpoint.mkdir()
+            self._make_folders()
             return
         try:
             progress = Progress.model_validate_json(journal.read_bytes())
         except ValidationError as error:
             raise JournalError(f"the journal {journal} is damaged; delete {self.path} to start over.") from error
-        for name, value in self._identity.items():
-            found = progress.identity.get(name)
-            if found != value:
-                raise JournalError(
-                    f"{self.path} holds an unfinished conversion with {name} {found}, not {value}; "
-                    "finish that one with its own settings, or delete the folder to start over."
-                )
+        different = first_difference(self._identity, progress.identity)
+        if different is not None:
+            name, found, wanted = different
+            raise JournalError(
+                f"{self.path} holds an unfinished conversion with {name} {found}, not {wanted}; "
+                "finish that one with its own settings, or delete the folder to start over."
+            )
         self.progress = progress
-        self.checkpoint.mkdir(exist_ok=True)
+        self._make_folders()
+
+    def _make_folders(self) -> None:
+        for folder in (self.checkpoint, self.converted_states.folder):
+            folder.mkdir(exist_ok=True)
 
     def save(self) -> None:
         """Writes the journal."""

@@ -1,31 +1,59 @@
-"""What the pass over the calibration text leaves of every layer: statistics, and hidden states for the second pass.
+"""What a pass over the calibration text leaves of every layer: statistics, and hidden states for a later pass.
 
 A conversion keeps them in its work folder, each until its layer is converted. In a folder of the user's they stay, so
-that other budgets of the same method, source and text need no calibration of their own.
+that other budgets of the same method, source and text need no calibration of their own. What a method measures on an
+intermediate model lies in a folder of its own within either.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..errors import JournalError, OutputError
+from ..errors import JournalError
 from .atomic import write_tensors, write_text
+from .locked_folder import LockedFolder, first_difference
 
 _JOURNAL = "measurements.json"
 
 
-class Measurements(ABC):
-    """Files of ``folder``, each complete or absent; ``measured`` counts the layers that have statistics."""
+class HiddenStates:
+    """Hidden states of the calibration text in files of ``folder``, each complete or absent."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+
+    def write_hidden_states(self, layer: int, hidden_states: Tensor) -> None:
+        """Those that enter ``layer``."""
+        write_tensors(self._hidden_states(layer), {"hidden_states": hidden_states})
+
+    def read_hidden_states(self, layer: int) -> Tensor:
+        return self._load(self._hidden_states(layer))["hidden_states"]
+
+    def delete(self, layer: int) -> None:
+        """All that is kept of ``layer``."""
+        self._hidden_states(layer).unlink(missing_ok=True)
+
+    def _load(self, path: Path) -> dict[str, Tensor]:
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise JournalError(
+                f"{path} is missing or damaged, though the journal names it; delete {self.folder}."
+            ) from error
+
+    def _hidden_states(self, layer: int) -> Path:
+        return self.folder / f"hidden-states-{layer:05d}.safetensors"
+
+
+class Measurements(HiddenStates, ABC):
+    """Statistics too; ``measured`` counts the layers that have them."""
 
     @property
     @abstractmethod
@@ -46,30 +74,13 @@ class Measurements(ABC):
     def read_statistics(self, layer: int) -> dict[str, Tensor]:
         return self._load(self._statistics(layer))
 
-    def write_hidden_states(self, layer: int, hidden_states: Tensor) -> None:
-        """Hidden states of the calibration text that enter ``layer``."""
-        write_tensors(self._hidden_states(layer), {"hidden_states": hidden_states})
-
-    def read_hidden_states(self, layer: int) -> Tensor:
-        return self._load(self._hidden_states(layer))["hidden_states"]
-
     def delete(self, layer: int) -> None:
+        """See `HiddenStates.delete`."""
+        super().delete(layer)
         self._statistics(layer).unlink(missing_ok=True)
-        self._hidden_states(layer).unlink(missing_ok=True)
-
-    def _load(self, path: Path) -> dict[str, Tensor]:
-        try:
-            return load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise JournalError(
-                f"{path} is missing or damaged, though the journal names it; delete {self.folder}."
-            ) from error
 
     def _statistics(self, layer: int) -> Path:
         return self.folder / f"statistics-{layer:05d}.safetensors"
-
-    def _hidden_states(self, layer: int) -> Path:
-        return self.folder / f"hidden-states-{layer:05d}.safetensors"
 
 
 class _Journal(BaseModel):
@@ -79,7 +90,7 @@ class _Journal(BaseModel):
     measured: NonNegativeInt = 0
 
 
-class SharedMeasurements(Measurements):
+class SharedMeasurements(Measurements, LockedFolder):
     """Measurements that outlive a conversion; use it as a context manager, which locks the folder.
 
     Args:
@@ -92,30 +103,12 @@ class SharedMeasurements(Measurements):
     """
 
     def __init__(self, folder: Path, identity: dict[str, str]) -> None:
-        super().__init__(folder)
+        Measurements.__init__(self, folder)
+        LockedFolder.__init__(self, folder, "folder for statistics")
         self._journal = _Journal(identity=identity)
-        self._lock = FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)
 
-    def __enter__(self) -> SharedMeasurements:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire()
-        except Timeout as error:
-            raise JournalError(f"another process is using the statistics in {self.folder}; wait for it.") from error
-        except OSError as error:
-            raise OutputError(f"{self.folder} cannot be written ({error.strerror}); choose another folder.") from error
-        try:
-            self._open()
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        Path(self._lock.lock_file).unlink(missing_ok=True)
-        self._lock.release()
-
-    def _open(self) -> None:
+    def open(self) -> None:
+        """See `LockedFolder.open`."""
         file = self.folder / _JOURNAL
         if not file.is_file():
             if any(found.suffix != ".tmp" for found in self.folder.iterdir()):
@@ -126,12 +119,12 @@ class SharedMeasurements(Measurements):
             found = _Journal.model_validate_json(file.read_bytes())
         except ValidationError as error:
             raise JournalError(f"the journal {file} is damaged; delete {self.folder} to start over.") from error
-        for name, value in self._journal.identity.items():
-            if found.identity.get(name) != value:
-                raise JournalError(
-                    f"the statistics in {self.folder} are of {name} {found.identity.get(name)}, not {value}; choose "
-                    "another folder for these."
-                )
+        different = first_difference(self._journal.identity, found.identity)
+        if different is not None:
+            name, other, wanted = different
+            raise JournalError(
+                f"the statistics in {self.folder} are of {name} {other}, not {wanted}; choose another folder for these."
+            )
         self._journal = found
 
     @property
@@ -144,3 +137,33 @@ class SharedMeasurements(Measurements):
 
     def forget(self, layer: int) -> None:
         """Nothing: the next conversion needs it."""
+
+
+class IntermediateMeasurements(SharedMeasurements):
+    """Statistics of an intermediate model, in a folder of its own within that of the source's.
+
+    Hidden states are kept for the next layer only.
+
+    Args:
+        source: the measurements that the intermediate model was made from. They belong to one source, method, text and
+            seed already.
+        qk_rope_head_dims: by layer; what else the intermediate model depends on.
+    """
+
+    def __init__(self, source: Measurements, qk_rope_head_dims: Sequence[int]) -> None:
+        widths = [str(width) for width in qk_rope_head_dims]
+        name = "-".join(("intermediate", *dict.fromkeys(widths)))
+        super().__init__(source.folder / name, {"qk_rope_head_dims": " ".join(widths)})
+
+    def open(self) -> None:
+        """See `LockedFolder.open`."""
+        super().open()
+        self._delete_used()
+
+    def advance(self, measured: int) -> None:
+        super().advance(measured)
+        self._delete_used()
+
+    def _delete_used(self) -> None:
+        for layer in range(self.measured):
+            self._hidden_states(layer).unlink(missing_ok=True)

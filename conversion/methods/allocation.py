@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import heapq
+import statistics
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -31,3 +33,11 @@ def allocate_ranks(gains: list[Tensor], total: int, smallest: int, largest: int)
         if ranks[layer] < limits[layer]:
             heapq.heappush(queue, (-float(gains[layer][ranks[layer]]), layer))
     return ranks
+
+
+def near_median(rates: Sequence[float], spread: tuple[float, float]) -> list[float]:
+    """``rates`` held between ``spread[0]`` and ``spread[1]`` times their median; all 1 where that is 0."""
+    median = statistics.median(rates)
+    if median <= 0:
+        return [1.0] * len(rates)
+    return [min(max(rate, spread[0] * median), spread[1] * median) for rate in rates]

@@ -1,6 +1,7 @@
-"""Attention of a source layer and of its converted form, in plain PyTorch, for any sampled query rows of a window.
+"""Attention of a source layer and of its converted form over calibration windows, which start at position 0.
 
-The methods measure with these; the model itself has its own attention. Windows start at position 0.
+The methods measure with these; the model itself has its own attention. Where the attention weights themselves are
+measured, they are formed for sampled query rows; outputs are computed for whole windows by PyTorch's fused kernel.
 """
 
 from __future__ import annotations
@@ -84,34 +85,57 @@ def attended(geometry: AttentionGeometry, attention: Tensor, values: Tensor) -> 
     return (grouped @ values).unflatten(1, (geometry.num_groups, -1)).flatten(0, 1)
 
 
-def source_output(geometry: AttentionGeometry, weights: AttentionWeights, inputs: Tensor, rows: Tensor) -> Tensor:
-    """What the source's attention block adds to the residual stream at the sampled rows, ``[n, D]``."""
-    heads = source_heads(geometry, weights, inputs, rows)
-    attention = source_attention(geometry, heads, rows)
-    context = attended(geometry, attention, heads.values).transpose(0, 1).flatten(1)
-    return torch.nn.functional.linear(context, weights.o, weights.o_bias)
+def fused_attention(geometry: AttentionGeometry, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Contexts ``[S, H*d_v]`` of a whole window: rotated ``queries`` and ``keys [H, S, d]``, ``values [H, S, d_v]``.
+
+    The fused kernel wants heads of one size, so the narrower ones are filled up with zeros, which change nothing.
+    """
+    length, width, value_width = queries.shape[1], queries.shape[-1], values.shape[-1]
+    fill = torch.nn.functional.pad
+    queries, keys = (fill(states, (0, max(0, value_width - width))) for states in (queries, keys))
+    values = fill(values, (0, max(0, width - value_width)))
+    window = geometry.sliding_window
+    mask = None
+    if window is not None and window < length:
+        mask = queries.new_ones(length, length, dtype=torch.bool).tril().triu(1 - window)
+    contexts = torch.nn.functional.scaled_dot_product_attention(
+        queries[None], keys[None], values[None], mask, is_causal=mask is None, scale=geometry.softmax_scale
+    )
+    return contexts[0, :, :, :value_width].transpose(0, 1).flatten(1)
 
 
-def converted_contexts(geometry: AttentionGeometry, weights: MLAWeights, inputs: Tensor, rows: Tensor) -> Tensor:
-    """Per-head contexts of the converted layer, side by side: what its ``o_proj`` reads, ``[n, H*d_v]``."""
+def source_output(geometry: AttentionGeometry, weights: AttentionWeights, inputs: Tensor) -> Tensor:
+    """What the source's attention block adds to the residual stream, ``[S, D]``, from its input ``inputs [S, D]``."""
+    heads = source_heads(geometry, weights, inputs, torch.arange(inputs.shape[0]))
+    rotation = Rotation.of(geometry.inv_freq, inputs.shape[0], geometry.attention_factor)
+    keys, values = (
+        states.repeat_interleave(geometry.num_groups, dim=0) for states in (rotation.apply(heads.keys), heads.values)
+    )
+    contexts = fused_attention(geometry, rotation.apply(heads.queries), keys, values)
+    return torch.nn.functional.linear(contexts, weights.o, weights.o_bias)
+
+
+def converted_contexts(geometry: AttentionGeometry, weights: MLAWeights, inputs: Tensor) -> Tensor:
+    """Per-head contexts of the converted layer, side by side: what its ``o_proj`` reads, ``[S, H*d_v]``."""
     nope, v_dim, pairs = weights.qk_nope_head_dim, weights.v_head_dim, weights.inv_freq.numel()
-    heads = geometry.num_heads
-    read = query_input(inputs[rows], weights.q_proj)
+    heads, length = geometry.num_heads, inputs.shape[0]
+    read = query_input(inputs, weights.q_proj)
     query = torch.nn.functional.linear(read, weights.q_proj, weights.q_proj_bias)
     q_nope, q_rope = query.unflatten(-1, (heads, -1)).transpose(0, 1).split((nope, 2 * pairs), dim=-1)
     read = encoder_input(inputs, weights.kv_a_proj_with_mqa)
     cached = torch.nn.functional.linear(read, weights.kv_a_proj_with_mqa, weights.kv_a_proj_with_mqa_bias)
     latent, key_rope = cached.split((cached.shape[-1] - 2 * pairs, 2 * pairs), dim=-1)
-    up_key, up_value = weights.kv_b_proj.unflatten(0, (heads, nope + v_dim)).split((nope, v_dim), dim=1)
+    expanded = torch.nn.functional.linear(latent, weights.kv_b_proj).unflatten(-1, (heads, nope + v_dim))
+    k_nope, values = expanded.transpose(0, 1).split((nope, v_dim), dim=-1)
 
-    rotation = Rotation.of(weights.inv_freq, inputs.shape[0], geometry.attention_factor)
-    queries = torch.cat((q_nope @ up_key, rotation.apply(q_rope, rows)), dim=-1) * geometry.softmax_scale
-    scores = queries @ torch.cat((latent, rotation.apply(key_rope)), dim=-1).T
-    attention = causal_softmax(scores, rows, geometry.sliding_window)
-    return ((attention @ latent) @ up_value.transpose(1, 2)).transpose(0, 1).flatten(1)
+    rotation = Rotation.of(weights.inv_freq, length, geometry.attention_factor)
+    shared = rotation.apply(key_rope).expand(heads, -1, -1)
+    queries = torch.cat((q_nope, rotation.apply(q_rope)), dim=-1)
+    return fused_attention(geometry, queries, torch.cat((k_nope, shared), dim=-1), values)
 
 
-def converted_output(geometry: AttentionGeometry, weights: MLAWeights, inputs: Tensor, rows: Tensor) -> Tensor:
-    """What the converted attention block adds to the residual stream at the sampled rows, ``[n, D]``."""
-    contexts = converted_contexts(geometry, weights, inputs, rows)
-    return torch.nn.functional.linear(contexts, weights.o_proj, weights.o_proj_bias)
+def converted_output(geometry: AttentionGeometry, weights: MLAWeights, inputs: Tensor) -> Tensor:
+    """What the converted attention block adds to the residual stream, ``[S, D]``, from its input ``inputs [S, D]``."""
+    return torch.nn.functional.linear(
+        converted_contexts(geometry, weights, inputs), weights.o_proj, weights.o_proj_bias
+    )

@@ -2,9 +2,10 @@
 
 1. Statistics of the source on text (`statistics`): which tokens, scores and query directions move the output.
 2. A shared rotary key (`rotary_pca`): complex components over the kv heads, chosen by what a constant cannot explain.
-3. What lost its rotation keeps its mean rotation, a complex constant.
+3. What lost its rotation keeps its mean rotation, for every query head and pair a complex constant.
 4. One latent (`joint_latent`) for those keys and the values together.
-5. Ranks by layer (`allocation`), and the output projection refitted (`value_ridge`).
+5. Ranks by layer (`allocation`), by what the loss of each layer alone does to the model's predictions.
+6. The output projection refitted (`value_ridge`), one layer after the other, in the model converted so far.
 """
 
 from __future__ import annotations
@@ -17,11 +18,20 @@ from torch import Tensor
 
 from ..errors import BudgetError
 from ..layers import AttentionGeometry, AttentionWeights, LayerBudget, MLAWeights
-from .allocation import allocate_ranks
+from .allocation import allocate_ranks, near_median
 from .base import LayerRefit, Method
-from .heads import repeat_groups
+from .heads import augmented_rows, repeat_groups
 from .joint_latent import JointLatent, joint_latent, latent_spectrum, latent_targets
-from .rotary_pca import RotaryKey, as_pairs, from_pairs, mean_rotation, rotary_queries, shared_rotary_key
+from .rotary_pca import (
+    RotaryKey,
+    as_pairs,
+    from_pairs,
+    mean_rotation,
+    mean_rotation_matrix,
+    rotary_queries,
+    shared_rotary_key,
+    unexplained_energy,
+)
 from .statistics import AttentionStatistics, output_gram, pair_energy
 from .value_ridge import ValueRidge
 
@@ -30,6 +40,8 @@ KEY_GAIN = 2.5
 FOLD_BELOW = 0.5
 """Of the source's cache: below it two neighbouring frequencies may share a rotary component."""
 SMALLEST_RANK = 16
+RATE_SPREAD = (0.5, 3.0)
+"""Limits of a layer's damage for what its latent loses, relative to the median layer: measured on little text."""
 
 
 @dataclass(frozen=True)
@@ -46,40 +58,38 @@ class _Measured:
     """``[D+1, D+1]``"""
     mean: Tensor
     """``[D+1]``, of ``x~``"""
+    mean_rotation: Tensor
+    """``R_h [H, d, d]``: what stands for the rotation of a head's keys where they lose it"""
+    rotary_weight: Tensor
+    """``[n_kv, pairs]``: energy that the mean rotation leaves unexplained"""
     key_metric: Tensor
-    """``M_K [n_kv, d, d]``: query second moments"""
+    """``M_K [n_kv, d, d] = sum_h R_h^T Q_h R_h``: second moments of the queries as they meet un-rotated keys"""
     value_metric: Tensor
     """``M_V [n_kv, d, d]``: through ``o_proj``"""
-    rho: Tensor
-    """``[n_kv, pairs]``, complex"""
-    query_energy: Tensor
-    """``[n_kv, pairs]``"""
 
     @classmethod
     def of(cls, geometry: AttentionGeometry, weights: AttentionWeights, statistics: dict[str, Tensor]) -> _Measured:
         d, kv = geometry.head_dim, geometry.num_kv_heads
 
-        def rows(weight: Tensor, bias: Tensor | None) -> Tensor:
-            constant = weight.new_zeros(weight.shape[0]) if bias is None else bias
-            return torch.cat((weight, constant[:, None]), dim=1).double().unflatten(0, (-1, d))
-
         def over_group(per_head: Tensor) -> Tensor:
-            return per_head.double().unflatten(0, (kv, geometry.num_groups)).sum(1)
+            return per_head.unflatten(0, (kv, geometry.num_groups)).sum(1)
 
         tokens = float(statistics["mean"][-1])
-        key_metric = over_group(statistics["query_moment"]) / (tokens * d)
-        energy = pair_energy_of_moment(geometry, key_metric)
+        query_moment = statistics["query_moment"].double() / (tokens * d)
+        energy = pair_energy_of_moment(geometry, query_moment)
+        rho = mean_rotation(statistics["rotation"].double() / (tokens * d), energy)
+        rotation = mean_rotation_matrix(rho, d)
         gram = statistics["attention_squared"].double()[:, None, None] * output_gram(geometry, weights.o.double())
         return cls(
-            query=rows(weights.q, weights.q_bias),
-            key=rows(weights.k, weights.k_bias),
-            value=rows(weights.v, weights.v_bias),
+            query=augmented_rows(weights.q, weights.q_bias, d),
+            key=augmented_rows(weights.k, weights.k_bias, d),
+            value=augmented_rows(weights.v, weights.v_bias, d),
             moment=statistics["moment"].double(),
             mean=statistics["mean"].double() / tokens,
-            key_metric=key_metric,
+            mean_rotation=rotation,
+            rotary_weight=over_group(unexplained_energy(energy, rho)),
+            key_metric=over_group(rotation.mT @ query_moment @ rotation),
             value_metric=over_group(gram) / tokens,
-            rho=mean_rotation(over_group(statistics["rotation"]) / (tokens * d), energy),
-            query_energy=energy,
         )
 
 
@@ -94,6 +104,7 @@ class AttentionAwareMethod(Method):
     name = "attention_aware"
     source = "this project"
     needs_calibration = True
+    allocates = True
 
     def smallest(self, geometry: AttentionGeometry) -> LayerBudget:
         return LayerBudget(kv_lora_rank=SMALLEST_RANK, qk_rope_head_dim=2 if geometry.rotary_dim else 0)
@@ -130,18 +141,25 @@ class AttentionAwareMethod(Method):
         budgets: Sequence[LayerBudget],
         statistics: Sequence[dict[str, Tensor]],
         weights: Sequence[AttentionWeights],
+        damage: Sequence[float],
     ) -> list[LayerBudget]:
-        """Moves ranks to where the joint latent still loses most, relative to the layer's residual stream."""
-        gains = []
-        for geometry, budget, sums, layer in zip(geometries, budgets, statistics, weights, strict=True):
+        """Moves ranks to where the next one saves most of the damage, if damage goes with what the latent loses.
+
+        What it loses is the tail of the layer's spectrum; its unit is fixed by the damage at the planned rank.
+        """
+        spectra, rates = [], []
+        for geometry, budget, sums, layer, harm in zip(geometries, budgets, statistics, weights, damage, strict=True):
             measured = _Measured.of(geometry, layer, sums)
             targets, _ = self._targets(measured, self._rotary_key(geometry, measured, budget), geometry)
             spectrum, _ = latent_spectrum(targets, measured.moment)
-            power = (sums["log_power"] / sums["mean"][-1]).exp()
-            gains.append(spectrum / power)
+            # In units of the residual stream: there layers compare, and rates can be held near their median.
+            spectrum = spectrum / (sums["mean"][-1] * (sums["log_power"] / sums["mean"][-1]).exp())
+            spectra.append(spectrum)
+            rates.append(max(harm, 0.0) / float(spectrum[budget.kv_lora_rank :].sum().clamp_min(1e-30)))
         largest = max(geometry.cache_elements - geometry.head_dim for geometry in geometries)
         total = sum(budget.kv_lora_rank for budget in budgets)
         smallest = min(SMALLEST_RANK, min(budget.kv_lora_rank for budget in budgets))
+        gains = [rate * spectrum for rate, spectrum in zip(near_median(rates, RATE_SPREAD), spectra, strict=True)]
         ranks = allocate_ranks(gains, total, smallest, largest)
         return [LayerBudget(rank, budget.qk_rope_head_dim) for rank, budget in zip(ranks, budgets, strict=True)]
 
@@ -160,10 +178,8 @@ class AttentionAwareMethod(Method):
         latent = joint_latent(targets, plain_units, measured.moment, budget.kv_lora_rank)
         return _assemble(geometry, weights, measured, rotary, latent)
 
-    def refit(
-        self, geometry: AttentionGeometry, weights: AttentionWeights, converted: MLAWeights, seed: int
-    ) -> LayerRefit:
-        return ValueRidge(geometry, weights, converted, seed)
+    def refit(self, geometry: AttentionGeometry, weights: AttentionWeights, converted: MLAWeights) -> LayerRefit:
+        return ValueRidge(geometry, weights, converted)
 
     def _rotary_key(self, geometry: AttentionGeometry, measured: _Measured, budget: LayerBudget) -> RotaryKey:
         fold = 2 if budget.cache_elements < FOLD_BELOW * geometry.cache_elements else 1
@@ -171,8 +187,7 @@ class AttentionAwareMethod(Method):
         return shared_rotary_key(
             keys,
             measured.moment,
-            measured.query_energy,
-            measured.rho,
+            measured.rotary_weight,
             geometry.inv_freq,
             components=budget.qk_rope_head_dim // 2,
             fold=fold,
@@ -181,8 +196,8 @@ class AttentionAwareMethod(Method):
     def _targets(self, measured: _Measured, rotary: RotaryKey, geometry: AttentionGeometry) -> tuple[Tensor, Tensor]:
         pairs = geometry.rotary_dim // 2
         remainder = as_pairs(measured.key, pairs) - rotary.decoder @ rotary.encoder
-        constant = geometry.attention_factor**2 * measured.rho[..., None]
-        keys = torch.cat((from_pairs(constant * remainder), measured.key[:, geometry.rotary_dim :]), dim=1)
+        unrotated = from_pairs(geometry.attention_factor**2 * remainder)
+        keys = torch.cat((unrotated, measured.key[:, geometry.rotary_dim :]), dim=1)
         return latent_targets(keys, measured.value, measured.key_metric, measured.value_metric, KEY_GAIN)
 
 
@@ -194,7 +209,8 @@ def _assemble(
     query = torch.cat((measured.query, rotary_queries(groups, as_pairs(measured.query, pairs), rotary)), dim=1)
     query = query.flatten(0, 1)
     rotary_rows = from_pairs(rotary.encoder)
-    up = torch.cat((latent.up_key, latent.up_value), dim=1).repeat_interleave(groups, dim=0).flatten(0, 1)
+    up_key, up_value = (up.repeat_interleave(groups, dim=0) for up in (latent.up_key, latent.up_value))
+    up = torch.cat((measured.mean_rotation @ up_key, up_value), dim=1).flatten(0, 1)
     down = latent.down[:, :-1]
     lost = measured.value @ measured.mean - latent.up_value @ (down @ measured.mean[:-1])
     output_bias = weights.o.double() @ repeat_groups(geometry, lost.flatten())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
@@ -32,16 +33,28 @@ class LayerStatistics(ABC):
         """The sums, on the CPU, ready for a safetensors file."""
 
 
-class LayerRefit(ABC):
-    """The second pass of one layer: corrects what a factorisation left, on the source's own activations.
+@dataclass(frozen=True)
+class LayerInputs:
+    """One window before one layer: ``attention_input`` and ``residual``, ``[S, D]`` each, as in `LayerStatistics`."""
 
-    The loop feeds it the same windows as the statistics (or fewer), then takes the corrected layer. It needs the final
-    budget of the layer, so it runs after :meth:`Method.allocate`. Constant memory in the number of tokens.
+    attention_input: Tensor
+    residual: Tensor
+
+
+class LayerRefit(ABC):
+    """The refit of a layer's output projection: corrects what its factorisation and the layers before it left.
+
+    The loop feeds it windows of the calibration text, then takes the corrected layer. It needs the final budget of the
+    layer, so it runs after :meth:`Method.allocate`. Constant memory in the number of tokens.
     """
 
     @abstractmethod
-    def update(self, attention_input: Tensor, residual: Tensor) -> None:
-        """Adds one batch of windows; arguments as in :meth:`LayerStatistics.update`."""
+    def update(self, source: LayerInputs, converted: LayerInputs) -> Tensor:
+        """Adds one window: as it reaches this layer in the source, and after the converted layers before this one.
+
+        Returns:
+            ``[S, H*d_v]``, what the output projection reads in the converted layer.
+        """
 
     @abstractmethod
     def weights(self) -> MLAWeights:
@@ -55,6 +68,8 @@ class Method(ABC):
     source: ClassVar[str]
     """Where the mathematics is published."""
     needs_calibration: ClassVar[bool]
+    allocates: ClassVar[bool] = False
+    """Whether :meth:`allocate` moves ranks, for which the damage of every layer is measured first."""
 
     @abstractmethod
     def smallest(self, geometry: AttentionGeometry) -> LayerBudget:
@@ -84,10 +99,14 @@ class Method(ABC):
         budgets: Sequence[LayerBudget],
         statistics: Sequence[dict[str, Tensor]],
         weights: Sequence[AttentionWeights],
+        damage: Sequence[float],
     ) -> list[LayerBudget]:
         """May move ranks between layers at an equal total; the default keeps the plan.
 
-        Statistics and weights may be loaded on access: look at one layer after the other, and once.
+        Args:
+            statistics: loaded on access, as weights may be: look at one layer after the other, and once.
+            damage: by layer, nats a token: KL to the source of the model in which only this layer is converted, at its
+                budget of ``budgets`` and without a refit.
         """
         return list(budgets)
 
@@ -101,8 +120,34 @@ class Method(ABC):
     ) -> MLAWeights:
         """The converted layer. Pure: the same input gives the same bytes."""
 
-    def refit(
-        self, geometry: AttentionGeometry, weights: AttentionWeights, converted: MLAWeights, seed: int
-    ) -> LayerRefit | None:
-        """The second pass that corrects ``converted`` (what :meth:`factorise` gave), or None where there is none."""
+    def refit(self, geometry: AttentionGeometry, weights: AttentionWeights, converted: MLAWeights) -> LayerRefit | None:
+        """What corrects ``converted`` (what :meth:`factorise` gave), or None where nothing does."""
         return None
+
+
+INTERMEDIATE = "intermediate."
+"""What the names of the second measuring pass begin with, among the statistics of a `TwoPassMethod`."""
+
+
+class TwoPassMethod(Method):
+    """A method that measures twice: on the source, then on an intermediate model made from what that found.
+
+    Both passes use the accumulators of :meth:`Method.statistics`. :meth:`Method.factorise` gets the sums of the first
+    under their names and those of the second under ``INTERMEDIATE + name``.
+    """
+
+    @abstractmethod
+    def intermediate(
+        self,
+        geometry: AttentionGeometry,
+        weights: AttentionWeights,
+        statistics: dict[str, Tensor],
+        qk_rope_head_dim: int,
+    ) -> MLAWeights:
+        """The layer that the second pass runs through.
+
+        It knows no rank, so that one second pass serves all budgets with the same rotary key.
+
+        Args:
+            statistics: of the first pass.
+        """

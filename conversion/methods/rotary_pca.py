@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-EXPLAINED_FLOOR = 1e-4
-"""A pair that never needs its rotation still keeps this share of its energy as weight."""
+UNEXPLAINED_FLOOR = 1e-4
+"""Of a pair's energy: what it weighs at least."""
 
 
 @dataclass(frozen=True)
@@ -44,29 +44,47 @@ def mean_rotation(rotation: Tensor, query_energy: Tensor) -> Tensor:
     The weighted least-squares answer for ``min_rho sum W |q_f|^2 |exp(-i theta_f D) - rho|^2``.
 
     Args:
-        rotation: ``[n_kv, 2, pairs]``, the numerator's real and imaginary parts.
-        query_energy: ``[n_kv, pairs]``, the denominator.
+        rotation: ``[H, 2, pairs]``, the numerator's real and imaginary parts.
+        query_energy: ``[H, pairs]``, the denominator.
 
     Returns:
-        ``[n_kv, pairs]``, complex, of modulus at most 1.
+        ``[H, pairs]``, complex, of modulus at most 1.
     """
     numerator = torch.complex(rotation[:, 0], rotation[:, 1])
     return numerator / query_energy.clamp_min(torch.finfo(query_energy.dtype).tiny)
 
 
+def unexplained_energy(query_energy: Tensor, rho: Tensor) -> Tensor:
+    """``e (1 - |rho|^2)``: what is left of a pair's energy ``e`` when the constant ``rho`` stands for its rotation.
+
+    The minimum of the problem of `mean_rotation`. A pair that hardly needs its rotation keeps a little weight.
+    """
+    return query_energy * (1 - rho.abs().square()).clamp_min(UNEXPLAINED_FLOOR)
+
+
+def mean_rotation_matrix(rho: Tensor, head_dim: int) -> Tensor:
+    """``[..., pairs]``, complex, to the real ``[..., d, d]`` that multiplies pairs by it and keeps other channels."""
+    pairs = rho.shape[-1]
+    matrix = torch.eye(head_dim, dtype=rho.real.dtype).expand(*rho.shape[:-1], -1, -1).clone()
+    real, imaginary = torch.diag_embed(rho.real), torch.diag_embed(rho.imag)
+    matrix[..., : 2 * pairs, : 2 * pairs] = torch.cat(
+        (torch.cat((real, -imaginary), dim=-1), torch.cat((imaginary, real), dim=-1)), dim=-2
+    )
+    return matrix
+
+
 def shared_rotary_key(
-    keys: Tensor, moment: Tensor, query_energy: Tensor, rho: Tensor, inv_freq: Tensor, components: int, fold: int
+    keys: Tensor, moment: Tensor, weight: Tensor, inv_freq: Tensor, components: int, fold: int
 ) -> RotaryKey:
     """The ``components`` complex directions that carry most of the energy which no constant can explain.
 
     For each group of ``fold`` adjacent frequencies: the eigenvectors of ``S K Sigma K^H S``, where K stacks the kv
-    heads' complex key rows and ``S^2 = energy * (1 - |rho|^2)``. Eigenvalues of all groups compete.
+    heads' complex key rows and ``S^2`` the weights. Eigenvalues of all groups compete.
 
     Args:
         keys: ``[n_kv, pairs, D+1]``, complex key rows.
         moment: ``[D+1, D+1]``, weighted second moment of ``[x, 1]``, not centred: a constant does turn.
-        query_energy: ``[n_kv, pairs]``, how strongly queries read each pair.
-        rho: ``[n_kv, pairs]``, mean rotations.
+        weight: ``[n_kv, pairs]``, of `unexplained_energy`, summed over the query heads that read each pair.
         inv_freq: ``[pairs]``.
         components: how many to keep, at most ``n_kv * pairs``.
         fold: 1 keeps every frequency by itself, exact; more lets neighbours share a component at one frequency.
@@ -74,12 +92,12 @@ def shared_rotary_key(
     kv, pairs, width = keys.shape
     if not pairs:
         return RotaryKey(keys.new_zeros(0, width), keys.new_zeros(kv, 0, 0), inv_freq)
-    weight = (query_energy * (1 - rho.abs().square()).clamp_min(EXPLAINED_FLOOR)).clamp_min(1e-30).sqrt()
+    root = weight.clamp_min(1e-30).sqrt()
     values, encoders, decoders, frequencies = [], [], [], []
     for first in range(0, pairs, fold):
         group = slice(first, min(first + fold, pairs))
         members = group.stop - group.start
-        scale = weight[:, group].reshape(-1, 1)
+        scale = root[:, group].reshape(-1, 1)
         rows = scale * keys[:, group].flatten(0, 1)
         hermitian = rows @ moment.to(rows.dtype) @ rows.mH
         eigenvalues, vectors = torch.linalg.eigh(hermitian)

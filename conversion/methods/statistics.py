@@ -14,7 +14,7 @@ from ..layers import AttentionGeometry, AttentionWeights, encoder_input
 from .attention import Rotation, SourceHeads, attended, source_attention, source_heads
 from .base import LayerStatistics
 
-ROWS_PER_WINDOW = 128
+ROWS_PER_WINDOW = 64
 """Query rows sampled in each window; sums over rows are scaled up to the window's length."""
 UNIFORM_SHARE = 0.25
 """Share of the token weight that ignores attention, so that no token is forgotten."""

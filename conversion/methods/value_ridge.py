@@ -1,7 +1,9 @@
 """The value ridge: a refit of ``o_proj`` on what the converted attention really gathers.
 
-The factorisation measured attention outputs under the source's attention weights. Here the converted layer attends by
-itself, and the output projection is regressed on its contexts towards the source's attention output.
+The factorisation measured attention outputs under the source's attention weights, on the source's activations. Here
+the converted layer attends by itself, in a model whose earlier layers are converted too, and its output projection is
+regressed on its contexts: towards the source's attention output, and part of the way to where the source's residual
+stream is, which those layers have left (asymmetric calibration, as in GPTAQ, arXiv 2504.02692).
 """
 
 from __future__ import annotations
@@ -13,45 +15,43 @@ from torch import Tensor
 
 from ..layers import AttentionGeometry, AttentionWeights, MLAWeights
 from .attention import converted_contexts, source_output
-from .base import LayerRefit
-from .statistics import ROWS_PER_WINDOW, sample_rows
+from .base import LayerInputs, LayerRefit
 
-SHRINKAGE = 0.1
-"""Ridge strength, relative to each feature's variance. Of 0.01 to 1 the best on held-out text, where 0.01 overfits."""
+SHRINKAGE = 0.03
+"""Ridge strength, relative to each feature's variance."""
 SHRINKAGE_FLOOR = 1e-3
 """Added to every feature's variance, relative to the mean variance, before it is scaled by the strength."""
+CORRECTED_SHARE = 0.5
+"""Of the distance that earlier layers left between the residual streams. All of it fits the calibration text only."""
 
 
 class ValueRidge(LayerRefit):
-    """Running moments of contexts ``f`` and source outputs ``y``, each row weighted by ``1 / mean(h^2)``.
+    """Running moments of contexts ``f`` and targets ``y + CORRECTED_SHARE * (h - h')``, each row weighted.
 
-    ``h`` is the residual stream after the attention block: what the next norm divides by.
+    ``y`` is the source's attention output, ``h`` and ``h'`` the residual streams that enter the source's layer and the
+    converted one. A row weighs ``1 / mean((h + y)^2)``: what the next norm divides by.
     """
 
-    def __init__(
-        self, geometry: AttentionGeometry, weights: AttentionWeights, converted: MLAWeights, seed: int
-    ) -> None:
-        self.geometry, self.source, self.converted, self.seed = geometry, weights, converted, seed
-        self.windows = 0
+    def __init__(self, geometry: AttentionGeometry, weights: AttentionWeights, converted: MLAWeights) -> None:
+        self.geometry, self.source, self.converted = geometry, weights, converted
         features, hidden = converted.o_proj.shape[1], geometry.hidden_size
         self.moment = torch.zeros(features + 1, features + 1 + hidden, dtype=torch.float64)
 
-    def update(self, attention_input: Tensor, residual: Tensor) -> None:
+    def update(self, source: LayerInputs, converted: LayerInputs) -> Tensor:
         """See `LayerRefit.update`."""
-        for inputs, stream in zip(attention_input.float(), residual.float(), strict=True):
-            rows = sample_rows(inputs.shape[0], ROWS_PER_WINDOW, self.seed, self.windows)
-            self.windows += 1
-            target = source_output(self.geometry, self.source, inputs, rows)
-            contexts = converted_contexts(self.geometry, self.converted, inputs, rows)
-            features = torch.cat((contexts, contexts.new_ones(len(rows), 1)), dim=1)
-            row_weight = 1 / (stream[rows] + target).square().mean(-1, keepdim=True)
-            self.moment += (features * row_weight).T @ torch.cat((features, target), dim=1)
+        output = source_output(self.geometry, self.source, source.attention_input)
+        contexts = converted_contexts(self.geometry, self.converted, converted.attention_input)
+        features = torch.cat((contexts, contexts.new_ones(len(contexts), 1)), dim=1)
+        target = output + CORRECTED_SHARE * (source.residual - converted.residual)
+        row_weight = 1 / (source.residual + output).square().mean(-1, keepdim=True)
+        self.moment += (features * row_weight).T @ torch.cat((features, target), dim=1)
+        return contexts
 
     def weights(self) -> MLAWeights:
         """See `LayerRefit.weights`."""
-        if not self.windows:
-            return self.converted
         size = self.moment.shape[0]
+        if not self.moment[-1, size - 1]:
+            return self.converted
         projection, bias = ridge_towards(self.moment[:, :size], self.moment[:, size:], self.converted.o_proj.double())
         dtype = self.converted.o_proj.dtype
         return replace(self.converted, o_proj=projection.to(dtype), o_proj_bias=bias.to(dtype))

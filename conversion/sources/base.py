@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from copy import deepcopy
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -54,6 +55,8 @@ class SourceModel:
     layer_prefix: ClassVar[str] = "model.layers.{layer}."
     attention_prefix: ClassVar[str] = "self_attn."
     embedding: ClassVar[str] = "model.embed_tokens.weight"
+    final_norm: ClassVar[str] = "model.norm"
+    head: ClassVar[str] = "lm_head.weight"
     ignored: ClassVar[str] = r".*\.rotary_emb\.inv_freq"
     """Tensors that old checkpoints carry and Transformers does not read."""
 
@@ -211,12 +214,34 @@ class SourceModel:
         """What the projections of a decoder layer read, from the hidden states that enter it."""
         return module.get_submodule("input_layernorm")(hidden_states)
 
-    def run_layer(self, layer: int, module: nn.Module, hidden_states: Tensor) -> Tensor:
-        """One decoder layer over windows that start at position 0, ``[B, S, D]`` to ``[B, S, D]``."""
+    def run_layer(
+        self, layer: int, module: nn.Module, hidden_states: Tensor, attention_output: Tensor | None = None
+    ) -> Tensor:
+        """One decoder layer over windows that start at position 0, ``[B, S, D]`` to ``[B, S, D]``.
+
+        Args:
+            attention_output: ``[B, S, D]``, what its attention shall give; None for what it does give.
+        """
+        if attention_output is not None:
+            attention = module.get_submodule(self.attention_prefix.removesuffix("."))
+            attention.forward = lambda *_, **__: (attention_output, None)
+            try:
+                return self.run_layer(layer, module, hidden_states)
+            finally:
+                del attention.forward
         position_ids = torch.arange(hidden_states.shape[1])[None]
         angles = self.rotary(hidden_states, position_ids)
         mask = sliding_mask(hidden_states.shape[1], self.geometry(layer))
         return module(hidden_states, attention_mask=mask, position_ids=position_ids, position_embeddings=angles)
+
+    def predictor(self) -> Callable[[Tensor], Tensor]:
+        """What makes logits ``[..., V]`` of the hidden states ``[..., D]`` that leave the last layer, float32."""
+        norm = deepcopy(self.meta_model.get_submodule(self.final_norm))
+        parameters = {name: self.tensors.tensor(f"{self.final_norm}.{name}").float() for name in norm.state_dict()}
+        norm.load_state_dict(parameters, assign=True)
+        tied = self.config.tie_word_embeddings or self.head not in self.tensors.names
+        head = self.tensors.tensor(self.embedding if tied else self.head).float()
+        return lambda states: torch.nn.functional.linear(norm(states), head)
 
     @cached_property
     def rotary(self) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -300,7 +325,3 @@ def sliding_mask(length: int, geometry: AttentionGeometry) -> Tensor | None:
         return None
     distance = torch.arange(length)[:, None] - torch.arange(length)
     return ((distance >= 0) & (distance < geometry.sliding_window))[None, None]
-
-
-def _natural_order(name: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (0, part) for part in name.split(".")]

@@ -5,15 +5,13 @@ python examples/benchmarks/cache_growth.py --contexts 4096,65536
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
+from rows import print_rows
 from transformers import Cache, DynamicCache
 
 from modeling_mla import LatentCache, LlamaMLAConfig
@@ -70,13 +68,7 @@ def main(
         for dtype in dtypes.split(",")
         for context in contexts.split(",")
     ]
-    if as_json:
-        print(json.dumps(rows))
-        return
-    table = Table(*rows[0])
-    for row in rows:
-        table.add_row(*map(str, row.values()))
-    Console().print(table)
+    print_rows(rows, as_json)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ expands the whole cache at every step), and a standard checkpoint against its co
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -18,8 +17,7 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
+from rows import print_rows
 from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM, DynamicCache, PreTrainedModel
 
 from modeling_mla import LatentCache, LlamaMLAConfig, LlamaMLAForCausalLM
@@ -136,13 +134,7 @@ def main(
         else:
             pair, same = deepseek_pair(dtype), True
         rows += [compare(*pair, int(context), seconds, same) for context in contexts.split(",")]
-    if as_json:
-        print(json.dumps(rows))
-        return
-    table = Table(*rows[0])
-    for row in rows:
-        table.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()))
-    Console().print(table)
+    print_rows(rows, as_json)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ random. Caches are filled with random entries, for a prompt of this length would
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable
 from typing import Annotated
@@ -17,8 +16,7 @@ from typing import Annotated
 import torch
 import typer
 from native import HUB_CONFIGS, side_by_side
-from rich.console import Console
-from rich.table import Table
+from rows import print_rows
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from conversion.memory import cache_memory, read_config
@@ -99,13 +97,7 @@ def main(
     torch.set_num_threads(threads)
     model = shrunk_model(getattr(torch, dtype))
     rows = [compare(model, int(context), seconds) for context in contexts.split(",")]
-    if as_json:
-        print(json.dumps(rows))
-        return
-    table = Table(*rows[0])
-    for row in rows:
-        table.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()))
-    Console().print(table)
+    print_rows(rows, as_json)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ vocabulary, random weights. Both models share their parameters.
 from __future__ import annotations
 
 import copy
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -20,35 +19,14 @@ from typing import Annotated
 import torch
 import typer
 from decode import fill, step
-from rich.console import Console
-from rich.table import Table
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from rows import print_rows
+from shrunk import shrunk_model
+from transformers import DynamicCache, PreTrainedModel
 
-from conversion.memory import read_config
 from modeling_mla import LatentCache
 from modeling_mla.native_mla import enable_absorbed_attention
 
 HUB_CONFIGS = Path(__file__).resolve().parents[2] / "hub_configs"
-SHRUNK = {
-    "num_hidden_layers": 2,
-    "vocab_size": 1024,
-    "intermediate_size": 1024,
-    "first_k_dense_replace": 2,
-    "mlp_layer_types": ["dense", "dense"],
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-
-
-def untouched_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
-    """The text model of a file in `hub_configs`, shrunk everywhere but in its attention."""
-    config = read_config(HUB_CONFIGS / f"{name}.json").get_text_config(decoder=True)
-    for field, value in SHRUNK.items():
-        if hasattr(config, field):
-            setattr(config, field, value)
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config).to(dtype).eval()
 
 
 def enabled_copy(model: PreTrainedModel) -> PreTrainedModel:
@@ -112,17 +90,11 @@ def main(
     torch.set_num_threads(threads)
     rows = []
     for name in models.split(","):
-        model = untouched_model(name, getattr(torch, dtype))
+        model = shrunk_model(HUB_CONFIGS / f"{name}.json", getattr(torch, dtype))
         pair = model, enabled_copy(model)
         rows += [compare(name, pair, int(context), seconds) for context in contexts.split(",")]
-    if as_json:
-        print(json.dumps(rows))
-        return
     shown = ("model", "heads", "context", "untouched_ms", "enabled_ms", "speedup", "cpu_speedup")
-    table = Table(*shown)
-    for row in rows:
-        table.add_row(*(str(row[name]) for name in shown))
-    Console().print(table)
+    print_rows(rows, as_json, shown)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ from tiny_source import convert, save_source, write_text
 from conversion.errors import BudgetError
 from conversion.layers import LayerBudget
 from conversion.methods import get_method
-from conversion.methods.attention import converted_output, source_output
+from conversion.methods.attention import converted_contexts, converted_output, source_output
+from conversion.methods.base import LayerInputs
 
 METHOD = get_method("attention_aware")
 SOURCES = {
@@ -32,11 +33,12 @@ def measured(geometry, weights, windows=6, length=24):
     return statistics.tensors(), inputs, residual
 
 
+def windows(inputs, residual):
+    return [LayerInputs(*window) for window in zip(inputs, residual, strict=True)]
+
+
 def error(geometry, weights, converted, inputs):
-    rows = torch.arange(inputs.shape[1])
-    pairs = [
-        (converted_output(geometry, converted, x, rows), source_output(geometry, weights, x, rows)) for x in inputs
-    ]
+    pairs = [(converted_output(geometry, converted, x), source_output(geometry, weights, x)) for x in inputs]
     return sum(float((a - b).square().sum()) for a, b in pairs) / sum(float(b.square().sum()) for _, b in pairs)
 
 
@@ -71,12 +73,33 @@ def test_refit_lowers_the_error_and_keeps_the_cache():
     geometry, weights = naive.random_layer(dtype=torch.float32, biases=True)
     statistics, inputs, residual = measured(geometry, weights)
     converted = METHOD.factorise(geometry, weights, statistics, LayerBudget(6, 8))
-    refit = METHOD.refit(geometry, weights, converted, seed=1)
+    refit = METHOD.refit(geometry, weights, converted)
     assert refit.weights() is converted
-    refit.update(inputs, residual)
+    for window in windows(inputs, residual):
+        refit.update(window, window)
     refitted = refit.weights()
     assert error(geometry, weights, refitted, inputs) < error(geometry, weights, converted, inputs)
     assert torch.equal(refitted.kv_a_proj_with_mqa, converted.kv_a_proj_with_mqa)
+
+
+def test_refit_leads_the_stream_back_towards_the_source():
+    geometry, weights = naive.random_layer(dtype=torch.float32)
+    statistics, inputs, residual = measured(geometry, weights)
+    converted = METHOD.factorise(geometry, weights, statistics, LayerBudget(12, 8))
+    # What earlier layers have left can be told from what the heads gather.
+    lost = torch.stack([converted_contexts(geometry, converted, x) for x in inputs]) @ torch.randn(48, 20)
+
+    def distance(left):
+        refit = METHOD.refit(geometry, weights, converted)
+        for window, source in zip(windows(inputs, residual - left), windows(inputs, residual), strict=True):
+            refit.update(source, window)
+        refitted = refit.weights()
+        ends = [converted_output(geometry, refitted, x) - source_output(geometry, weights, x) for x in inputs]
+        return float((torch.stack(ends) - lost).norm() / lost.norm())
+
+    corrected, ignored = distance(lost), distance(torch.zeros_like(lost))
+    assert abs(corrected - 0.5) < 0.1
+    assert ignored > 0.9
 
 
 def test_the_same_input_gives_the_same_bytes():
@@ -85,8 +108,9 @@ def test_the_same_input_gives_the_same_bytes():
     for _ in range(2):
         torch.manual_seed(3)
         statistics, inputs, residual = measured(geometry, weights)
-        refit = METHOD.refit(geometry, weights, METHOD.factorise(geometry, weights, statistics, LayerBudget(6, 8)), 1)
-        refit.update(inputs, residual)
+        refit = METHOD.refit(geometry, weights, METHOD.factorise(geometry, weights, statistics, LayerBudget(6, 8)))
+        for window in windows(inputs, residual):
+            refit.update(window, window)
         results.append(refit.weights())
     for name in ("q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "o_proj_bias"):
         assert torch.equal(getattr(results[0], name), getattr(results[1], name))
@@ -112,13 +136,13 @@ def test_split_names_its_limits(elements):
         METHOD.split(geometry, elements)
 
 
-def test_allocation_keeps_the_total_and_favours_the_layer_that_loses_more():
+def test_allocation_keeps_the_total_and_favours_the_layer_that_harms_more():
     geometry, weights = naive.random_layer(heads=9, kv_heads=3, head_dim=16, rotary_dim=16, dtype=torch.float32)
     statistics, _, _ = measured(geometry, weights)
-    louder = {name: tensor.clone() for name, tensor in statistics.items()}
-    louder["log_power"] -= 4.0 * float(louder["mean"][-1])
     budgets = [LayerBudget(18, 8)] * 2
-    moved = METHOD.allocate([geometry] * 2, budgets, [statistics, louder], [weights] * 2)
+    layers = [geometry] * 2, budgets, [statistics] * 2, [weights] * 2
+    assert METHOD.allocate(*layers, [0.1, 0.1]) == budgets
+    moved = METHOD.allocate(*layers, [0.1, 0.5])
     assert sum(budget.kv_lora_rank for budget in moved) == 36
     assert moved[1].kv_lora_rank > moved[0].kv_lora_rank
     assert [budget.qk_rope_head_dim for budget in moved] == [8, 8]

@@ -14,6 +14,7 @@ from torch import Tensor
 from conversion.errors import BudgetError, SourceError
 from conversion.layers import AttentionGeometry, AttentionWeights, LayerBudget, MLAWeights
 from conversion.methods import get_method
+from conversion.methods.base import INTERMEDIATE
 from conversion.methods.mha2mla import strongest_pairs, weight_svd
 from conversion.methods.rotary_pca import as_pairs
 from conversion.methods.transmla import balanced_latent, concentrated_key
@@ -35,7 +36,8 @@ def measured(method, geometry: AttentionGeometry, weights: AttentionWeights) -> 
     single = AttentionWeights(**{name: None if t is None else t.float() for name, t in vars(weights).items()})
     statistics = method.statistics(geometry, single, seed=1)
     statistics.update(inputs, inputs)
-    return statistics.tensors()
+    sums = statistics.tensors()
+    return sums | {INTERMEDIATE + name: tensor for name, tensor in sums.items()}
 
 
 def turned_partly(

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from conversion.methods import get_method
-from conversion.methods.allocation import allocate_ranks
+from conversion.methods.allocation import allocate_ranks, near_median
 from conversion.methods.attention import (
+    attended,
     causal_softmax,
     converted_output,
     source_attention,
@@ -18,8 +19,10 @@ from conversion.methods.rotary_pca import (
     as_pairs,
     from_pairs,
     mean_rotation,
+    mean_rotation_matrix,
     rotary_queries,
     shared_rotary_key,
+    unexplained_energy,
 )
 from conversion.methods.statistics import (
     AttentionStatistics,
@@ -28,7 +31,7 @@ from conversion.methods.statistics import (
     rotation_moments,
     sample_rows,
 )
-from conversion.methods.value_ridge import ridge_towards
+from conversion.methods.value_ridge import SHRINKAGE, ridge_towards
 
 
 def window(length=9, **options):
@@ -42,14 +45,19 @@ def window(length=9, **options):
 @pytest.mark.parametrize(
     "options", [{}, {"kv_heads": 6}, {"biases": True, "rotary_dim": 4}, {"sliding_window": 3, "attention_factor": 1.3}]
 )
-def test_attention_at_sampled_rows_is_the_definition(options):
+def test_attention_is_the_definition(options):
     geometry, weights = naive.random_layer(**options)
     inputs, rows = torch.randn(9, geometry.hidden_size, dtype=torch.float64), torch.tensor([0, 3, 4, 8])
-    wanted = naive.source_output(geometry, weights, inputs)[rows]
-    torch.testing.assert_close(source_output(geometry, weights, inputs, rows), wanted, rtol=1e-6, atol=1e-6)
+    wanted = naive.source_output(geometry, weights, inputs)
+    torch.testing.assert_close(source_output(geometry, weights, inputs), wanted, rtol=1e-6, atol=1e-6)
     exact = get_method("exact")
     converted = exact.factorise(geometry, weights, None, exact.smallest(geometry))
-    torch.testing.assert_close(converted_output(geometry, converted, inputs, rows), wanted, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(converted_output(geometry, converted, inputs), wanted, rtol=1e-6, atol=1e-6)
+
+    heads = source_heads(geometry, weights, inputs, rows)
+    contexts = attended(geometry, source_attention(geometry, heads, rows), heads.values).transpose(0, 1).flatten(1)
+    sampled = torch.nn.functional.linear(contexts, weights.o, weights.o_bias)
+    torch.testing.assert_close(sampled, wanted[rows], rtol=1e-6, atol=1e-6)
 
 
 def test_output_sensitivity_is_the_derivative_of_the_output():
@@ -83,6 +91,13 @@ def test_mean_rotation_is_the_weighted_expectation():
     assert rho.abs().max() <= 1 + 1e-6
 
 
+def test_mean_rotation_matrix_multiplies_pairs_and_keeps_the_rest():
+    rho, states = torch.randn(5, 3, dtype=torch.complex128), torch.randn(5, 8, 1, dtype=torch.float64)
+    turned = mean_rotation_matrix(rho, 8) @ states
+    torch.testing.assert_close(as_pairs(turned, 3)[..., 0], rho * as_pairs(states, 3)[..., 0])
+    assert torch.equal(turned[:, 6:], states[:, 6:])
+
+
 def random_keys(kv=3, pairs=4, width=11):
     keys = torch.randn(kv, pairs, width, dtype=torch.complex128)
     samples = torch.randn(200, width, dtype=torch.float64)
@@ -100,9 +115,10 @@ def rotary_loss(keys, samples, weight, reconstruct):
 
 def test_rotary_key_reaches_the_numerical_optimum():
     keys, samples, energy, rho, inv_freq = random_keys(pairs=1)
-    weight = energy * (1 - rho.abs().square())
+    weight = unexplained_energy(energy, rho)
+    torch.testing.assert_close(weight, energy * (1 - rho.abs().square()))
     moment = samples.T @ samples / len(samples)
-    key = shared_rotary_key(keys, moment, energy, rho, inv_freq[:1], components=1, fold=1)
+    key = shared_rotary_key(keys, moment, weight, inv_freq[:1], components=1, fold=1)
     closed = rotary_loss(keys, samples, weight, (key.decoder @ key.encoder) @ samples.T.to(keys.dtype))
 
     truth = keys[:, 0] @ samples.T.to(keys.dtype)
@@ -124,7 +140,7 @@ def test_rotary_key_reaches_the_numerical_optimum():
 def test_rotary_key_is_lossless_with_all_components():
     keys, samples, energy, rho, inv_freq = random_keys()
     moment = samples.T @ samples / len(samples)
-    key = shared_rotary_key(keys, moment, energy, rho, inv_freq, components=12, fold=1)
+    key = shared_rotary_key(keys, moment, unexplained_energy(energy, rho), inv_freq, components=12, fold=1)
     torch.testing.assert_close(key.decoder @ key.encoder, keys)
     assert sorted(key.inv_freq.tolist()) == sorted(inv_freq.tolist() * 3)
 
@@ -132,20 +148,20 @@ def test_rotary_key_is_lossless_with_all_components():
 def test_rotary_key_prefers_what_a_constant_cannot_explain():
     keys, samples, energy, rho, inv_freq = random_keys()
     rho[:, 2:] = 1.0
-    key = shared_rotary_key(keys, samples.T @ samples, energy, rho, inv_freq, components=6, fold=1)
+    key = shared_rotary_key(keys, samples.T @ samples, unexplained_energy(energy, rho), inv_freq, components=6, fold=1)
     assert set(key.inv_freq.tolist()) == {2.0, 1.0}
 
 
 def test_folded_components_lie_between_their_frequencies():
     keys, samples, energy, rho, inv_freq = random_keys()
-    key = shared_rotary_key(keys, samples.T @ samples, energy, rho, inv_freq, components=12, fold=2)
+    key = shared_rotary_key(keys, samples.T @ samples, unexplained_energy(energy, rho), inv_freq, components=12, fold=2)
     torch.testing.assert_close(key.decoder @ key.encoder, keys)
     assert all(1.0 < value < 2.0 or 0.25 < value < 0.5 for value in key.inv_freq.tolist())
 
 
 def test_rotary_queries_meet_the_key_as_the_pairs_would():
     keys, samples, energy, rho, inv_freq = random_keys()
-    key = shared_rotary_key(keys, samples.T @ samples, energy, rho, inv_freq, components=12, fold=1)
+    key = shared_rotary_key(keys, samples.T @ samples, unexplained_energy(energy, rho), inv_freq, components=12, fold=1)
     queries = torch.randn(6, 4, 11, dtype=torch.complex128)
     x, y = samples[0].to(torch.complex128), samples[1].to(torch.complex128)
     shared = from_pairs(key.encoder) @ samples[1]
@@ -227,7 +243,7 @@ def test_ridge_satisfies_its_normal_equations():
     share = row_weights / row_weights.sum()
     centred_features = features - (share * features).sum(0)
     variance = (share * centred_features.square()).sum(0)
-    penalty = 0.1 * (variance + 1e-3 * variance.mean())
+    penalty = SHRINKAGE * (variance + 1e-3 * variance.mean())
     w, b = projection.clone().requires_grad_(), bias.clone().requires_grad_()
     residual = targets - features @ w.T - b
     ((share * residual.square()).sum() + ((w - start).square() * penalty).sum()).backward()
@@ -250,6 +266,11 @@ def test_allocation_is_the_best_of_all():
 def test_allocation_keeps_its_limits():
     gains = [torch.tensor([9.0] * 10), torch.tensor([1.0] * 10)]
     assert allocate_ranks(gains, total=9, smallest=2, largest=6) == [6, 3]
+
+
+def test_rates_stay_near_their_median():
+    assert near_median([1.0, 2.0, 100.0, 0.0, 3.0], (0.25, 8.0)) == [1.0, 2.0, 16.0, 0.5, 3.0]
+    assert near_median([0.0, 0.0, 5.0], (0.25, 8.0)) == [1.0, 1.0, 1.0]
 
 
 def test_statistics_are_sums_over_windows():

@@ -114,3 +114,9 @@ def test_uniform_gives_a_rotary_key_that_kernels_take(tmp_path: Path) -> None:
     for elements, rotary in ((48, 32), (96, 32), (191, 32), (192, 64), (300, 64)):
         made = planned(wide, cache=str(elements), uniform=True)
         assert made.layers == (LayerBudget(elements - rotary, rotary),) * LAYERS
+
+
+def test_a_second_pass_is_planned_for(source: Path) -> None:
+    once, twice = (planned(source, method=method, cache="50%", tokens=256) for method in ("mha2mla", "transmla"))
+    hidden = open_source(str(source)).config.hidden_size
+    assert twice.disk_bytes - once.disk_bytes == LAYERS * 8 * (hidden + 1) ** 2
