@@ -22,7 +22,7 @@ from .errors import CalibrationError, ConversionError
 if TYPE_CHECKING:
     from .plan import ConversionPlan
     from .sources import SourceModel
-from .progress import shown_progress
+from .progress import durations, shown_progress
 
 app = typer.Typer(
     help="Converts standard attention to Multi-head Latent Attention.",
@@ -224,7 +224,9 @@ def _execute(source: SourceModel, made: ConversionPlan, dry_run: bool) -> None:
     with shown_progress() as progress:
         finished = run_plan(made, source, progress)
     _show({}, finished.report.tables()[:-1], as_json=False)
-    Console().print(f"{output} is ready after {time.monotonic() - started:.0f} s.", highlight=False, soft_wrap=True)
+    steps = ", ".join(f"{name} {seconds:.0f}" for name, seconds in durations(progress).items())
+    ready = f"{output} is ready after {time.monotonic() - started:.0f} s: {steps}."
+    Console().print(ready, highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -29,7 +29,7 @@ VERIFIED_WINDOWS = 6
 _WORK_PER_TOKEN = 3.5
 """Time of statistics, refit and forward pass of a token, in units of the forward pass's products [measured]."""
 _WORK_OF_SECOND_PASS = 1.5
-"""The same of a method that measures an intermediate model besides [measured]."""
+"""The same of a method that measures an intermediate model besides, roughly."""
 _FIXED_SECONDS = 20.0
 """Start, loading and writing [measured on a small model]."""
 

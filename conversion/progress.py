@@ -44,4 +44,10 @@ def counting(progress: Progress, description: str, total: int, done: int = 0) ->
             progress.console.print(f"{description} {completed}/{total}, {left:.0f} s left", highlight=False)
 
     yield advance
+    progress.stop_task(task)
     progress.refresh()
+
+
+def durations(progress: Progress) -> dict[str, float]:
+    """Seconds of every step that `counting` has shown, in their order."""
+    return {task.description: task.elapsed or 0.0 for task in progress.tasks}

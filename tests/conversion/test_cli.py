@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -67,7 +68,7 @@ def test_dry_run_writes_nothing(folder: Path, tmp_path: Path) -> None:
 def test_convert_then_verify(folder: Path, tmp_path: Path) -> None:
     options = ["--cache", "75%", "--tokens", "256", "--calibration", folder / "text.txt"]
     shown = mla("convert", folder / "source", tmp_path / "out", *options)
-    assert "is ready after" in shown
+    assert re.search(r"is ready after \d+ s: .*verifying \d+\.", shown)
     stdout = mla(
         "verify", tmp_path / "out", "--against", folder / "source", "--text", folder / "text.txt",
         "--windows", "2", "--json",

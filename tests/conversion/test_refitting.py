@@ -1,0 +1,51 @@
+"""The last pass of a conversion: what a refit sees behind the layers that are converted already."""
+
+import pytest
+import torch
+from tiny_families import FAMILIES, save_family
+from tiny_source import CONTEXT, LAYERS, byte_tokenizer, convert, write_text
+from transformers import AutoModelForCausalLM
+
+from conversion.calibration import load_windows
+from conversion.checkpoint.measurements import HiddenStates
+from conversion.methods.attention_aware import AttentionAwareMethod
+from conversion.methods.value_ridge import ValueRidge
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_reads_the_converted_model_beside_the_source(family, tmp_path, monkeypatch):
+    seen, kept = [], {}
+
+    class Watched(ValueRidge):
+        def __init__(self, *args):
+            super().__init__(*args)
+            seen.append([])
+
+        def update(self, source, converted):
+            seen[-1].append((source, converted))
+            return super().update(source, converted)
+
+    def refit(self, geometry, weights, converted):
+        return Watched(geometry, weights, converted)
+
+    monkeypatch.setattr(AttentionAwareMethod, "refit", refit)
+    write = HiddenStates.write_hidden_states
+    monkeypatch.setattr(
+        HiddenStates,
+        "write_hidden_states",
+        lambda self, layer, states: (kept.update({(self.folder.name, layer): states}), write(self, layer, states)),
+    )
+    folder, text = save_family(tmp_path / "source", family, dtype=torch.float32), write_text(tmp_path / "text.txt")
+    output = convert(folder, tmp_path / "out", cache="60%", calibration=str(text), tokens=256).output
+
+    windows = load_windows(str(text), byte_tokenizer(), CONTEXT, 256, seed=0)
+    models = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for path in (folder, output)]
+    expected = [model(windows, output_hidden_states=True).hidden_states for model in models]
+    assert len(seen) == LAYERS
+    for layer, pairs in enumerate(seen):
+        for index, pair in enumerate(pairs):
+            for inputs, states in zip(pair, expected, strict=True):
+                torch.testing.assert_close(inputs.residual, states[layer][index], rtol=1e-3, atol=1e-4)
+        assert (pairs[0][0].residual - pairs[0][1].residual).abs().max().item() > 1e-3 or layer == 0
+    assert {layer for name, layer in kept if name == "converted"} == set(range(1, LAYERS))
