@@ -22,7 +22,7 @@ from conversion.progress import silent_progress
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A source and its compressed form in bfloat16, and a text for both."""
+    """A source and a compressed form that leaves much to heal, in bfloat16, and a text for both."""
     folder = tmp_path_factory.mktemp("healing")
     text = write_text(folder / "text.txt", length=4000)
     made = {"text": text}
@@ -30,7 +30,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         source = save_family(folder / family, family, dtype=torch.bfloat16)
         made[family] = source
         made[f"{family}_mla"] = convert(
-            source, folder / f"{family}_mla", cache="50%", calibration=str(text), tokens=1024
+            source, folder / f"{family}_mla", method="transmla", cache="50%", calibration=str(text), tokens=1024
         ).output
     return made
 
