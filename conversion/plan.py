@@ -26,7 +26,7 @@ SERVED_ROTARY_DIMS = (64, 32)
 """Widths of a rotary key that kernels of serving engines take; the narrower one is padded with zeros."""
 VERIFIED_WINDOWS = 6
 """Of held-out text, in the check before a checkpoint is published."""
-_WORK_PER_TOKEN = 3.5
+_WORK_PER_TOKEN = 2.5
 """Time of statistics, refit and forward pass of a token, in units of the forward pass's products [measured]."""
 _WORK_OF_SECOND_PASS = 1.5
 """The same of a method that measures an intermediate model besides, roughly."""
