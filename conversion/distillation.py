@@ -21,6 +21,8 @@ from transformers import (
     TrainingArguments,
 )
 
+from .scores import kl_divergence
+
 BETAS = (0.9, 0.98)
 WARM_UP = 0.05
 """Share of a run in which the rates rise; they fall as a cosine afterwards."""
@@ -28,21 +30,6 @@ LAST_RATE = 0.05
 """Of the full rate, at both ends."""
 EVALUATIONS = 4
 """During training, evenly spread."""
-_ROWS = 256
-"""Positions whose distributions over the vocabulary are formed at a time."""
-
-
-def kl_divergence(teacher: Tensor, student: Tensor) -> Tensor:
-    """Mean ``KL(teacher || student)`` in nats a token (Hinton et al., arXiv 1503.02531, at temperature 1).
-
-    Args:
-        teacher, student: logits ``[B, S, vocabulary]``.
-    """
-    total = student.new_zeros(())
-    for wanted, found in zip(teacher.flatten(0, 1).split(_ROWS), student.flatten(0, 1).split(_ROWS), strict=True):
-        log_wanted, log_found = wanted.float().log_softmax(-1), found.float().log_softmax(-1)
-        total = total + (log_wanted.exp() * (log_wanted - log_found)).sum()
-    return total / teacher.shape[:-1].numel()
 
 
 @dataclass

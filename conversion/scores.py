@@ -15,6 +15,19 @@ _ROWS = 128
 """Positions whose distributions over the vocabulary are formed at a time."""
 
 
+def kl_divergence(teacher: Tensor, student: Tensor) -> Tensor:
+    """Mean ``KL(teacher || student)`` in nats a token (Hinton et al., arXiv 1503.02531, at temperature 1).
+
+    Args:
+        teacher, student: logits ``[B, S, vocabulary]``.
+    """
+    total = student.new_zeros(())
+    for wanted, found in zip(teacher.flatten(0, 1).split(_ROWS), student.flatten(0, 1).split(_ROWS), strict=True):
+        log_wanted, log_found = wanted.float().log_softmax(-1), found.float().log_softmax(-1)
+        total = total + (log_wanted.exp() * (log_wanted - log_found)).sum()
+    return total / teacher.shape[:-1].numel()
+
+
 @dataclass(frozen=True)
 class Score:
     """A converted model beside its source on ``windows`` of ``window`` tokens of one text.

@@ -153,7 +153,8 @@ def test_recipes_fit_their_sources(name, tmp_path):
     if config.model_type not in SOURCES:
         with pytest.raises(SourceError, match=f"is of family '{config.model_type}', which cannot be converted"):
             source_of(location, config)
-        pytest.skip(f"{config.model_type} cannot be converted yet")
+        # Until its family can be converted, the refusal by name is what a recipe owes.
+        return
     plan = make_plan(recipe, source_of(location, config))
     assert plan.source_cache_bytes == 2 * before * layers
     assert plan.cache_bytes == 2 * after * layers

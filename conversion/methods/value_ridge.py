@@ -18,11 +18,11 @@ from .attention import converted_contexts, source_output
 from .base import LayerInputs, LayerRefit
 
 SHRINKAGE = 0.03
-"""Ridge strength, relative to each feature's variance."""
+"""Ridge strength, relative to each feature's variance. Between 0.01 and 0.1 held-out text hardly tells a difference."""
 SHRINKAGE_FLOOR = 1e-3
 """Added to every feature's variance, relative to the mean variance, before it is scaled by the strength."""
 CORRECTED_SHARE = 0.5
-"""Of the distance that earlier layers left between the residual streams. All of it fits the calibration text only."""
+"""Of the distance that earlier layers left between the residual streams: on held-out text better than none or all."""
 
 
 class ValueRidge(LayerRefit):

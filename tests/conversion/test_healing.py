@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 
 from conversion import healing
 from conversion.cli import app
-from conversion.distillation import kl_divergence
 from conversion.errors import CalibrationError, ConversionError, OutputError, SourceError
 from conversion.healing import Healed, HealingRecipe, heal
 from conversion.progress import silent_progress
+from conversion.scores import kl_divergence
 
 
 @pytest.fixture(scope="module")
