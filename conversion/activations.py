@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .checkpoint.measurements import Measurements
+from .checkpoint.measurements import BLOCK, Measurements
 from .layers import MLAWeights
 from .methods.attention import converted_output
 from .sources import SourceModel
@@ -40,22 +40,35 @@ def run_converted(
 
 
 class ResidualStream:
-    """Hidden states ``[N, S, D]`` of all windows, those that enter each layer in a file of the measurements.
+    """Hidden states of all windows, those that enter each layer in files of the measurements.
 
-    The first pass over the layers makes them; the last reads them again instead of running the model twice.
+    The first pass over the layers makes them; the last reads them again instead of running the model twice. A few
+    windows at a time are in memory.
 
     Args:
         windows: token ids ``[N, S]``.
     """
 
     def __init__(self, source: SourceModel, windows: Tensor, measurements: Measurements) -> None:
-        self._source, self._windows, self._measurements = source, windows, measurements
+        self._source, self._measurements = source, measurements
+        self._blocks = windows.split(BLOCK)
+        self.windows = len(windows)
 
-    def entering(self, layer: int) -> Tensor:
-        """The hidden states before a layer that an earlier call of `observe_and_advance` has reached."""
+    def entering(self, layer: int, indices: Tensor) -> Tensor:
+        """The hidden states ``[n, S, D]``, float32, of the windows ``indices [n]``, ascending, before a layer that an
+        earlier call of `observe_and_advance` has reached."""
+        of_block = indices // BLOCK
+        return torch.cat(
+            [
+                self._entering(layer, block)[indices[of_block == block] % BLOCK].float()
+                for block in of_block.unique().tolist()
+            ]
+        )
+
+    def _entering(self, layer: int, block: int) -> Tensor:
         if layer == 0:
-            return self._source.embed(self._windows).to(stream_dtype(self._source))
-        return self._measurements.read_hidden_states(layer)
+            return self._source.embed(self._blocks[block]).to(stream_dtype(self._source))
+        return self._measurements.read_block(layer, block)
 
     @torch.inference_mode()
     def observe_and_advance(
@@ -68,16 +81,17 @@ class ResidualStream:
         """
         module = self._source.decoder_layer(layer)
         last = layer + 1 == self._source.num_layers
-        states = self.entering(layer)
-        for window in states.split(1):
-            residual = window.float()
-            observer(self._source.attention_input(module, residual), residual)
+        for block in range(len(self._blocks)):
+            states = self._entering(layer, block)
+            for window in states.split(1):
+                residual = window.float()
+                observer(self._source.attention_input(module, residual), residual)
+                if not last:
+                    window.copy_(
+                        self._source.run_layer(layer, module, residual)
+                        if converted is None
+                        else run_converted(self._source, layer, module, residual, converted)
+                    )
+                step()
             if not last:
-                window.copy_(
-                    self._source.run_layer(layer, module, residual)
-                    if converted is None
-                    else run_converted(self._source, layer, module, residual, converted)
-                )
-            step()
-        if not last:
-            self._measurements.write_hidden_states(layer + 1, states)
+                self._measurements.write_block(layer + 1, block, states)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import cast
 
@@ -11,7 +12,7 @@ import torch
 from torch import LongTensor, Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .default_texts import DOMAINS, calibration_documents
+from .default_texts import calibration_documents, domains
 from .errors import CalibrationError
 
 _TEXT_SUFFIXES = {".txt", ".md", ".rst"}
@@ -29,7 +30,7 @@ def load_windows(
     """Calibration windows.
 
     Args:
-        spec: None for the default balance of prose, documentation and code; a file (``.txt``, ``.md``, ``.rst``,
+        spec: None for the default balance of domains (`default_texts`); a file (``.txt``, ``.md``, ``.rst``,
             ``.jsonl``, ``.json`` or ``.parquet``, the latter with a column ``text``); or a dataset of the Hub as
             ``name[@configuration][:split[:column]]``, streamed.
         window: tokens in a window.
@@ -57,10 +58,12 @@ def load_windows(
 
 
 def _balanced(tokenizer: PreTrainedTokenizerBase, window: int, count: int, seed: int) -> Tensor:
-    """As many windows of every domain, in turn."""
-    share = -(-count // len(DOMAINS))
-    domains = [_pack(calibration_documents(domain), tokenizer, window, share, seed) for domain in DOMAINS]
-    return torch.stack(domains, dim=1).flatten(0, 1)[:count]
+    """Windows of every domain in turn, as many of each as long as there are."""
+    packed = [
+        _pack(calibration_documents(domain, tokenizer), tokenizer, window, count, seed) for domain in domains(tokenizer)
+    ]
+    in_turn = [one for turn in zip_longest(*packed) for one in turn if one is not None]
+    return torch.stack(in_turn[:count])
 
 
 def _documents(spec: str, seed: int) -> Iterator[str]:

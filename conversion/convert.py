@@ -28,6 +28,7 @@ from .layers import AttentionWeights, LayerBudget, MLAWeights
 from .methods import Method, get_method
 from .methods.base import INTERMEDIATE, TwoPassMethod
 from .plan import VERIFIED_WINDOWS, ConversionPlan, make_plan
+from .products import fast_float32
 from .progress import counting, silent_progress
 from .refitting import Refitting, spread_windows
 from .report import Report, write_report
@@ -71,6 +72,7 @@ class _Lazy(Sequence[T]):
         return self._load(index)
 
 
+@fast_float32()
 def run_plan(plan: ConversionPlan, source: SourceModel, progress: Progress | None = None) -> Conversion:
     """Converts, verifies and publishes a checkpoint.
 
@@ -250,7 +252,9 @@ class _Run:
     ) -> None:
         """Last pass: factorises every layer, and refits it on the text."""
         done, total = self.work.progress.converted, self.source.num_layers
-        refitting = None if stream is None else Refitting(self.source, stream, self.work.converted_states)
+        refitting = None
+        if stream is not None:
+            refitting = Refitting(self.source, stream, self.work.converted_states, self.work.contexts)
         with counting(self.progress, "converting", total, done) as step:
             for layer in range(done, total):
                 weights, error = self._factorise(layer, budgets[layer], intermediate), None

@@ -1,7 +1,8 @@
-"""The text that a conversion calibrates on, and is judged by, when the user names none: three domains, all offline.
+"""The text that a conversion calibrates on, and is judged by, when the user names none; all of it is offline.
 
 Calibrating on one domain damages the others, so the default is a balance: encyclopaedic and news prose (test data of
-the gensim package), documentation (`pydoc_data.topics`) and code (modules of the standard library). Each domain holds
+the gensim package), documentation (`pydoc_data.topics`), code (modules of the standard library); conversations about
+these, where the tokenizer has a chat template; and another language, where the tokenizer knows it. Each domain holds
 some of its documents back for evaluation.
 """
 
@@ -12,9 +13,17 @@ import re
 import sysconfig
 from collections.abc import Iterator
 from functools import cache
+from itertools import chain
 from pathlib import Path
+from textwrap import TextWrapper
 
-DOMAINS = ("prose", "documentation", "code")
+from transformers import PreTrainedTokenizerBase
+
+_PLAIN = ("prose", "documentation", "code")
+_CHAT = "chat"
+_LANGUAGE = "Bulgarian"
+_TOKENS_PER_CHARACTER = 0.6
+"""Of a language that the tokenizer knows, at most; one that it spells out byte by byte has more."""
 
 _HELD_OUT_ARTICLES = ("Apollo 8", "Alchemy", "Atlantic Ocean", "Ayn Rand")
 _HELD_OUT_TOPICS = 6
@@ -32,41 +41,86 @@ _MODULES = (
     "unittest.mock", "urllib.parse", "urllib.request", "uuid", "warnings", "weakref", "xml.dom.minidom",
     "xml.etree.ElementTree", "zipfile",
 )  # fmt: skip
-_ARTICLES = "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
+_ENGLISH = "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
+_BULGARIAN = "bgwiki-latest-pages-articles-shortened.xml.bz2"
+_HELD_OUT_BULGARIAN = "Григориански календар"
 _NEWS = "lee_background.cor"
 _SHORTEST_ARTICLE = 2000
 """Characters; below it a page is a redirect or a list of links."""
 
 
-def calibration_documents(domain: str) -> list[str]:
+_CHAT_CHARACTERS = 6000
+"""Of a document that a conversation is about, so that none of the three kinds outweighs the others."""
+_ANSWER = TextWrapper(1500, expand_tabs=False, replace_whitespace=False, drop_whitespace=False)
+
+Document = tuple[str, str]
+"""Title and text."""
+
+
+def domains(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """The domains of the default text for models with this tokenizer."""
+    found = list(_PLAIN)
+    if tokenizer.chat_template is not None:
+        found.append(_CHAT)
+    sample = "".join(text for _, text in _articles(_BULGARIAN))
+    if len(tokenizer(sample, verbose=False)["input_ids"]) <= _TOKENS_PER_CHARACTER * len(sample):
+        found.append(_LANGUAGE)
+    return tuple(found)
+
+
+def calibration_documents(domain: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The documents of one domain, the held-out ones excluded, in a fixed order."""
-    if domain == "prose":
-        articles = [text for title, text in _articles() if title not in _HELD_OUT_ARTICLES]
-        return [*articles, _gensim_data(_NEWS).read_text(encoding="utf-8")]
-    if domain == "documentation":
-        return _without(_topics()[_HELD_OUT_TOPICS:], _topics()[:_HELD_OUT_TOPICS])
-    return [_module_source(module) for module in _MODULES]
+    return _texts(domain, tokenizer, held_out=False)
 
 
-def evaluation_texts() -> dict[str, str]:
+def evaluation_texts(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """Held-out text by domain: nothing of it is in `calibration_documents`."""
-    return {
-        "prose": "\n\n".join(text for title, text in _articles() if title in _HELD_OUT_ARTICLES),
-        "documentation": "\n\n".join(_topics()[:_HELD_OUT_TOPICS]),
-        "code": _module_source(_HELD_OUT_MODULE),
-    }
+    return {domain: "\n\n".join(_texts(domain, tokenizer, held_out=True)) for domain in domains(tokenizer)}
+
+
+def held_out_prose() -> str:
+    """The prose of `evaluation_texts`."""
+    return "\n\n".join(text for _, text in _documents("prose", held_out=True))
+
+
+def _texts(domain: str, tokenizer: PreTrainedTokenizerBase, held_out: bool) -> list[str]:
+    if domain == _CHAT:
+        documents = chain.from_iterable(_documents(plain, held_out) for plain in _PLAIN)
+        return [_conversation(title, text[:_CHAT_CHARACTERS], tokenizer) for title, text in documents if text.strip()]
+    return [text for _, text in _documents(domain, held_out)]
+
+
+def _documents(domain: str, held_out: bool) -> list[Document]:
+    if domain == "prose":
+        articles = [article for article in _articles(_ENGLISH) if (article[0] in _HELD_OUT_ARTICLES) == held_out]
+        return articles if held_out else [*articles, ("the news", _gensim_data(_NEWS).read_text(encoding="utf-8"))]
+    if domain == "documentation":
+        first, others = _topics()[:_HELD_OUT_TOPICS], _topics()[_HELD_OUT_TOPICS:]
+        return first if held_out else _without(others, first)
+    if domain == "code":
+        return [(module, _module_source(module)) for module in ((_HELD_OUT_MODULE,) if held_out else _MODULES)]
+    return [article for article in _articles(_BULGARIAN) if (article[0] == _HELD_OUT_BULGARIAN) == held_out]
+
+
+def _conversation(title: str, text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text as answers to somebody who wants to know more and more of it, in the model's own template."""
+    turns: list[dict[str, str]] = []
+    for answer in _ANSWER.wrap(text):
+        turns.append({"role": "user", "content": "Go on." if turns else f"Tell me about {title}."})
+        turns.append({"role": "assistant", "content": answer})
+    return str(tokenizer.apply_chat_template(turns, tokenize=False))
 
 
 @cache
-def _articles() -> tuple[tuple[str, str], ...]:
-    return tuple(_read_articles())
+def _articles(dump: str) -> tuple[Document, ...]:
+    return tuple(_read_articles(dump))
 
 
-def _read_articles() -> Iterator[tuple[str, str]]:
-    """(title, plain text) of the Wikipedia articles; the markup that gensim leaves is taken out."""
+def _read_articles(name: str) -> Iterator[Document]:
+    """The articles of a Wikipedia dump; the markup that gensim leaves is taken out."""
     from gensim.corpora import wikicorpus
 
-    with bz2.open(_gensim_data(_ARTICLES), "rb") as dump:
+    with bz2.open(_gensim_data(name), "rb") as dump:
         for title, markup, _ in wikicorpus.extract_pages(dump):
             text = re.sub(r"'{2,}", "", wikicorpus.filter_wiki(markup))
             text = re.sub(r"\n{3,}", "\n\n", text).strip()
@@ -80,16 +134,16 @@ def _gensim_data(name: str) -> Path:
     return Path(datapath(name))
 
 
-def _topics() -> list[str]:
+def _topics() -> list[Document]:
     from pydoc_data.topics import topics
 
-    return list(topics.values())
+    return list(topics.items())
 
 
-def _without(documents: list[str], held_out: list[str]) -> list[str]:
+def _without(documents: list[Document], held_out: list[Document]) -> list[Document]:
     """Leaves out every paragraph of the held-out documents: topics repeat sections of each other."""
-    known = {paragraph for document in held_out for paragraph in document.split("\n\n")}
-    return ["\n\n".join(part for part in document.split("\n\n") if part not in known) for document in documents]
+    known = {paragraph for _, text in held_out for paragraph in text.split("\n\n")}
+    return [(title, "\n\n".join(part for part in text.split("\n\n") if part not in known)) for title, text in documents]
 
 
 def _module_source(module: str) -> str:

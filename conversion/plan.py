@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from . import refitting
 from .activations import stream_dtype
+from .checkpoint.measurements import BLOCK
 from .errors import BudgetError
 from .layers import AttentionGeometry, LayerBudget
 from .methods import Method, get_method
 from .methods.base import TwoPassMethod
+from .products import fast_float32
 from .recipe import Recipe, cache_elements
 from .sources import SourceModel
 from .verify import window_length
@@ -26,12 +29,12 @@ SERVED_ROTARY_DIMS = (64, 32)
 """Widths of a rotary key that kernels of serving engines take; the narrower one is padded with zeros."""
 VERIFIED_WINDOWS = 6
 """Of held-out text, in the check before a checkpoint is published."""
-_WORK_PER_TOKEN = 2.5
-"""Time of statistics, refit and forward pass of a token, in units of the forward pass's products [measured]."""
-_WORK_OF_SECOND_PASS = 1.5
-"""The same of a method that measures an intermediate model besides, roughly."""
-_FIXED_SECONDS = 20.0
-"""Start, loading and writing [measured on a small model]."""
+_WORK_OF_MEASURING = 1.7
+"""Time of statistics and forward pass of a token, in units of the forward pass's products [measured]."""
+_WORK_OF_REFITTING = 2.4
+"""The same of a token that the refit uses [measured]."""
+_FIXED_SECONDS = 40.0
+"""Start, loading, weighing layers and writing [measured on a small model]."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,8 @@ def make_plan(recipe: Recipe, source: SourceModel) -> ConversionPlan:
     parameters = sum(tensor.numel() for tensor in source.meta_model.parameters())
     hidden = geometries[0].hidden_size
     stream_bytes = windows * window * hidden * stream_dtype(source).itemsize
+    refitted = min(windows, refitting.WINDOWS)
+    block_bytes = BLOCK * window * max(hidden, geometries[0].num_heads * geometries[0].head_dim) * 4
     statistics_bytes = (1 + twice) * 8 * (hidden + 1) ** 2 if windows else 0
     logits_bytes = 4 * window * source.config.vocab_size * 4
     return ConversionPlan(
@@ -127,9 +132,13 @@ def make_plan(recipe: Recipe, source: SourceModel) -> ConversionPlan:
         parameters=parameters,
         source_cache_bytes=source.cache_bytes_per_token(dtype),
         cache_bytes=sum(budget.cache_elements for budget in budgets) * dtype.itemsize,
-        disk_bytes=int(1.5 * parameters * dtype.itemsize) + source.num_layers * (stream_bytes + statistics_bytes),
-        memory_bytes=_PROCESS_BYTES + max(2 * parameters * 4 + logits_bytes, 8 * layer_parameters + 2 * stream_bytes),
-        seconds=_seconds(parameters, window * hidden * source.num_layers, windows * window, window, twice),
+        disk_bytes=int(1.5 * parameters * dtype.itemsize)
+        + source.num_layers * (stream_bytes + statistics_bytes)
+        + 3 * refitted * block_bytes // BLOCK,
+        memory_bytes=_PROCESS_BYTES + max(2 * parameters * 4 + logits_bytes, 8 * layer_parameters + 4 * block_bytes),
+        seconds=_seconds(
+            parameters, window * hidden * source.num_layers, (1 + twice) * windows * window, refitted * window, window
+        ),
     )
 
 
@@ -197,8 +206,9 @@ def _check(method: Method, geometry: AttentionGeometry, budget: LayerBudget, lay
     method.check(geometry, budget)
 
 
-def _seconds(parameters: int, attention: int, tokens: int, window: int, twice: bool) -> float:
-    """From this machine's speed at a matrix product: the passes over the text, and the verification."""
+@fast_float32()
+def _seconds(parameters: int, attention: int, measured: int, refitted: int, window: int) -> float:
+    """From this machine's speed at a matrix product: the passes over the text (in tokens), and the verification."""
     side = 512
     matrix = torch.ones(side, side)
     matrix @ matrix
@@ -207,5 +217,5 @@ def _seconds(parameters: int, attention: int, tokens: int, window: int, twice: b
         matrix @ matrix
     rate = 4 * 2 * side**3 / (time.perf_counter() - start)
     forward = 2 * (parameters + attention) / rate
-    work = _WORK_PER_TOKEN + twice * _WORK_OF_SECOND_PASS
-    return forward * (work * tokens + 2 * VERIFIED_WINDOWS * window) + _FIXED_SECONDS
+    work = _WORK_OF_MEASURING * measured + _WORK_OF_REFITTING * refitted
+    return forward * (work + 2 * VERIFIED_WINDOWS * window) + _FIXED_SECONDS

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .default_texts import evaluation_texts
+from .default_texts import held_out_prose
 from .errors import CalibrationError
 
 SAMPLES = 8
@@ -107,7 +107,7 @@ def _prose(tokenizer: PreTrainedTokenizerBase, length: int) -> list[int]:
     """``length`` tokens of held-out prose, repeated where it is shorter."""
     if length < 1:
         raise CalibrationError("the context is too short for a needle in a haystack; give a longer one by --context.")
-    ids = _ids(tokenizer, evaluation_texts()["prose"])
+    ids = _ids(tokenizer, held_out_prose())
     return (ids * (length // len(ids) + 1))[:length]
 
 

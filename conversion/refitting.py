@@ -6,14 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from .activations import ResidualStream
-from .checkpoint.measurements import HiddenStates
+from .checkpoint.measurements import BLOCK, HiddenStates
 from .layers import AttentionWeights, MLAWeights
 from .methods.attention import converted_output, source_output
 from .methods.base import LayerInputs, LayerRefit
 from .sources import SourceModel
 
-WINDOWS = 24
-"""At most so many are used: a refit has far fewer unknowns than the statistics."""
+WINDOWS = 96
+"""At most so many are used: what more of them gain is little, and they cost as much time as the first."""
 
 
 def spread_windows(count: int, at_most: int) -> Tensor:
@@ -28,10 +28,14 @@ class Refitting:
         stream: the text in the source.
         converted: where the hidden states of the converted model are kept. A killed run goes on from those that enter
             the layer it was at.
+        contexts: where what its attention gathered is kept until the layer is refitted.
     """
 
-    def __init__(self, source: SourceModel, stream: ResidualStream, converted: HiddenStates) -> None:
-        self.source, self.stream, self.converted = source, stream, converted
+    def __init__(
+        self, source: SourceModel, stream: ResidualStream, converted: HiddenStates, contexts: HiddenStates
+    ) -> None:
+        self.source, self.stream, self.converted, self.contexts = source, stream, converted, contexts
+        self.blocks = spread_windows(stream.windows, WINDOWS).split(BLOCK)
 
     @torch.inference_mode()
     def run(
@@ -46,28 +50,35 @@ class Refitting:
         The error is for the source's activations. Without a refit nothing else is done.
         """
         source, module = self.source, self.source.decoder_layer(layer)
-        entering = self.stream.entering(layer)
-        chosen = entering[spread_windows(len(entering), WINDOWS)].float()
         if refit is not None:
-            states = chosen if layer == 0 else self.converted.read_hidden_states(layer)
-            contexts = [
-                refit.update(*(LayerInputs(source.attention_input(module, window), window) for window in pair))
-                for pair in zip(chosen, states, strict=True)
-            ]
+            for block, indices in enumerate(self.blocks):
+                pairs = zip(self.stream.entering(layer, indices), self._states(layer, block), strict=True)
+                gathered = [refit.update(*(self._inputs(module, window) for window in pair)) for pair in pairs]
+                self.contexts.write_block(layer, block, torch.stack(gathered))
             weights = refit.weights()
             if layer + 1 < source.num_layers:
-                self._advance(layer, module, weights, states, contexts)
-        geometry, inputs = source.geometry(layer), source.attention_input(module, chosen[0])
+                self._advance(layer, module, weights)
+            self.contexts.delete(layer)
+        first = self.stream.entering(layer, self.blocks[0][:1])
+        geometry, inputs = source.geometry(layer), source.attention_input(module, first)[0]
         wanted = source_output(geometry, source_weights, inputs)
         found = converted_output(geometry, weights, inputs)
         return weights, float((found - wanted).square().sum() / wanted.square().sum())
 
-    def _advance(
-        self, layer: int, module: nn.Module, weights: MLAWeights, states: Tensor, contexts: list[Tensor]
-    ) -> None:
-        """Moves the converted model's hidden states ``[N, S, D]`` through the layer."""
-        moved = []
-        for window, context in zip(states, contexts, strict=True):
-            output = torch.nn.functional.linear(context, weights.o_proj, weights.o_proj_bias)
-            moved.append(self.source.run_layer(layer, module, window[None], output[None]))
-        self.converted.write_hidden_states(layer + 1, torch.cat(moved))
+    def _states(self, layer: int, block: int) -> Tensor:
+        """Hidden states ``[n, S, D]`` of the converted model before the layer."""
+        return self.converted.read_block(layer, block) if layer else self.stream.entering(layer, self.blocks[block])
+
+    def _inputs(self, module: nn.Module, window: Tensor) -> LayerInputs:
+        return LayerInputs(self.source.attention_input(module, window), window)
+
+    def _advance(self, layer: int, module: nn.Module, weights: MLAWeights) -> None:
+        """Moves the converted model's hidden states through the layer, whose attention has gathered the contexts."""
+        for block in range(len(self.blocks)):
+            contexts = self.contexts.read_block(layer, block)
+            outputs = torch.nn.functional.linear(contexts, weights.o_proj, weights.o_proj_bias)
+            moved = [
+                self.source.run_layer(layer, module, window[None], output[None])
+                for window, output in zip(self._states(layer, block), outputs, strict=True)
+            ]
+            self.converted.write_block(layer + 1, block, torch.cat(moved))

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .products import fast_float32
+
 _ROWS = 128
 """Positions whose distributions over the vocabulary are formed at a time."""
 
@@ -96,6 +98,7 @@ class Scores:
         )
 
 
+@fast_float32()
 @torch.inference_mode()
 def perplexity(model: PreTrainedModel, windows: Tensor, step: Callable[[], None] = lambda: None) -> float:
     """exp of the mean negative log-likelihood over the predicted tokens of ``windows [N, S]``."""

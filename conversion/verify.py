@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from .checkpoint.location import Location, first_line, locate
 from .checkpoint.reader import SafetensorsReader
 from .default_texts import evaluation_texts
 from .errors import CalibrationError, SourceError, VerificationError
+from .products import fast_float32
 from .progress import counting
 from .scores import Score, Scores
 from .sources import SourceModel, is_mla
@@ -65,6 +67,7 @@ class Verification(Score):
         return tuple(domain for domain in self.domains if domain.kl > limit)
 
 
+@fast_float32()
 def verify_checkpoint(
     folder: Path, source: SourceModel, texts: Mapping[str, Tensor], progress: Progress
 ) -> Verification:
@@ -140,14 +143,20 @@ def text_windows(text: str, text_name: str, tokenizer: PreTrainedTokenizerBase, 
 
 
 def held_out_windows(tokenizer: PreTrainedTokenizerBase, length: int, count: int) -> dict[str, Tensor]:
-    """At least ``count`` windows, as many of every default domain, from text that no default calibration reads."""
-    texts = evaluation_texts()
+    """At least ``count`` windows, as many of every default domain, from text that no default calibration reads.
+
+    A domain whose text is shorter than one window is left out.
+    """
+    texts = evaluation_texts(tokenizer)
     share = -(-count // len(texts))
     longest = share * length * _CHARACTERS_PER_TOKEN
-    return {
-        f"held-out {name}": text_windows(text[:longest], f"held-out {name}", tokenizer, length, share)
-        for name, text in texts.items()
-    }
+    found = {}
+    for name, text in texts.items():
+        with suppress(CalibrationError):
+            found[f"held-out {name}"] = text_windows(text[:longest], name, tokenizer, length, share)
+    if not found:
+        raise CalibrationError(f"no held-out text has {length} tokens; give a text of your own, or a shorter context.")
+    return found
 
 
 def load_model(location: Location) -> PreTrainedModel:

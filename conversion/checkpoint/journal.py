@@ -52,6 +52,7 @@ class WorkFolder(LockedFolder):
         super().__init__(output.with_name(f".{output.name}.partial"), "output folder")
         self.checkpoint = self.path / "checkpoint"
         self.converted_states = HiddenStates(self.path / "converted")
+        self.contexts = HiddenStates(self.path / "contexts")
         self._identity = identity
         self.progress = Progress(identity=identity)
 
@@ -80,7 +81,7 @@ class WorkFolder(LockedFolder):
         self._make_folders()
 
     def _make_folders(self) -> None:
-        for folder in (self.checkpoint, self.converted_states.folder):
+        for folder in (self.checkpoint, self.converted_states.folder, self.contexts.folder):
             folder.mkdir(exist_ok=True)
 
     def save(self) -> None:

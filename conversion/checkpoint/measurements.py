@@ -23,22 +23,28 @@ from .locked_folder import LockedFolder, first_difference
 _JOURNAL = "measurements.json"
 
 
+BLOCK = 8
+"""Windows whose hidden states are in one file, and in memory at a time: a longer text has more files."""
+
+
 class HiddenStates:
     """Hidden states of the calibration text in files of ``folder``, each complete or absent."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def write_hidden_states(self, layer: int, hidden_states: Tensor) -> None:
-        """Those that enter ``layer``."""
-        write_tensors(self._hidden_states(layer), {"hidden_states": hidden_states})
+    def write_block(self, layer: int, block: int, hidden_states: Tensor) -> None:
+        """Those of the windows ``block * BLOCK`` and on, ``[<= BLOCK, S, D]``, that enter ``layer``."""
+        write_tensors(self._block(layer, block), {"hidden_states": hidden_states})
 
-    def read_hidden_states(self, layer: int) -> Tensor:
-        return self._load(self._hidden_states(layer))["hidden_states"]
+    def read_block(self, layer: int, block: int) -> Tensor:
+        """See `write_block`. Raises `JournalError` where the file is missing or damaged."""
+        return self._load(self._block(layer, block))["hidden_states"]
 
     def delete(self, layer: int) -> None:
         """All that is kept of ``layer``."""
-        self._hidden_states(layer).unlink(missing_ok=True)
+        for path in self.folder.glob(f"{self._of_layer(layer)}*"):
+            path.unlink(missing_ok=True)
 
     def _load(self, path: Path) -> dict[str, Tensor]:
         try:
@@ -48,8 +54,12 @@ class HiddenStates:
                 f"{path} is missing or damaged, though the journal names it; delete {self.folder}."
             ) from error
 
-    def _hidden_states(self, layer: int) -> Path:
-        return self.folder / f"hidden-states-{layer:05d}.safetensors"
+    def _block(self, layer: int, block: int) -> Path:
+        return self.folder / f"{self._of_layer(layer)}{block:05d}.safetensors"
+
+    @staticmethod
+    def _of_layer(layer: int) -> str:
+        return f"hidden-states-{layer:05d}-"
 
 
 class Measurements(HiddenStates, ABC):
@@ -166,4 +176,4 @@ class IntermediateMeasurements(SharedMeasurements):
 
     def _delete_used(self) -> None:
         for layer in range(self.measured):
-            self._hidden_states(layer).unlink(missing_ok=True)
+            HiddenStates.delete(self, layer)

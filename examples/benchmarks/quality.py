@@ -140,6 +140,7 @@ def main(
 ) -> None:
     """Converts and scores; see the module."""
     os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command line does
     source = open_source(model)
     common = settings(model, calibration, tokens, text, windows, seed)
     results.mkdir(parents=True, exist_ok=True)

@@ -1,14 +1,17 @@
 """Calibration windows: from files, from the default texts; what cannot work is refused in one line."""
 
+import copy
 import json
 
 import pytest
 import torch
+from tiny_source import byte_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from conversion import calibration
 from conversion.calibration import load_windows
-from conversion.default_texts import DOMAINS, calibration_documents, evaluation_texts
+from conversion.default_texts import calibration_documents, domains, evaluation_texts
 from conversion.errors import CalibrationError
 
 
@@ -19,6 +22,19 @@ def tokenizer():
     inner = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="[UNK]")
+
+
+def with_template(tokenizer):
+    """Roles in angle brackets around the words."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"
+    return tokenizer
+
+
+def without_template(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = None
+    return tokenizer
 
 
 @pytest.fixture
@@ -91,18 +107,46 @@ def test_default_is_balanced_and_seeded(tokenizer):
     assert torch.equal(windows, load_windows(None, tokenizer, 64, 64 * 9, seed=0))
 
 
-@pytest.mark.parametrize("domain", DOMAINS)
-def test_default_calibration_and_evaluation_are_disjoint(domain):
-    documents = calibration_documents(domain)
-    assert sum(map(len, documents)) > 300_000
-    held_out = evaluation_texts()[domain]
-    assert len(held_out) > 20_000
+@pytest.mark.parametrize("domain", ["prose", "documentation", "code", "chat", "Bulgarian"])
+def test_default_calibration_and_evaluation_are_disjoint(domain, tokenizer):
+    tokenizer = with_template(tokenizer)
+    documents = calibration_documents(domain, tokenizer)
+    smallest = 15_000 if domain == "Bulgarian" else 300_000
+    assert sum(map(len, documents)) > smallest
+    held_out = evaluation_texts(tokenizer)[domain]
+    assert len(held_out) > 10_000
     lines = {line for document in documents for line in document.splitlines() if len(line) > 60}
     shared = [line for line in held_out.splitlines() if len(line) > 60 and line in lines]
     assert len(shared) <= len(held_out.splitlines()) // 50
 
 
-def test_default_prose_is_plain_text():
-    text = "\n".join(calibration_documents("prose"))
+def test_conversations_are_in_the_template_of_the_model(tokenizer):
+    tokenizer = with_template(tokenizer)
+    for text in (*calibration_documents("chat", tokenizer), evaluation_texts(tokenizer)["chat"]):
+        assert text.startswith("<user>Tell me about ")
+        assert "</user><assistant>" in text
+    assert "chat" not in domains(without_template(tokenizer))
+
+
+def test_a_language_that_the_tokenizer_spells_out_is_left_out(tokenizer):
+    assert "Bulgarian" in domains(tokenizer)
+    assert "Bulgarian" not in domains(byte_tokenizer())
+
+
+def test_a_domain_that_runs_out_leaves_its_turns_to_the_others(tokenizer, monkeypatch):
+    monkeypatch.setattr(
+        calibration,
+        "calibration_documents",
+        lambda domain, _: (
+            [" ".join([{"prose": "w1", "documentation": "w2", "code": "w3"}.get(domain, "w4")] * 40)]
+            * (1 if domain == "code" else 9)
+        ),
+    )
+    windows = load_windows(None, without_template(tokenizer), window=20, tokens=20 * 12, seed=0)
+    assert windows[:, 0].tolist() == [1, 2, 3, 4, 1, 2, 3, 4, 1, 2, 4, 1]
+
+
+def test_default_prose_is_plain_text(tokenizer):
+    text = "\n".join(calibration_documents("prose", tokenizer))
     for markup in ("'''", "{{", "[[", "<ref"):
         assert text.count(markup) < 20, markup

@@ -147,7 +147,7 @@ def test_lost_journal_is_not_overwritten(half_done: Callable[..., object], tmp_p
         half_done()
 
 
-@pytest.mark.parametrize("file", ["statistics-00000.safetensors", "hidden-states-00002.safetensors"])
+@pytest.mark.parametrize("file", ["statistics-00000.safetensors", "hidden-states-00002-00000.safetensors"])
 def test_damaged_intermediate_file(file: str, half_done: Callable[..., object], tmp_path: Path) -> None:
     path = tmp_path / ".out.partial" / file
     path.write_bytes(path.read_bytes()[:100])

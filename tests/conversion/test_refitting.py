@@ -15,7 +15,7 @@ from conversion.methods.value_ridge import ValueRidge
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_reads_the_converted_model_beside_the_source(family, tmp_path, monkeypatch):
-    seen, kept = [], {}
+    seen, kept = [], set()
 
     class Watched(ValueRidge):
         def __init__(self, *args):
@@ -30,11 +30,11 @@ def test_it_reads_the_converted_model_beside_the_source(family, tmp_path, monkey
         return Watched(geometry, weights, converted)
 
     monkeypatch.setattr(AttentionAwareMethod, "refit", refit)
-    write = HiddenStates.write_hidden_states
+    write = HiddenStates.write_block
     monkeypatch.setattr(
         HiddenStates,
-        "write_hidden_states",
-        lambda self, layer, states: (kept.update({(self.folder.name, layer): states}), write(self, layer, states)),
+        "write_block",
+        lambda self, layer, block, states: (kept.add((self.folder.name, layer)), write(self, layer, block, states)),
     )
     folder, text = save_family(tmp_path / "source", family, dtype=torch.float32), write_text(tmp_path / "text.txt")
     output = convert(folder, tmp_path / "out", cache="60%", calibration=str(text), tokens=256).output

@@ -1,0 +1,101 @@
+"""Peak memory of a conversion over model depth and calibration size: it grows with neither.
+
+Every conversion runs in a process of its own, on a random model with the tokenizer of MODEL. Peaks are of resident
+memory, in MiB: before the final verification, which loads source and converted model whole, and with it.
+
+    python examples/benchmarks/conversion_memory.py MODEL --calibration text.txt
+"""
+
+from __future__ import annotations
+
+import resource
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import Progress, TaskID
+from rows import print_rows
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from conversion.checkpoint.location import locate
+from conversion.convert import run_plan
+from conversion.plan import make_plan
+from conversion.recipe import make_recipe
+from conversion.sources import open_source
+
+BODY = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "num_key_value_heads": 4}
+
+
+class PeakProgress(Progress):
+    """Notes the process's peak when a step ends."""
+
+    def __init__(self) -> None:
+        super().__init__(console=Console(quiet=True), disable=True)
+        self.peaks: dict[str, int] = {}
+
+    def stop_task(self, task_id: TaskID) -> None:
+        super().stop_task(task_id)
+        (task,) = (task for task in self.tasks if task.id == task_id)
+        self.peaks[task.description] = peak_mebibytes()
+
+
+def peak_mebibytes() -> int:
+    """Largest resident size of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+
+def save_model(tokenizer_of: str, layers: int, folder: Path) -> None:
+    """A random Llama in bfloat16."""
+    tokenizer = locate(tokenizer_of).tokenizer()
+    config = LlamaConfig(**BODY, vocab_size=len(tokenizer), num_hidden_layers=layers, tie_word_embeddings=True)
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def convert(folder: Path, layers: int, tokens: int, calibration: str | None) -> dict[str, Any]:
+    """One row, of this process."""
+    source = open_source(str(folder))
+    recipe = make_recipe(
+        source=str(folder), output=folder / f"{tokens}", cache="50%", tokens=tokens, calibration=calibration
+    )
+    plan, progress = make_plan(recipe, source), PeakProgress()
+    run_plan(plan, source, progress)
+    return {
+        "layers": layers,
+        "parameters (M)": round(plan.parameters / 1e6, 1),
+        "tokens": tokens,
+        "converting (MiB)": progress.peaks["writing"],
+        "with verification (MiB)": peak_mebibytes(),
+    }
+
+
+def main(
+    model: Annotated[str, typer.Argument(help="Whose tokenizer to use.")],
+    depths: Annotated[str, typer.Option(help="Layers, separated by commas.")] = "4,16",
+    tokens: Annotated[str, typer.Option(help="Of calibration text, separated by commas.")] = "16384,65536,180224",
+    calibration: Annotated[str | None, typer.Option(help="As for mla convert. [default: a shipped mix]")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print rows as JSON.")] = False,
+) -> None:
+    """Converts every size in a process of its own; see the module."""
+    rows = []
+    # The parent must stay small: a process inherits the peak of the one that starts it.
+    single = ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1)
+    with tempfile.TemporaryDirectory() as folder, single as processes:
+        for layers in map(int, depths.split(",")):
+            source = Path(folder, str(layers))
+            processes.submit(save_model, model, layers, source).result()
+            rows += [
+                processes.submit(convert, source, layers, int(count), calibration).result()
+                for count in tokens.split(",")
+            ]
+    print_rows(rows, as_json)
+
+
+if __name__ == "__main__":
+    typer.run(main)
