@@ -151,5 +151,5 @@ def write_report(report: Report, folder: Path) -> None:
 def calibration_name(calibration: str | None) -> str:
     """The calibration text as others know it."""
     if calibration is None:
-        return "default mix of prose, documentation and code"
+        return "the default mix of domains"
     return Path(calibration).name if Path(calibration).exists() else calibration

@@ -87,7 +87,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"{common['calibration_tokens']} tokens of {common['calibration']}, seed {common['seed']}; "
         f"{common['threads']} threads; "
         + ", ".join(f"{name} {number}" for name, number in common["versions"].items())
-        + ". KL to the source and equal most likely tokens are on held-out prose, documentation and code. Seconds are "
+        + ". KL to the source and equal most likely tokens are on the held-out default texts. Seconds are "
         "of the conversion with its verification; those of a method's first row include its calibration.",
         "",
         "| method | cache | rotary + latent | perplexity | x source | KL | top-1 | seconds |",
@@ -168,6 +168,7 @@ def main(
                         progress.console.print(f"{method} {cache}: {error}", highlight=False)
                         continue
                 result["rows"].append(row)
+                result["rows"].sort(key=lambda row: (row["method"], -row["cache_share"]))
                 write(result, results)
             shutil.rmtree(statistics, ignore_errors=True)
     if as_json:

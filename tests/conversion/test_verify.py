@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from tiny_source import CONTEXT, byte_tokenizer, convert, save_source, write_text
 from transformers import AutoModelForCausalLM
 
-from conversion.errors import VerificationError
+from conversion.default_texts import evaluation_texts
+from conversion.errors import CalibrationError, VerificationError
 from conversion.progress import silent_progress
 from conversion.report import verification_tables
 from conversion.sources import open_source
@@ -143,9 +144,17 @@ def test_text_is_cut_into_windows_once(tmp_path: Path) -> None:
 def test_held_out_text_covers_every_domain() -> None:
     tokenizer = byte_tokenizer()
     found = held_out_windows(tokenizer, 64, 5)
-    assert list(found) == ["held-out prose", "held-out documentation", "held-out code"]
+    assert list(found) == ["held-out prose", "held-out documentation", "held-out code", "held-out chat"]
     assert all(windows.shape == (2, 64) for windows in found.values())
-    assert len({tokenizer.decode(row) for windows in found.values() for row in windows}) == 6
+    assert len({tokenizer.decode(row) for windows in found.values() for row in windows}) == 8
+
+
+def test_a_domain_shorter_than_a_window_is_left_out() -> None:
+    lengths = {name: len(text.encode()) for name, text in evaluation_texts(byte_tokenizer()).items()}
+    found = held_out_windows(byte_tokenizer(), max(lengths.values()), 1)
+    assert list(found) == [f"held-out {max(lengths, key=lambda name: lengths[name])}"]
+    with pytest.raises(CalibrationError, match=r"no held-out text has .* a shorter context"):
+        held_out_windows(byte_tokenizer(), max(lengths.values()) + 1, 1)
 
 
 def test_every_text_has_its_own_score(folders: tuple[Path, Path]) -> None:
