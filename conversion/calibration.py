@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator
-from itertools import zip_longest
 from pathlib import Path
 from typing import cast
 
@@ -12,7 +11,7 @@ import torch
 from torch import LongTensor, Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .default_texts import calibration_documents, domains
+from .default_texts import calibration_documents, turns
 from .errors import CalibrationError
 
 _TEXT_SUFFIXES = {".txt", ".md", ".rst"}
@@ -58,12 +57,16 @@ def load_windows(
 
 
 def _balanced(tokenizer: PreTrainedTokenizerBase, window: int, count: int, seed: int) -> Tensor:
-    """Windows of every domain in turn, as many of each as long as there are."""
-    packed = [
-        _pack(calibration_documents(domain, tokenizer), tokenizer, window, count, seed) for domain in domains(tokenizer)
-    ]
-    in_turn = [one for turn in zip_longest(*packed) for one in turn if one is not None]
-    return torch.stack(in_turn[:count])
+    """Windows of every domain by turns, as long as it has any."""
+    order = turns(tokenizer)
+    left = {
+        domain: list(_pack(calibration_documents(domain, tokenizer), tokenizer, window, count, seed).flip(0))
+        for domain in dict.fromkeys(order)
+    }
+    taken: list[Tensor] = []
+    while any(left.values()):
+        taken += [left[domain].pop() for domain in order if left[domain]]
+    return torch.stack(taken[:count])
 
 
 def _documents(spec: str, seed: int) -> Iterator[str]:

@@ -22,6 +22,8 @@ from transformers import PreTrainedTokenizerBase
 _PLAIN = ("prose", "documentation", "code")
 _CHAT = "chat"
 _LANGUAGE = "Bulgarian"
+_TURNS = ("prose", "documentation", _CHAT, "prose", "code", _LANGUAGE, "prose", "documentation", "code")
+"""Prose varies most, so it comes most often; conversations are made of the others."""
 _TOKENS_PER_CHARACTER = 0.6
 """Of a language that the tokenizer knows, at most; one that it spells out byte by byte has more."""
 
@@ -47,8 +49,6 @@ _HELD_OUT_BULGARIAN = "Григориански календар"
 _NEWS = "lee_background.cor"
 _SHORTEST_ARTICLE = 2000
 """Characters; below it a page is a redirect or a list of links."""
-
-
 _CHAT_CHARACTERS = 6000
 """Of a document that a conversation is about, so that none of the three kinds outweighs the others."""
 _ANSWER = TextWrapper(1500, expand_tabs=False, replace_whitespace=False, drop_whitespace=False)
@@ -57,15 +57,15 @@ Document = tuple[str, str]
 """Title and text."""
 
 
-def domains(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """The domains of the default text for models with this tokenizer."""
-    found = list(_PLAIN)
-    if tokenizer.chat_template is not None:
-        found.append(_CHAT)
+def turns(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """The domains of the default text for models with this tokenizer, in the order and as often as they come."""
+    left_out = set()
+    if tokenizer.chat_template is None:
+        left_out.add(_CHAT)
     sample = "".join(text for _, text in _articles(_BULGARIAN))
-    if len(tokenizer(sample, verbose=False)["input_ids"]) <= _TOKENS_PER_CHARACTER * len(sample):
-        found.append(_LANGUAGE)
-    return tuple(found)
+    if len(tokenizer(sample, verbose=False)["input_ids"]) > _TOKENS_PER_CHARACTER * len(sample):
+        left_out.add(_LANGUAGE)
+    return tuple(domain for domain in _TURNS if domain not in left_out)
 
 
 def calibration_documents(domain: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -75,7 +75,7 @@ def calibration_documents(domain: str, tokenizer: PreTrainedTokenizerBase) -> li
 
 def evaluation_texts(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """Held-out text by domain: nothing of it is in `calibration_documents`."""
-    return {domain: "\n\n".join(_texts(domain, tokenizer, held_out=True)) for domain in domains(tokenizer)}
+    return {domain: "\n\n".join(_texts(domain, tokenizer, held_out=True)) for domain in dict.fromkeys(turns(tokenizer))}
 
 
 def held_out_prose() -> str:

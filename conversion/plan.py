@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from . import refitting
 from .activations import stream_dtype
 from .checkpoint.measurements import BLOCK
 from .errors import BudgetError
@@ -18,6 +17,7 @@ from .methods import Method, get_method
 from .methods.base import TwoPassMethod
 from .products import fast_float32
 from .recipe import Recipe, cache_elements
+from .refitting import refitted_windows
 from .sources import SourceModel
 from .verify import window_length
 
@@ -118,7 +118,7 @@ def make_plan(recipe: Recipe, source: SourceModel) -> ConversionPlan:
     parameters = sum(tensor.numel() for tensor in source.meta_model.parameters())
     hidden = geometries[0].hidden_size
     stream_bytes = windows * window * hidden * stream_dtype(source).itemsize
-    refitted = min(windows, refitting.WINDOWS)
+    refitted = len(refitted_windows(windows))
     block_bytes = BLOCK * window * max(hidden, geometries[0].num_heads * geometries[0].head_dim) * 4
     statistics_bytes = (1 + twice) * 8 * (hidden + 1) ** 2 if windows else 0
     logits_bytes = 4 * window * source.config.vocab_size * 4

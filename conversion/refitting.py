@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -12,13 +14,19 @@ from .methods.attention import converted_output, source_output
 from .methods.base import LayerInputs, LayerRefit
 from .sources import SourceModel
 
+SHARE = 0.75
 WINDOWS = 96
-"""At most so many are used: what more of them gain is little, and they cost as much time as the first."""
+"""So much of the text is used, and at most so many windows: more gains little, and costs as much as the first."""
 
 
 def spread_windows(count: int, at_most: int) -> Tensor:
     """Indices of at most ``at_most`` of ``count`` windows, evenly spread."""
     return torch.linspace(0, count - 1, min(count, at_most)).round().long()
+
+
+def refitted_windows(count: int) -> Tensor:
+    """Which of ``count`` calibration windows a refit uses: their indices, ascending."""
+    return spread_windows(count, min(WINDOWS, math.ceil(SHARE * count)))
 
 
 class Refitting:
@@ -35,7 +43,7 @@ class Refitting:
         self, source: SourceModel, stream: ResidualStream, converted: HiddenStates, contexts: HiddenStates
     ) -> None:
         self.source, self.stream, self.converted, self.contexts = source, stream, converted, contexts
-        self.blocks = spread_windows(stream.windows, WINDOWS).split(BLOCK)
+        self.blocks = refitted_windows(stream.windows).split(BLOCK)
 
     @torch.inference_mode()
     def run(

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from conversion import calibration
 from conversion.calibration import load_windows
-from conversion.default_texts import calibration_documents, domains, evaluation_texts
+from conversion.default_texts import calibration_documents, evaluation_texts, turns
 from conversion.errors import CalibrationError
 
 
@@ -125,12 +125,12 @@ def test_conversations_are_in_the_template_of_the_model(tokenizer):
     for text in (*calibration_documents("chat", tokenizer), evaluation_texts(tokenizer)["chat"]):
         assert text.startswith("<user>Tell me about ")
         assert "</user><assistant>" in text
-    assert "chat" not in domains(without_template(tokenizer))
+    assert "chat" not in turns(without_template(tokenizer))
 
 
 def test_a_language_that_the_tokenizer_spells_out_is_left_out(tokenizer):
-    assert "Bulgarian" in domains(tokenizer)
-    assert "Bulgarian" not in domains(byte_tokenizer())
+    assert "Bulgarian" in turns(tokenizer)
+    assert "Bulgarian" not in turns(byte_tokenizer())
 
 
 def test_a_domain_that_runs_out_leaves_its_turns_to_the_others(tokenizer, monkeypatch):
@@ -143,7 +143,7 @@ def test_a_domain_that_runs_out_leaves_its_turns_to_the_others(tokenizer, monkey
         ),
     )
     windows = load_windows(None, without_template(tokenizer), window=20, tokens=20 * 12, seed=0)
-    assert windows[:, 0].tolist() == [1, 2, 3, 4, 1, 2, 3, 4, 1, 2, 4, 1]
+    assert windows[:, 0].tolist() == [1, 2, 1, 3, 4, 1, 2, 3, 1, 2, 1, 4]
 
 
 def test_default_prose_is_plain_text(tokenizer):
