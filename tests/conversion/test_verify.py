@@ -144,7 +144,7 @@ def test_text_is_cut_into_windows_once(tmp_path: Path) -> None:
 def test_held_out_text_covers_every_domain() -> None:
     tokenizer = byte_tokenizer()
     found = held_out_windows(tokenizer, 64, 5)
-    assert list(found) == ["held-out prose", "held-out documentation", "held-out code", "held-out chat"]
+    assert list(found) == ["held-out prose", "held-out documentation", "held-out chat", "held-out code"]
     assert all(windows.shape == (2, 64) for windows in found.values())
     assert len({tokenizer.decode(row) for windows in found.values() for row in windows}) == 8
 
