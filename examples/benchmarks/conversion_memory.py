@@ -1,7 +1,8 @@
-"""Peak memory of a conversion over model depth and calibration size: it grows with neither.
+"""Peak memory of a conversion over model depth and calibration size.
 
-Every conversion runs in a process of its own, on a random model with the tokenizer of MODEL. Peaks are of resident
-memory, in MiB: before the final verification, which loads source and converted model whole, and with it.
+It grows with a layer and a shard, not with the text. Every conversion runs in a process of its own, on a random model
+with the tokenizer of MODEL. Peaks are of resident memory, in MiB: before the final verification, which loads source and
+converted model whole, and with it.
 
     python examples/benchmarks/conversion_memory.py MODEL --calibration text.txt
 """
