@@ -1,9 +1,10 @@
 """The text that a conversion calibrates on, and is judged by, when the user names none; all of it is offline.
 
 Calibrating on one domain damages the others, so the default is a balance: encyclopaedic and news prose (test data of
-the gensim package), documentation (`pydoc_data.topics`), code (modules of the standard library); conversations about
-these, where the tokenizer has a chat template; and another language, where the tokenizer knows it. Each domain holds
-some of its documents back for evaluation.
+the gensim package), some of it printed as corpora of language modelling print it; documentation
+(`pydoc_data.topics`), code (modules of the standard library); conversations about these, where the tokenizer has a
+chat template; and another language, where the tokenizer knows it. Each domain holds some of its documents back for
+evaluation.
 """
 
 from __future__ import annotations
@@ -21,9 +22,12 @@ from transformers import PreTrainedTokenizerBase
 
 _PLAIN = ("prose", "documentation", "code")
 _CHAT = "chat"
+_TOKENISED = "tokenised prose"
 _LANGUAGE = "Bulgarian"
-_TURNS = ("prose", "documentation", _CHAT, "prose", "code", _LANGUAGE, "prose", "documentation", "code")
+_TURNS = ("prose", "documentation", _CHAT, _TOKENISED, "code", _LANGUAGE, "prose", "documentation", "code")
 """Prose varies most, so it comes most often; conversations are made of the others."""
+_TOKENISED_SHARE = 3
+"""One in so many articles is printed so."""
 _TOKENS_PER_CHARACTER = 0.6
 """Of a language that the tokenizer knows, at most; one that it spells out byte by byte has more."""
 
@@ -74,8 +78,9 @@ def calibration_documents(domain: str, tokenizer: PreTrainedTokenizerBase) -> li
 
 
 def evaluation_texts(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """Held-out text by domain: nothing of it is in `calibration_documents`."""
-    return {domain: "\n\n".join(_texts(domain, tokenizer, held_out=True)) for domain in dict.fromkeys(turns(tokenizer))}
+    """Held-out text by domain, prose in its usual print only: nothing of it is in `calibration_documents`."""
+    domains = [domain for domain in dict.fromkeys(turns(tokenizer)) if domain != _TOKENISED]
+    return {domain: "\n\n".join(_texts(domain, tokenizer, held_out=True)) for domain in domains}
 
 
 def held_out_prose() -> str:
@@ -92,14 +97,35 @@ def _texts(domain: str, tokenizer: PreTrainedTokenizerBase, held_out: bool) -> l
 
 def _documents(domain: str, held_out: bool) -> list[Document]:
     if domain == "prose":
-        articles = [article for article in _articles(_ENGLISH) if (article[0] in _HELD_OUT_ARTICLES) == held_out]
-        return articles if held_out else [*articles, ("the news", _gensim_data(_NEWS).read_text(encoding="utf-8"))]
+        if held_out:
+            return _prose(held_out)
+        news = ("the news", _gensim_data(_NEWS).read_text(encoding="utf-8"))
+        return [article for index, article in enumerate(_prose(held_out)) if index % _TOKENISED_SHARE] + [news]
+    if domain == _TOKENISED:
+        return [(title, _tokenised(text)) for title, text in _prose(held_out)[::_TOKENISED_SHARE]]
     if domain == "documentation":
         first, others = _topics()[:_HELD_OUT_TOPICS], _topics()[_HELD_OUT_TOPICS:]
         return first if held_out else _without(others, first)
     if domain == "code":
         return [(module, _module_source(module)) for module in ((_HELD_OUT_MODULE,) if held_out else _MODULES)]
     return [article for article in _articles(_BULGARIAN) if (article[0] == _HELD_OUT_BULGARIAN) == held_out]
+
+
+def _prose(held_out: bool) -> list[Document]:
+    return [article for article in _articles(_ENGLISH) if (article[0] in _HELD_OUT_ARTICLES) == held_out]
+
+
+def _tokenised(text: str) -> str:
+    """The text as WikiText and the Penn Treebank print theirs: spaces round punctuation, hyphens as ``@-@``.
+
+    Models are compared on such text, and one whose calibration lacked the print is farther from its source there than
+    on the same prose in its usual print.
+    """
+    text = re.sub(r"(?<=\w)-(?=\w)", " @-@ ", text)
+    text = re.sub(r"(?<=\d)([.,])(?=\d)", r" @\1@ ", text)
+    text = re.sub(r"(?<=\w)'(?=\w)", " '", text)
+    text = re.sub(r'(?<!@)([,;:!?()\[\]"=])(?!@)|(?<!\b[A-Z])(\.)(?=\s|$)', r" \1\2 ", text)
+    return re.sub(" {2,}", " ", re.sub(r"\s*\n\s*", " \n ", text))
 
 
 def _conversation(title: str, text: str, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -9,7 +9,7 @@ from tiny_source import byte_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from conversion import calibration
+from conversion import calibration, default_texts
 from conversion.calibration import load_windows
 from conversion.default_texts import calibration_documents, evaluation_texts, turns
 from conversion.errors import CalibrationError
@@ -138,15 +138,30 @@ def test_a_domain_that_runs_out_leaves_its_turns_to_the_others(tokenizer, monkey
         calibration,
         "calibration_documents",
         lambda domain, _: (
-            [" ".join([{"prose": "w1", "documentation": "w2", "code": "w3"}.get(domain, "w4")] * 40)]
+            [" ".join([{"prose": "w1", "documentation": "w2", "code": "w3", "Bulgarian": "w4"}.get(domain, "w5")] * 40)]
             * (1 if domain == "code" else 9)
         ),
     )
     windows = load_windows(None, without_template(tokenizer), window=20, tokens=20 * 12, seed=0)
-    assert windows[:, 0].tolist() == [1, 2, 1, 3, 4, 1, 2, 3, 1, 2, 1, 4]
+    assert windows[:, 0].tolist() == [1, 2, 5, 3, 4, 1, 2, 3, 1, 2, 5, 4]
 
 
 def test_default_prose_is_plain_text(tokenizer):
     text = "\n".join(calibration_documents("prose", tokenizer))
     for markup in ("'''", "{{", "[[", "<ref"):
         assert text.count(markup) < 20, markup
+
+
+def test_tokenised_prose_is_printed_as_wikitext_is(tokenizer):
+    assert default_texts._tokenised('It\'s 1,250.5 (well-known), "he" said. U.S. law: no.\n\n== Name ==\nIt') == (
+        'It \'s 1 @,@ 250 @.@ 5 ( well @-@ known ) , " he " said . U.S. law : no . \n = = Name = = \n It'
+    )
+
+
+def test_tokenised_prose_is_neither_the_other_prose_nor_held_out(tokenizer):
+    tokenised = set(calibration_documents("tokenised prose", tokenizer))
+    assert len(tokenised) > 20
+    held_out = [text for _, text in default_texts._prose(held_out=True)]
+    plain = [*calibration_documents("prose", tokenizer), *held_out]
+    assert not {default_texts._tokenised(text) for text in plain} & tokenised
+    assert "tokenised prose" not in evaluation_texts(tokenizer)
