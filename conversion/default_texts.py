@@ -97,10 +97,11 @@ def _texts(domain: str, tokenizer: PreTrainedTokenizerBase, held_out: bool) -> l
 
 def _documents(domain: str, held_out: bool) -> list[Document]:
     if domain == "prose":
+        articles = _prose(held_out)
         if held_out:
-            return _prose(held_out)
-        news = ("the news", _gensim_data(_NEWS).read_text(encoding="utf-8"))
-        return [article for index, article in enumerate(_prose(held_out)) if index % _TOKENISED_SHARE] + [news]
+            return articles
+        del articles[::_TOKENISED_SHARE]
+        return [*articles, ("the news", _gensim_data(_NEWS).read_text(encoding="utf-8"))]
     if domain == _TOKENISED:
         return [(title, _tokenised(text)) for title, text in _prose(held_out)[::_TOKENISED_SHARE]]
     if domain == "documentation":

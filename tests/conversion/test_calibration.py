@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import pytest
 import torch
@@ -153,6 +154,7 @@ def test_default_prose_is_plain_text(tokenizer):
 
 
 def test_tokenised_prose_is_printed_as_wikitext_is(tokenizer):
+    assert not [text for text in calibration_documents("tokenised prose", tokenizer) if re.search(r"\w, |\w-\w", text)]
     assert default_texts._tokenised('It\'s 1,250.5 (well-known), "he" said. U.S. law: no.\n\n== Name ==\nIt') == (
         'It \'s 1 @,@ 250 @.@ 5 ( well @-@ known ) , " he " said . U.S. law : no . \n = = Name = = \n It'
     )
