@@ -11,6 +11,8 @@ import torch
 import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from modeling_mla.transformers_seams_mla import cache_of
+
 
 def main(
     checkpoint: Annotated[str, typer.Argument(help="A converted checkpoint: a folder or a Hub id.")],
@@ -24,7 +26,7 @@ def main(
     with torch.no_grad():
         output = model.generate(**inputs, max_new_tokens=tokens, return_dict_in_generate=True)
     print(tokenizer.decode(output.sequences[0], skip_special_tokens=True))
-    cache = output.past_key_values
+    cache = cache_of(output)
     print(f"[{cache.get_seq_length()} tokens in {cache.nbytes / 1024:.0f} KiB of latents]")
 
 

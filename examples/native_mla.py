@@ -21,6 +21,7 @@ from transformers.utils import logging
 
 from modeling_mla import LatentCache
 from modeling_mla.native_mla import enable_absorbed_attention
+from modeling_mla.transformers_seams_mla import cache_of
 
 
 def main() -> None:
@@ -72,7 +73,7 @@ def generate(model: PreTrainedModel, ids: torch.Tensor, count: int) -> tuple[tor
             return_dict_in_generate=True,
         )
         times.append(time.perf_counter() - start)
-    return output.sequences, 1e3 * (times[1] - times[0]) / (count - 1), output.past_key_values
+    return output.sequences, 1e3 * (times[1] - times[0]) / (count - 1), cache_of(output)
 
 
 def stored_bytes(cache: DynamicCache) -> int:

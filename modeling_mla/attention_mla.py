@@ -8,14 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Cache, PreTrainedConfig
-from transformers import initialization as init
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from .absorbed_weights_mla import AbsorbedWeightCache, AbsorbedWeights
 from .cache_mla import cached_latents
 from .configuration_mla import IDENTITY_NORM_EPS, IDENTITY_NORM_WEIGHT
 from .rope_mla import apply_rotary, layer_angles
 from .routes_mla import MLAttentionInterface, eager_attention_forward, is_latent_aware
+from .transformers_seams_mla import LlamaRMSNorm, PagedAttentionCache, init
 
 ALL_ATTENTION_FUNCTIONS = MLAttentionInterface()
 
@@ -160,6 +159,7 @@ class MLAttention(LatentAttention):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
+        cache: Cache | PagedAttentionCache | None = None,
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -168,7 +168,8 @@ class MLAttention(LatentAttention):
         Args:
             position_embeddings: cos and sin from `MLARotaryEmbedding`.
             attention_mask: as Transformers makes it for ``config._attn_implementation``.
-            past_key_values: receives the latents and rotary keys of these tokens.
+            cache: receives the latents and rotary keys of these tokens.
+            past_key_values: the same, as releases before 5.24 call it (``cache`` is there continuous batching's).
 
         Returns:
             ``[B, S, D]``, and the attention weights where the attention function gives them.
@@ -184,9 +185,10 @@ class MLAttention(LatentAttention):
         k_pe = apply_rotary(k_pe.unsqueeze(1), cos, sin, self.config.rope_interleave)
         query = torch.cat((q_nope, q_rope), dim=-1)
 
-        if past_key_values is not None:
-            kv_c, k_pe = past_key_values.update(kv_c, k_pe, self.layer_idx)
-            kwargs["latents"] = cached_latents(past_key_values, self.layer_idx, kv_c.device)
+        cache = past_key_values if cache is None else cache
+        if cache is not None:
+            kv_c, k_pe = cache.update(kv_c, k_pe, self.layer_idx, kwargs=kwargs)
+            kwargs["latents"] = cached_latents(cache, self.layer_idx, kv_c.device)
         key, value = self.expand_kv(kv_c, k_pe)
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from transformers.cache_utils import DynamicIndexedLayer
 
 from .cache_layers_mla import LatentLayer
+from .transformers_seams_mla import DynamicIndexedLayer
 
 
 class IndexedLatentLayer(DynamicIndexedLayer, LatentLayer):

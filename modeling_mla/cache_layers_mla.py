@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from transformers.cache_utils import DynamicLayer
+
+from .transformers_seams_mla import DynamicLayer
 
 _ALIGNMENT = 64
 """Capacities are multiples of this: the page size of the decode kernels."""

@@ -6,12 +6,12 @@ import os
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, get_layer_types_and_kwargs
 
 from .cache_file_mla import read_prefix, write_prefix
 from .cache_indexed_mla import IndexedLatentLayer
 from .cache_layers_mla import LatentLayer, SlidingLatentLayer
 from .cache_quantized_mla import QuantizedLatentLayer
+from .transformers_seams_mla import DYNAMIC_LAYER_TYPE_MAPPING, PagedAttentionCache, get_layer_types_and_kwargs
 
 
 class LatentCache(DynamicCache):
@@ -93,8 +93,10 @@ class LatentCache(DynamicCache):
         return cache, input_ids
 
 
-def cached_latents(cache: Cache, layer_idx: int, device: torch.device) -> torch.Tensor | None:
+def cached_latents(cache: Cache | PagedAttentionCache, layer_idx: int, device: torch.device) -> torch.Tensor | None:
     """``[B, S, r + d_r]``: the one tensor of which a layer's last update returned two views, if there is one."""
+    if isinstance(cache, PagedAttentionCache):
+        return None
     latents = getattr(cache.layers[layer_idx], "visible", None)
     # An offloaded layer has left the device by now.
     return latents if latents is not None and latents.device == device else None

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import torch
 from transformers import PreTrainedConfig, StaticCache
-from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, StaticLayer, get_layer_types_and_kwargs
-from transformers.utils.import_utils import is_torchdynamo_compiling
 
 from .configuration_mla import latent_widths
+from .transformers_seams_mla import (
+    STATIC_LAYER_TYPE_MAPPING,
+    StaticLayer,
+    get_layer_types_and_kwargs,
+    is_torchdynamo_compiling,
+)
 
 
 class StaticLatentLayer(StaticLayer):

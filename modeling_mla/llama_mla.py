@@ -20,24 +20,26 @@ class LlamaMLAConfig(MLAConfigMixin, LlamaConfig):
     base_model_tp_plan = mla_tp_plan(LlamaConfig.base_model_tp_plan)
 
 
+class LlamaMLADecoderLayer(body.LlamaDecoderLayer):
+    __init__ = built_with(body.LlamaDecoderLayer, LlamaAttention=MLAttention)
+
+
 class LlamaMLAPreTrainedModel(MLAPreTrainedMixin, body.LlamaPreTrainedModel):
     config: LlamaMLAConfig
     config_class = LlamaMLAConfig
-    _can_record_outputs = {"hidden_states": body.LlamaDecoderLayer, "attentions": MLAttention}
+    _no_split_modules = ["LlamaMLADecoderLayer"]
+    _can_record_outputs = {"hidden_states": LlamaMLADecoderLayer, "attentions": MLAttention}
 
 
 class LlamaMLAModel(LlamaMLAPreTrainedModel, body.LlamaModel):
-    def __init__(self, config: LlamaMLAConfig) -> None:
-        with built_with(body, LlamaAttention=MLAttention, LlamaRotaryEmbedding=MLARotaryEmbedding):
-            super().__init__(config)
-
+    __init__ = built_with(
+        body.LlamaModel, LlamaDecoderLayer=LlamaMLADecoderLayer, LlamaRotaryEmbedding=MLARotaryEmbedding
+    )
     forward = with_latent_cache(body.LlamaModel.forward)
 
 
 class LlamaMLAForCausalLM(LlamaMLAPreTrainedModel, body.LlamaForCausalLM, GenerationMixin):
-    def __init__(self, config: LlamaMLAConfig) -> None:
-        with built_with(body, LlamaModel=LlamaMLAModel):
-            super().__init__(config)
+    __init__ = built_with(body.LlamaForCausalLM, LlamaModel=LlamaMLAModel)
 
 
 _heads = generic_heads(LlamaMLAPreTrainedModel)

@@ -20,24 +20,26 @@ class MistralMLAConfig(MLAConfigMixin, MistralConfig):
     base_model_tp_plan = mla_tp_plan(MistralConfig.base_model_tp_plan)
 
 
+class MistralMLADecoderLayer(body.MistralDecoderLayer):
+    __init__ = built_with(body.MistralDecoderLayer, MistralAttention=MLAttention)
+
+
 class MistralMLAPreTrainedModel(MLAPreTrainedMixin, body.MistralPreTrainedModel):
     config: MistralMLAConfig
     config_class = MistralMLAConfig
-    _can_record_outputs = {"hidden_states": body.MistralDecoderLayer, "attentions": MLAttention}
+    _no_split_modules = ["MistralMLADecoderLayer"]
+    _can_record_outputs = {"hidden_states": MistralMLADecoderLayer, "attentions": MLAttention}
 
 
 class MistralMLAModel(MistralMLAPreTrainedModel, body.MistralModel):
-    def __init__(self, config: MistralMLAConfig) -> None:
-        with built_with(body, MistralAttention=MLAttention, MistralRotaryEmbedding=MLARotaryEmbedding):
-            super().__init__(config)
-
+    __init__ = built_with(
+        body.MistralModel, MistralDecoderLayer=MistralMLADecoderLayer, MistralRotaryEmbedding=MLARotaryEmbedding
+    )
     forward = with_latent_cache(body.MistralModel.forward)
 
 
 class MistralMLAForCausalLM(MistralMLAPreTrainedModel, body.MistralForCausalLM, GenerationMixin):
-    def __init__(self, config: MistralMLAConfig) -> None:
-        with built_with(body, MistralModel=MistralMLAModel):
-            super().__init__(config)
+    __init__ = built_with(body.MistralForCausalLM, MistralModel=MistralMLAModel)
 
 
 _heads = generic_heads(MistralMLAPreTrainedModel)

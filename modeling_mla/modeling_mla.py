@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import functools
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import ModuleType
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import transformers
@@ -20,43 +17,46 @@ from transformers import (
     PreTrainedModel,
     StaticCache,
 )
-from transformers.generation.continuous_batching import continuous_api
-from transformers.modeling_layers import (
-    GenericForQuestionAnswering,
-    GenericForSequenceClassification,
-    GenericForTokenClassification,
-)
 
 from .attention_mla import LatentAttention
 from .cache_mla import LatentCache
 from .cache_static_mla import StaticLatentCache
 from .paged_mla import LatentBatchingManager
 from .peft_mla import register_peft_targets
+from .transformers_seams_mla import (
+    CACHE_NAME,
+    CACHE_NAMES,
+    ContinuousMixin,
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    names_used,
+    with_globals,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel as _Body
 else:
     _Body = object
 
-_substitution_lock = threading.RLock()
 
-
-@contextmanager
-def built_with(body: ModuleType, **replacements: type) -> Iterator[None]:
-    """Classes that a body's constructors look up in its module are ours while it is built.
+def built_with(body_class: type[nn.Module], **replacements: type) -> Callable:
+    """The constructor of a body's class, for which other classes stand where it names its own.
 
     The body then builds itself, whatever it is made of, and never allocates an attention that would be thrown away:
     that of an 8-billion-parameter model, with MLA's head size, takes more memory than the model.
+
+    Args:
+        replacements: by the names that the constructor looks up in its module.
+
+    Raises:
+        TypeError: the constructor does not look one of them up, so nothing would be replaced.
     """
-    with _substitution_lock:
-        originals = {name: getattr(body, name) for name in replacements}
-        try:
-            for name, replacement in replacements.items():
-                setattr(body, name, replacement)
-            yield
-        finally:
-            for name, original in originals.items():
-                setattr(body, name, original)
+    absent = sorted(set(replacements) - names_used(body_class.__init__))
+    constructor = with_globals(body_class.__init__, **replacements)
+    if absent or constructor is None:
+        raise TypeError(f"{body_class.__name__} does not build {', '.join(absent) or 'itself in a plain function'}.")
+    return constructor
 
 
 def add_latent_cache(model: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -64,9 +64,11 @@ def add_latent_cache(model: PreTrainedModel, args: tuple, kwargs: dict) -> tuple
     use_cache = kwargs.get("use_cache")
     use_cache = model.config.use_cache if use_cache is None else use_cache
     checkpointing = getattr(model, "gradient_checkpointing", False) and model.training
+    given = any(kwargs.get(name) is not None for name in CACHE_NAMES)
     # Transformers' models take the cache as fourth positional argument.
-    if use_cache and not checkpointing and len(args) < 4 and kwargs.get("past_key_values") is None:
-        kwargs = kwargs | {"past_key_values": LatentCache(config=model.config)}
+    if use_cache and not checkpointing and not given and len(args) < 4:
+        kwargs = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
+        kwargs[CACHE_NAME] = LatentCache(config=model.config)
     return args, kwargs
 
 
@@ -100,13 +102,13 @@ class MLAPreTrainedMixin(_Body):
         self, generation_config: GenerationConfig, model_kwargs: dict, *args, **kwargs
     ) -> None:
         """Puts latent caches where Transformers makes its own; a cache that the user gave stays."""
-        given = model_kwargs.get("past_key_values")
+        given = model_kwargs.get(CACHE_NAME)
         quantized = generation_config.cache_implementation == "quantized"
         if given is None and quantized and not (generation_config.cache_config or {}).get("backend"):
             cache: Cache = LatentCache(config=self.config, quantized=True)
         else:
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-            made = model_kwargs.get("past_key_values")
+            made = model_kwargs.get(CACHE_NAME)
             if given is not None or made is None or type(made) not in (DynamicCache, StaticCache):
                 return
             if type(made) is DynamicCache:
@@ -115,12 +117,12 @@ class MLAPreTrainedMixin(_Body):
                 cache = StaticLatentCache(self.config, made.get_max_length(), offloading=made.offloading)
         if generation_config.is_assistant:
             cache.activate_past_recording()
-        model_kwargs["past_key_values"] = cache
+        model_kwargs[CACHE_NAME] = cache
 
-    def init_continuous_batching(self, *args, **kwargs) -> LatentBatchingManager:
-        """As Transformers', with pages of latents: `generate_batch` and ``transformers serve`` come here."""
-        with built_with(continuous_api, ContinuousBatchingManager=LatentBatchingManager):
-            return super().init_continuous_batching(*args, **kwargs)
+    # As Transformers', with pages of latents: `generate_batch` and ``transformers serve`` come here.
+    init_continuous_batching = with_globals(
+        ContinuousMixin.init_continuous_batching, ContinuousBatchingManager=LatentBatchingManager
+    )
 
     def set_attention_route(self, route: str) -> None:
         """Forces a route in every layer, or gives the choice back; also forgets the absorbed weights.

@@ -7,11 +7,12 @@ hooks and name, whatever wraps it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import FunctionType, MethodType
+from types import MethodType
 from typing import Any
 
 from torch import nn
-from transformers.modeling_utils import AttentionInterface
+
+from .transformers_seams_mla import names_used, with_globals
 
 
 def become(module: Any, other_class: Callable[[Any], type]) -> None:
@@ -60,20 +61,9 @@ def _unpickled(made_by: Callable[[Any], type], native_class: type) -> object:
 
 
 def why_no_attention_function(module: nn.Module) -> str | None:
-    """The reason why `with_attention_functions` cannot serve a module's forward, None where it can."""
+    """The reason why a module's forward cannot be given other attention functions, None where it can."""
     forward = type(module).forward
-    if not isinstance(forward, FunctionType) or hasattr(forward, "__wrapped__"):
-        return "its forward is wrapped by a decorator, behind which the attention function cannot be reached."
-    missing = {"ALL_ATTENTION_FUNCTIONS", "get_interface"} - set(forward.__code__.co_names)
+    if with_globals(forward) is None:
+        return "its forward is behind a decorator that keeps the attention function out of reach."
+    missing = {"ALL_ATTENTION_FUNCTIONS", "get_interface"} - names_used(forward)
     return f"its forward does not use {', '.join(sorted(missing))}." if missing else None
-
-
-def with_attention_functions(forward: FunctionType, functions: AttentionInterface) -> FunctionType:
-    """The function again, for which ``ALL_ATTENTION_FUNCTIONS`` is ours; its module keeps the global one."""
-    namespace = {**forward.__globals__, "ALL_ATTENTION_FUNCTIONS": functions}
-    # By this name `torch.compile` would find the module, and the global one in it.
-    del namespace["__name__"]
-    rebound = FunctionType(forward.__code__, namespace, forward.__name__, forward.__defaults__, forward.__closure__)
-    rebound.__kwdefaults__ = forward.__kwdefaults__
-    rebound.__module__, rebound.__doc__ = forward.__module__, forward.__doc__
-    return rebound

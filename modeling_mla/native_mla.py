@@ -25,8 +25,8 @@ from .native_classes_mla import (
     is_changed,
     native_subclass,
     why_no_attention_function,
-    with_attention_functions,
 )
+from .transformers_seams_mla import names_used, with_globals
 
 _DIMENSIONS = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 _CACHE_HOOK = "_latent_cache_hook"
@@ -40,7 +40,7 @@ def enable_absorbed_attention(model: nn.Module, backend: str = "auto") -> nn.Mod
     needed (training, attention weights) the model runs as before.
 
     Args:
-        model: any model whose attention modules have the form that Transformers 5.23 gives to MLA, also inside
+        model: any model whose attention modules have the form that Transformers gives to MLA since 5.23, also inside
             wrappers (vision, adapters).
         backend: of the absorbed attention: ``"auto"`` or a name in `modeling_mla.backends_mla.BACKENDS`.
 
@@ -118,7 +118,7 @@ def _why_not_understood(attention: Any) -> str | None:
     reason = why_no_attention_function(attention)
     if reason is not None:
         return reason
-    if "expand_kv" not in type(attention).forward.__code__.co_names:
+    if "expand_kv" not in names_used(type(attention).forward):
         return "its forward does not call expand_kv."
     if len(inspect.signature(attention.expand_kv).parameters) != 2:
         return f"its expand_kv takes {inspect.signature(attention.expand_kv)}, not latents and rotary keys."
@@ -174,7 +174,7 @@ def _absorbing_attention(native_class: Any) -> type[nn.Module]:
     return native_subclass(
         _absorbing_attention,
         (LatentAttention, native_class),
-        forward=with_attention_functions(native_class.forward, ALL_ATTENTION_FUNCTIONS),
+        forward=with_globals(native_class.forward, ALL_ATTENTION_FUNCTIONS=ALL_ATTENTION_FUNCTIONS),
         expand_latents=native_class.expand_kv,
     )
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.modeling_utils import AttentionInterface
 
 from .backends_mla import BACKENDS, AbsorbedShape, select_backend
 from .native_classes_mla import (
@@ -22,8 +21,8 @@ from .native_classes_mla import (
     is_changed,
     native_subclass,
     why_no_attention_function,
-    with_attention_functions,
 )
+from .transformers_seams_mla import AttentionInterface, with_globals
 
 
 class SharedHeadInterface(AttentionInterface):
@@ -122,7 +121,7 @@ def disable_shared_head_attention(model: nn.Module) -> nn.Module:
 
 @functools.cache
 def _shared_head_attention(native_class: Any) -> type[nn.Module]:
-    forward = with_attention_functions(native_class.forward, SharedHeadInterface())
+    forward = with_globals(native_class.forward, ALL_ATTENTION_FUNCTIONS=SharedHeadInterface())
     return native_subclass(_shared_head_attention, (native_class,), forward=forward)
 
 

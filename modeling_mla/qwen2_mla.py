@@ -20,24 +20,26 @@ class Qwen2MLAConfig(MLAConfigMixin, Qwen2Config):
     base_model_tp_plan = mla_tp_plan(Qwen2Config.base_model_tp_plan)
 
 
+class Qwen2MLADecoderLayer(body.Qwen2DecoderLayer):
+    __init__ = built_with(body.Qwen2DecoderLayer, Qwen2Attention=MLAttention)
+
+
 class Qwen2MLAPreTrainedModel(MLAPreTrainedMixin, body.Qwen2PreTrainedModel):
     config: Qwen2MLAConfig
     config_class = Qwen2MLAConfig
-    _can_record_outputs = {"hidden_states": body.Qwen2DecoderLayer, "attentions": MLAttention}
+    _no_split_modules = ["Qwen2MLADecoderLayer"]
+    _can_record_outputs = {"hidden_states": Qwen2MLADecoderLayer, "attentions": MLAttention}
 
 
 class Qwen2MLAModel(Qwen2MLAPreTrainedModel, body.Qwen2Model):
-    def __init__(self, config: Qwen2MLAConfig) -> None:
-        with built_with(body, Qwen2Attention=MLAttention, Qwen2RotaryEmbedding=MLARotaryEmbedding):
-            super().__init__(config)
-
+    __init__ = built_with(
+        body.Qwen2Model, Qwen2DecoderLayer=Qwen2MLADecoderLayer, Qwen2RotaryEmbedding=MLARotaryEmbedding
+    )
     forward = with_latent_cache(body.Qwen2Model.forward)
 
 
 class Qwen2MLAForCausalLM(Qwen2MLAPreTrainedModel, body.Qwen2ForCausalLM, GenerationMixin):
-    def __init__(self, config: Qwen2MLAConfig) -> None:
-        with built_with(body, Qwen2Model=Qwen2MLAModel):
-            super().__init__(config)
+    __init__ = built_with(body.Qwen2ForCausalLM, Qwen2Model=Qwen2MLAModel)
 
 
 _heads = generic_heads(Qwen2MLAPreTrainedModel)

@@ -20,24 +20,26 @@ class Qwen3MLAConfig(NormedMLAConfigMixin, Qwen3Config):
     base_model_tp_plan = mla_tp_plan(Qwen3Config.base_model_tp_plan)
 
 
+class Qwen3MLADecoderLayer(body.Qwen3DecoderLayer):
+    __init__ = built_with(body.Qwen3DecoderLayer, Qwen3Attention=NormedMLAttention)
+
+
 class Qwen3MLAPreTrainedModel(MLAPreTrainedMixin, body.Qwen3PreTrainedModel):
     config: Qwen3MLAConfig
     config_class = Qwen3MLAConfig
-    _can_record_outputs = {"hidden_states": body.Qwen3DecoderLayer, "attentions": NormedMLAttention}
+    _no_split_modules = ["Qwen3MLADecoderLayer"]
+    _can_record_outputs = {"hidden_states": Qwen3MLADecoderLayer, "attentions": NormedMLAttention}
 
 
 class Qwen3MLAModel(Qwen3MLAPreTrainedModel, body.Qwen3Model):
-    def __init__(self, config: Qwen3MLAConfig) -> None:
-        with built_with(body, Qwen3Attention=NormedMLAttention, Qwen3RotaryEmbedding=MLARotaryEmbedding):
-            super().__init__(config)
-
+    __init__ = built_with(
+        body.Qwen3Model, Qwen3DecoderLayer=Qwen3MLADecoderLayer, Qwen3RotaryEmbedding=MLARotaryEmbedding
+    )
     forward = with_latent_cache(body.Qwen3Model.forward)
 
 
 class Qwen3MLAForCausalLM(Qwen3MLAPreTrainedModel, body.Qwen3ForCausalLM, GenerationMixin):
-    def __init__(self, config: Qwen3MLAConfig) -> None:
-        with built_with(body, Qwen3Model=Qwen3MLAModel):
-            super().__init__(config)
+    __init__ = built_with(body.Qwen3ForCausalLM, Qwen3Model=Qwen3MLAModel)
 
 
 _heads = generic_heads(Qwen3MLAPreTrainedModel)

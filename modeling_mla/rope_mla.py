@@ -8,7 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+
+from .transformers_seams_mla import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 
 
 class MLARotaryEmbedding(nn.Module):

@@ -13,14 +13,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
-from transformers.generation.continuous_batching.cache import PagedAttentionCache
-from transformers.modeling_utils import AttentionInterface
 
 from .absorbed_weights_mla import is_one_matrix
 from .backends_mla import AbsorbedShape, select_backend
 from .chunked_mla import EXPANDED_LIMIT, attend_in_pieces, expanded_bytes
 from .masks_mla import VisibleKeys
-from .paged_mla import update_paged
+from .transformers_seams_mla import AttentionInterface, PagedAttentionCache, tells_rows_apart
 
 if TYPE_CHECKING:
     from .attention_mla import LatentAttention
@@ -33,6 +31,11 @@ _EXPANDED_ONLY = ("cu_seq_lens_q", "indices", "position_bias")
 def is_latent_aware(attn_implementation: str | None) -> bool:
     """Whether attention under this name takes latents; engines and functions of a user's own get expanded tensors."""
     return attn_implementation is None or attn_implementation.startswith(_LATENT_AWARE)
+
+
+def is_flash(attn_implementation: str | None) -> bool:
+    """Whether Transformers treats a name as flash attention: 2-D masks, packed rows by their positions."""
+    return attn_implementation is not None and "flash" in attn_implementation
 
 
 class MLAttentionInterface(AttentionInterface):
@@ -83,17 +86,34 @@ def absorbed_is_cheaper(
     return absorbed < expanded
 
 
-def _wants_weights(module: LatentAttention, kwargs: dict) -> bool:
+def why_expand(
+    module: LatentAttention, query: torch.Tensor, attn_implementation: str | None, dropout: float, kwargs: dict
+) -> str | None:
+    """The reason why only the attention function itself, over expanded keys and values, serves a call; else None.
+
+    The one place where this is decided: absorbed attention and expansion in pieces both ask it, for both honour the
+    mask, the window, a softcap and causality, and nothing else that a function may be given.
+    """
+    if dropout:
+        return f"dropout is {dropout}"
     wanted = kwargs.get("output_attentions")
-    return bool(module.config.output_attentions if wanted is None else wanted)
+    if module.config.output_attentions if wanted is None else wanted:
+        return "attention weights are wanted"
+    given = next((name for name in _EXPANDED_ONLY if kwargs.get(name) is not None), None)
+    if given is not None:
+        return f"{given} is given"
+    # Other functions get a mask that was made of the positions.
+    if is_flash(attn_implementation) and tells_rows_apart(kwargs.get("position_ids"), query.shape[0]):
+        return "the positions start again within a row, which holds several packed sequences"
+    return None
 
 
-def _takes_absorbed_route(
-    module: LatentAttention, query: torch.Tensor, kv_length: int, dropout: float, kwargs: dict
-) -> bool:
+def _takes_absorbed_route(module: LatentAttention, query: torch.Tensor, kv_length: int, reason: str | None) -> bool:
     if module.route != "auto":
+        if module.route == "absorbed" and reason is not None:
+            raise ValueError(f"The absorbed route was asked for, but {reason}; call model.set_attention_route('auto').")
         return module.route == "absorbed"
-    if dropout or _wants_weights(module, kwargs) or any(kwargs.get(name) is not None for name in _EXPANDED_ONLY):
+    if reason is not None:
         return False
     # Derived weights carry no gradient.
     projection_learns = any(parameter.requires_grad for parameter in module.kv_b_proj.parameters())
@@ -112,11 +132,9 @@ def _takes_absorbed_route(
 
 
 def _must_expand_in_pieces(
-    module: LatentAttention, query: torch.Tensor, kv_length: int, dropout: float, kwargs: dict
+    module: LatentAttention, query: torch.Tensor, kv_length: int, reason: str | None, kwargs: dict
 ) -> bool:
-    if dropout or _wants_weights(module, kwargs) or any(kwargs.get(name) is not None for name in _EXPANDED_ONLY):
-        return False
-    if kwargs.get("s_aux") is not None or (torch.is_grad_enabled() and query.requires_grad):
+    if reason is not None or kwargs.get("s_aux") is not None or (torch.is_grad_enabled() and query.requires_grad):
         return False
     return expanded_bytes(query, kv_length, module.v_head_dim) > EXPANDED_LIMIT
 
@@ -144,23 +162,23 @@ def attend_latents(
         kv_c, k_pe: ``[B, 1, S, kv_lora_rank]`` and ``[B, 1, S, qk_rope_head_dim]``.
         attention_mask: whatever Transformers makes for the name.
         latents: ``[B, S, r + d_r]``, where ``kv_c`` and ``k_pe`` are views of one tensor.
-        cache: the pages of continuous batching, which the attention function has to write and read.
+        cache: the pages of continuous batching, where the release leaves them to the attention function (before 5.24).
 
     Returns:
         ``[B, n, H, v_head_dim]``, and the attention weights where the function gives them.
     """
     if cache is not None:
-        kv_c, k_pe = update_paged(cache, kv_c, k_pe, module.layer_idx, kwargs)
-        # The mask tells the packed sequences apart, and the paged functions would write to the pages again.
-        kwargs = {name: value for name, value in kwargs.items() if name not in _EXPANDED_ONLY}
-        if attn_implementation == "paged|eager":
-            expanded_function = eager_attention_forward
-    if _takes_absorbed_route(module, query, kv_c.shape[2], dropout, kwargs):
+        kv_c, k_pe = cache.update(kv_c, k_pe, module.layer_idx, kwargs=kwargs)
+    if attn_implementation == "paged|eager":
+        # The stock function may want the pages themselves.
+        expanded_function = eager_attention_forward
+    reason = why_expand(module, query, attn_implementation, dropout, kwargs)
+    if _takes_absorbed_route(module, query, kv_c.shape[2], reason):
         latents = fused_latents(kv_c, k_pe) if latents is None else latents
         visible = _visible_keys(query, kv_c, attention_mask, attn_implementation, kwargs)
         softcap, s_aux = kwargs.get("softcap"), kwargs.get("s_aux")
         return attend_absorbed(module, query, latents, visible, scaling, softcap, s_aux), None
-    if _must_expand_in_pieces(module, query, kv_c.shape[2], dropout, kwargs):
+    if _must_expand_in_pieces(module, query, kv_c.shape[2], reason, kwargs):
         visible = _visible_keys(query, kv_c, attention_mask, attn_implementation, kwargs)
         kv_c, k_pe = kv_c[:, :, : visible.keys_in_use], k_pe[:, :, : visible.keys_in_use]
         softcap = kwargs.get("softcap")
@@ -183,7 +201,7 @@ def _visible_keys(
         device=query.device,
         is_causal=kwargs.get("is_causal") is not False,
         sliding_window=kwargs.get("sliding_window"),
-        aligned_to_end=attn_implementation is not None and "flash" in attn_implementation,
+        aligned_to_end=is_flash(attn_implementation),
     )
 
 

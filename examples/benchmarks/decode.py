@@ -21,6 +21,7 @@ from rows import print_rows
 from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM, DynamicCache, PreTrainedModel
 
 from modeling_mla import LatentCache, LlamaMLAConfig, LlamaMLAForCausalLM
+from modeling_mla.transformers_seams_mla import cache_argument
 
 HEADS, RANK, ROPE, HEAD = 16, 512, 64, 128
 STEPS_IN_A_ROW = 4
@@ -52,7 +53,7 @@ def fill(model: PreTrainedModel, cache: DynamicCache, context: int) -> None:
     """Writes ``context`` random tokens into every layer, in the shapes that the model's own forward wrote one token."""
     token = torch.zeros((1, 1), dtype=torch.long)
     with torch.no_grad():
-        model(token, past_key_values=cache)
+        model(token, **cache_argument(cache))
     generator = torch.Generator().manual_seed(1)
     for index, layer in enumerate(cache.layers):
         shapes = [(*states.shape[:2], context - 1, states.shape[-1]) for states in (layer.keys, layer.values)]
@@ -66,7 +67,7 @@ def step(model: PreTrainedModel, cache: DynamicCache) -> Callable[[], torch.Tens
 
     @torch.no_grad()
     def run() -> torch.Tensor:
-        logits = model(token, past_key_values=cache).logits
+        logits = model(token, **cache_argument(cache)).logits
         cache.crop(-1)
         return logits
 

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from conversion.memory import cache_memory, read_config
 from modeling_mla.native_shared_head_mla import disable_shared_head_attention, enable_shared_head_attention
+from modeling_mla.transformers_seams_mla import cache_argument
 
 
 def shrunk_model(dtype: torch.dtype) -> PreTrainedModel:
@@ -61,7 +62,7 @@ def step(model: PreTrainedModel, cache: DynamicCache, switch: Callable) -> Calla
 
     @torch.no_grad()
     def run() -> torch.Tensor:
-        return switch(model)(torch.ones((1, 1), dtype=torch.long), past_key_values=cache).logits
+        return switch(model)(torch.ones((1, 1), dtype=torch.long), **cache_argument(cache)).logits
 
     return run
 

@@ -18,6 +18,7 @@ import torch
 import typer
 
 from modeling_mla import LatentCache, LlamaMLAConfig, LlamaMLAForCausalLM
+from modeling_mla.transformers_seams_mla import cache_argument
 
 MIB = 1 << 20
 
@@ -75,14 +76,14 @@ def main(
     cache = LatentCache(config=config, capacity=context + prefill)
     with torch.no_grad():
         # One token allocates the cache and the absorbed weights, so that neither counts as a step's memory.
-        model(torch.zeros((1, 1), dtype=torch.long), past_key_values=cache)
+        model(torch.zeros((1, 1), dtype=torch.long), **cache_argument(cache))
         layer = cache.layers[0]
         layer.buffer[:, : layer.capacity].normal_()
         layer.filled = context - 1
         token = torch.ones((1, 1), dtype=torch.long)
-        step_seconds, step_mib = peak_of(lambda: model(token, past_key_values=cache))
+        step_seconds, step_mib = peak_of(lambda: model(token, **cache_argument(cache)))
         tokens = torch.ones((1, prefill), dtype=torch.long)
-        prefill_seconds, prefill_mib = peak_of(lambda: model(tokens, past_key_values=cache, logits_to_keep=1))
+        prefill_seconds, prefill_mib = peak_of(lambda: model(tokens, **cache_argument(cache), logits_to_keep=1))
     per_token = config.cache_bytes_per_token(model.dtype)
     expanded = config.num_attention_heads * (config.qk_head_dim + config.v_head_dim) * model.dtype.itemsize
     result = {

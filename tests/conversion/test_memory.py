@@ -23,6 +23,8 @@ from modeling_mla import LlamaMLAConfig
 sys.path.append(str(Path(__file__).parents[1] / "modeling_mla"))
 from native_zoo import DENSE, SINKS, SPARSE, build, deepseek_v4
 
+from modeling_mla.transformers_seams_mla import cache_of
+
 
 def _tensors(value) -> list[torch.Tensor]:
     if isinstance(value, torch.Tensor):
@@ -45,7 +47,7 @@ def test_bytes_are_those_of_the_cache(name):
     memory = cache_memory(model.config)
     for tokens in (3, 20):
         ids = torch.randint(2, 80, (1, tokens))
-        assert memory.bytes_at(tokens) == _stored_bytes(model(ids, use_cache=True).past_key_values)
+        assert memory.bytes_at(tokens) == _stored_bytes(cache_of(model(ids, use_cache=True)))
 
 
 @torch.no_grad()
@@ -56,7 +58,7 @@ def test_deepseek_v4_follows_its_compress_ratios():
     memory = cache_memory(config)
     for tokens in (3, 9, 130, 261):
         ids = torch.randint(2, 80, (1, tokens))
-        assert memory.bytes_at(tokens) == _stored_bytes(model(ids, use_cache=True).past_key_values)
+        assert memory.bytes_at(tokens) == _stored_bytes(cache_of(model(ids, use_cache=True)))
     assert memory.bytes_per_token == 4 * (16 / 128 + 2 * (16 + 8) / 4)
 
 

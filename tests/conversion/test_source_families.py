@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from conversion.errors import SourceError
 from conversion.sources import open_source
+from modeling_mla.transformers_seams_mla import cache_argument, cache_of
 
 LENGTH = 48
 HEADS = {"GQA": 2, "MQA": 1, "MHA": 4}
@@ -23,12 +24,12 @@ HEADS = {"GQA": 2, "MQA": 1, "MHA": 4}
 def decoded_logits(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, prefilled: int) -> torch.Tensor:
     """Logits at every position, the last ones decoded one by one from the cache."""
     output = model(ids[:, :prefilled], attention_mask=mask[:, :prefilled], use_cache=True)
-    logits, cache = [output.logits], output.past_key_values
+    logits, cache = [output.logits], cache_of(output)
     for position in range(prefilled, ids.shape[1]):
         step = slice(position, position + 1)
-        output = model(ids[:, step], attention_mask=mask[:, : position + 1], past_key_values=cache, use_cache=True)
+        output = model(ids[:, step], attention_mask=mask[:, : position + 1], **cache_argument(cache), use_cache=True)
         logits.append(output.logits)
-        cache = output.past_key_values
+        cache = cache_of(output)
     return torch.cat(logits, dim=1)
 
 

@@ -18,6 +18,7 @@ from torch import nn
 from modeling_mla import LatentCache, MLAttention
 from modeling_mla.attention_mla import IdentityRMSNorm
 from modeling_mla.routes_mla import absorbed_is_cheaper
+from modeling_mla.transformers_seams_mla import cache_argument, cache_of
 
 LENGTH = 11
 CHUNKS = {"tokens": [4] + [1] * 7, "chunks": [3, 5, 2, 1], "whole": [11]}
@@ -63,9 +64,9 @@ def test_cached_decode_equals_reference(variants, variant, route, chunks):
     for size in CHUNKS[chunks]:
         rows = slice(start, start + size)
         output = model(
-            ids[:, rows], attention_mask=mask[:, : rows.stop], position_ids=positions[:, rows], past_key_values=cache
+            ids[:, rows], attention_mask=mask[:, : rows.stop], position_ids=positions[:, rows], **cache_argument(cache)
         )
-        cache, start = output.past_key_values, rows.stop
+        cache, start = cache_of(output), rows.stop
         parts.append(output.logits)
     assert isinstance(cache, LatentCache)
     assert_close(torch.cat(parts, dim=1)[mask.bool()], expected[mask.bool()])
@@ -89,7 +90,7 @@ def test_inputs_embeds_equal_ids(variants, route):
     ids = random_ids(2, LENGTH)
     embeds = model.get_input_embeddings()(ids)
     first = model(inputs_embeds=embeds[:, :7])
-    rest = model(inputs_embeds=embeds[:, 7:], past_key_values=first.past_key_values)
+    rest = model(inputs_embeds=embeds[:, 7:], **cache_argument(cache_of(first)))
     assert_close(torch.cat((first.logits, rest.logits), dim=1), reference_logits(model, ids))
 
 
@@ -106,7 +107,7 @@ def test_flex_attention_equals_reference(route):
     assert_close(padded[mask.bool()], reference_logits(model, ids, mask, positions)[mask.bool()], 1e-4)
     torch.compiler.reset()
     first = model(ids[:, :8])
-    rest = model(ids[:, 8:], past_key_values=first.past_key_values)
+    rest = model(ids[:, 8:], **cache_argument(cache_of(first)))
     assert_close(torch.cat((first.logits, rest.logits), dim=1), reference_logits(model, ids), 1e-4)
 
 
@@ -125,8 +126,8 @@ def test_attention_weights_come_from_the_eager_route(variants):
     model.set_attention_route("auto")
     model.set_attn_implementation("eager")
     ids = random_ids(2, LENGTH)
-    cache = model(ids[:, :8]).past_key_values
-    output = model(ids[:, 8:], past_key_values=cache, output_attentions=True, output_hidden_states=True)
+    cache = cache_of(model(ids[:, :8]))
+    output = model(ids[:, 8:], **cache_argument(cache), output_attentions=True, output_hidden_states=True)
     assert len(output.attentions) == 2
     assert len(output.hidden_states) == 3
     assert output.attentions[0].shape == (2, 4, 3, LENGTH)
@@ -159,12 +160,12 @@ def test_auto_takes_the_cheaper_route(variants, monkeypatch):
         return expand(self, *args)
 
     monkeypatch.setattr(MLAttention, "expand_latents", counting)
-    cache = model(random_ids(1, 64)).past_key_values
+    cache = cache_of(model(random_ids(1, 64)))
     assert len(expansions) == 2, "a long prompt is cheaper expanded"
-    model(random_ids(1, 1), past_key_values=cache)
+    model(random_ids(1, 1), **cache_argument(cache))
     assert len(expansions) == 2
     model.set_attn_implementation("eager")
-    model(random_ids(1, 1), past_key_values=cache, output_attentions=True)
+    model(random_ids(1, 1), **cache_argument(cache), output_attentions=True)
     assert len(expansions) == 4
     model.set_attn_implementation("sdpa")
     with torch.enable_grad():

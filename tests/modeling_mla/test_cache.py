@@ -6,24 +6,25 @@ from tiny import assert_close, every_route, random_ids, reference_logits, tiny_c
 
 from modeling_mla import LatentCache
 from modeling_mla.cache_layers_mla import LatentLayer, SlidingLatentLayer
+from modeling_mla.transformers_seams_mla import cache_argument, cache_of
 
 
 def test_forward_makes_a_latent_cache_only_when_asked():
     model = tiny_model()
     ids = random_ids(1, 3)
-    assert type(model(ids).past_key_values) is LatentCache
-    assert type(model.model(ids).past_key_values) is LatentCache
-    assert model(ids, use_cache=False).past_key_values is None
+    assert type(cache_of(model(ids))) is LatentCache
+    assert type(cache_of(model.model(ids))) is LatentCache
+    assert cache_of(model(ids, use_cache=False)) is None
     model.config.use_cache = False
-    assert model(ids).past_key_values is None
-    assert model(ids, use_cache=True).past_key_values is not None
+    assert cache_of(model(ids)) is None
+    assert cache_of(model(ids, use_cache=True)) is not None
 
 
 @torch.no_grad()
 def test_bytes_are_those_that_the_configuration_promises():
     model = tiny_model(kv_lora_ranks=[5, 16], dtype=torch.float32)
     cache = LatentCache(model.config, capacity=50)
-    model(random_ids(2, 50), past_key_values=cache)
+    model(random_ids(2, 50), **cache_argument(cache))
     assert cache.nbytes == 2 * 50 * model.config.cache_bytes_per_token(torch.float32)
     assert [layer.keys.shape[-1] for layer in cache.layers] == [5, 16]
 
@@ -47,25 +48,25 @@ def test_early_initialization_leaves_the_widths_to_the_first_tokens():
     cache = LatentCache(model.config)
     cache.early_initialization(2, model.config.num_attention_heads, model.config.head_dim, torch.float64, model.device)
     ids = random_ids(2, 5)
-    assert_close(model(ids, past_key_values=cache).logits, reference_logits(model, ids))
+    assert_close(model(ids, **cache_argument(cache)).logits, reference_logits(model, ids))
 
 
 @torch.no_grad()
 def test_whole_cache_operations():
     model = tiny_model()
     ids = random_ids(2, 8)
-    cache = model(ids).past_key_values
+    cache = cache_of(model(ids))
     cache.reorder_cache(torch.tensor([1, 0]))
     cache.batch_repeat_interleave(2)
     cache.batch_select_indices(torch.tensor([0, 2]))
     cache.crop(-3)
     assert cache.get_seq_length() == 5
     swapped = ids.flip(0)
-    continued = model(swapped[:, 5:], past_key_values=cache).logits
+    continued = model(swapped[:, 5:], **cache_argument(cache)).logits
     assert_close(continued, reference_logits(model, swapped)[:, 5:])
     cache.reset()
     assert cache.get_seq_length() == 0
-    assert_close(model(ids, past_key_values=cache).logits, reference_logits(model, ids))
+    assert_close(model(ids, **cache_argument(cache)).logits, reference_logits(model, ids))
 
 
 @every_route
@@ -83,7 +84,7 @@ def test_sliding_window_decode_equals_reference(route, chunks):
         keys, first = cache.layers[0].get_mask_sizes(size)
         distance = torch.arange(start, start + size)[:, None] - torch.arange(first, first + keys)
         mask = ((distance >= 0) & (distance < window))[None, None].expand(2, -1, -1, -1)
-        parts.append(model(ids[:, start : start + size], attention_mask=mask, past_key_values=cache).logits)
+        parts.append(model(ids[:, start : start + size], attention_mask=mask, **cache_argument(cache)).logits)
         start += size
     assert_close(torch.cat(parts, dim=1), reference_logits(model, ids, windows=[window] * 2))
     assert (parts[-1] - reference_logits(model, ids)[:, -chunks[-1] :]).abs().max() > 1e-3
@@ -96,5 +97,5 @@ def test_transformers_own_cache_works_too():
     model = tiny_model()
     ids = random_ids(2, 8)
     for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=10)):
-        parts = [model(ids[:, :6], past_key_values=cache).logits, model(ids[:, 6:], past_key_values=cache).logits]
+        parts = [model(ids[:, :6], **cache_argument(cache)).logits, model(ids[:, 6:], **cache_argument(cache)).logits]
         assert_close(torch.cat(parts, dim=1), reference_logits(model, ids))

@@ -6,6 +6,7 @@ from safetensors.torch import load_file, save_file
 from tiny import assert_close, random_ids, tiny_model
 
 from modeling_mla import LatentCache
+from modeling_mla.transformers_seams_mla import cache_argument, cache_of
 
 PREFIX = random_ids(2, 9)
 PER_LAYER = {"kv_lora_ranks": [5, 16], "qk_rope_head_dims": [2, 4], "rope_inv_freq": [[0.7], [1.1, 0.02]]}
@@ -15,7 +16,7 @@ PER_LAYER = {"kv_lora_ranks": [5, 16], "qk_rope_head_dims": [2, 4], "rope_inv_fr
 def saved(tmp_path):
     model = tiny_model(**PER_LAYER)
     with torch.no_grad():
-        cache = model(PREFIX).past_key_values
+        cache = cache_of(model(PREFIX))
     cache.save(tmp_path / "prefix.safetensors", model, PREFIX)
     return model, cache, tmp_path / "prefix.safetensors"
 
@@ -30,7 +31,7 @@ def test_prefix_keeps_every_bit_and_can_be_continued(saved):
         assert torch.equal(actual.keys, expected.keys)
         assert torch.equal(actual.values, expected.values)
     question = random_ids(2, 4)
-    answers = [model(question, past_key_values=own).logits for own in (loaded, cache)]
+    answers = [model(question, **cache_argument(own)).logits for own in (loaded, cache)]
     assert torch.equal(answers[0], answers[1])
 
 
@@ -40,7 +41,7 @@ def test_generation_from_a_saved_prefix_is_the_same_every_time(saved):
     expected = model.generate(question, max_new_tokens=6, do_sample=False, use_cache=False)
     for _ in range(2):
         cache, _ = LatentCache.load(path, model)
-        answer = model.generate(question, past_key_values=cache, max_new_tokens=6, do_sample=False)
+        answer = model.generate(question, **cache_argument(cache), max_new_tokens=6, do_sample=False)
         assert torch.equal(answer, expected)
 
 
@@ -58,7 +59,8 @@ def test_another_model_is_refused(saved, change):
             model.model.layers[1].self_attn.kv_a_proj_with_mqa.weight.mul_(1.01)
     elif change == "adapter":
         peft = pytest.importorskip("peft")
-        model.add_adapter(peft.LoraConfig(r=2, target_modules=["kv_a_proj_with_mqa"], init_lora_weights=False))
+        config = peft.LoraConfig(r=2, target_modules=["kv_a_proj_with_mqa"], init_lora_weights=False)
+        peft.inject_adapter_in_model(config, model)
     else:
         model, message = model.float(), "holds torch.float64 latents, the model is torch.float32"
     with pytest.raises(ValueError, match=message):
@@ -89,7 +91,7 @@ def test_damaged_files_are_refused(saved, damage):
 
 def test_tokens_that_are_not_the_prefix_are_refused(tmp_path):
     model = tiny_model()
-    cache = model(PREFIX).past_key_values
+    cache = cache_of(model(PREFIX))
     for wrong in (PREFIX[:, :5], PREFIX[:1]):
         with pytest.raises(ValueError, match=r"the cache is \(2, 9\)"):
             cache.save(tmp_path / "prefix.safetensors", model, wrong)
@@ -103,8 +105,8 @@ def test_a_missing_file_is_told(tmp_path):
 @torch.no_grad()
 def test_prefix_of_a_cropped_cache(tmp_path):
     model = tiny_model()
-    cache = model(PREFIX).past_key_values
+    cache = cache_of(model(PREFIX))
     cache.crop(-4)
     cache.save(tmp_path / "prefix.safetensors", model, PREFIX[:, :5])
     loaded, _ = LatentCache.load(tmp_path / "prefix.safetensors", model)
-    assert_close(model(PREFIX[:, 5:], past_key_values=loaded).logits, model(PREFIX).logits[:, 5:])
+    assert_close(model(PREFIX[:, 5:], **cache_argument(loaded)).logits, model(PREFIX).logits[:, 5:])

@@ -7,6 +7,7 @@ from tiny import random_ids, reference_logits, tiny_config, tiny_model
 from modeling_mla import LatentCache
 from modeling_mla.cache_layers_mla import LatentLayer
 from modeling_mla.cache_quantized_mla import QuantizedLatentLayer, dequantize_latents, quantize_latents
+from modeling_mla.transformers_seams_mla import cache_argument
 
 
 @pytest.mark.parametrize("rank", [7, 128, 200, 512])
@@ -68,8 +69,8 @@ def test_decode_stays_close_to_the_reference(route):
     model.set_attention_route(route)
     ids = random_ids(2, 12)
     cache = LatentCache(model.config, quantized=True)
-    parts = [model(ids[:, :8], past_key_values=cache).logits]
-    parts += [model(ids[:, step : step + 1], past_key_values=cache).logits for step in range(8, 12)]
+    parts = [model(ids[:, :8], **cache_argument(cache)).logits]
+    parts += [model(ids[:, step : step + 1], **cache_argument(cache)).logits for step in range(8, 12)]
     actual, expected = torch.cat(parts, dim=1), reference_logits(model, ids)
     error = (actual - expected).abs().max() / expected.std()
     assert 1e-6 < error < 0.1, "quantised, and harmless"

@@ -5,6 +5,7 @@ import torch
 from tiny import assert_close, every_route, random_ids, reference_logits, tiny_config, tiny_model
 
 from modeling_mla.cache_static_mla import StaticLatentCache
+from modeling_mla.transformers_seams_mla import cache_argument
 
 LENGTH = 9
 
@@ -19,7 +20,7 @@ def test_decode_equals_reference(route, chunks, implementation):
     ids = random_ids(2, LENGTH)
     cache, parts, start = StaticLatentCache(model.config, max_cache_len=16), [], 0
     for size in chunks:
-        parts.append(model(ids[:, start : start + size], past_key_values=cache).logits)
+        parts.append(model(ids[:, start : start + size], **cache_argument(cache)).logits)
         start += size
     assert_close(torch.cat(parts, dim=1), reference_logits(model, ids))
     assert cache.get_seq_length() == LENGTH

@@ -15,6 +15,7 @@ from tiny import (
 
 from modeling_mla import LatentCache, chunked_mla, routes_mla
 from modeling_mla.cache_static_mla import StaticLatentCache
+from modeling_mla.transformers_seams_mla import cache_argument
 
 LENGTH = 150
 
@@ -60,7 +61,7 @@ def test_chunks_on_top_of_a_cache(pieces, cache, implementation):
     model = tiny_model(attn_implementation=implementation)
     model.set_attention_route("expanded")
     ids, past = random_ids(2, LENGTH), cache(model.config)
-    parts = [model(part, past_key_values=past).logits for part in ids.split([70, 40, 39, 1], dim=1)]
+    parts = [model(part, **cache_argument(past)).logits for part in ids.split([70, 40, 39, 1], dim=1)]
     assert_close(torch.cat(parts, dim=1), reference_logits(model, ids))
     assert max(pieces) == 64
 

@@ -6,6 +6,7 @@ from tiny import assert_close, every_route, random_ids, reference_logits, tiny_m
 from torch._dynamo.testing import CompileCounter
 
 from modeling_mla.cache_static_mla import StaticLatentCache
+from modeling_mla.transformers_seams_mla import cache_argument
 
 IDS = random_ids(1, 12)
 
@@ -17,11 +18,11 @@ def test_decode_is_one_graph_for_every_step(route, implementation):
     model = tiny_model(attn_implementation=implementation)
     model.set_attention_route(route)
     cache = StaticLatentCache(model.config, max_cache_len=16)
-    parts = [model(IDS[:, :6], past_key_values=cache).logits]
+    parts = [model(IDS[:, :6], **cache_argument(cache)).logits]
     torch.compiler.reset()
     counter = CompileCounter()
     step = torch.compile(model, fullgraph=True, backend=counter)
-    parts += [step(IDS[:, at : at + 1], past_key_values=cache).logits for at in range(6, 12)]
+    parts += [step(IDS[:, at : at + 1], **cache_argument(cache)).logits for at in range(6, 12)]
     assert counter.frame_count == 1, "no step compiles anew"
     assert_close(torch.cat(parts, dim=1), reference_logits(model, IDS))
 
@@ -31,10 +32,10 @@ def test_decode_runs_as_inductor_code():
     """In the precision in which models are served; every other test here stops at the graph."""
     model = tiny_model(dtype=torch.float32, num_hidden_layers=1)
     cache = StaticLatentCache(model.config, max_cache_len=16)
-    model(IDS[:, :10], past_key_values=cache)
+    model(IDS[:, :10], **cache_argument(cache))
     torch.compiler.reset()
     step = torch.compile(model, fullgraph=True)
-    actual = torch.cat([step(IDS[:, at : at + 1], past_key_values=cache).logits for at in (10, 11)], dim=1)
+    actual = torch.cat([step(IDS[:, at : at + 1], **cache_argument(cache)).logits for at in (10, 11)], dim=1)
     assert_close(actual, reference_logits(model, IDS)[:, 10:], 1e-4)
 
 
@@ -64,7 +65,7 @@ def test_export_of_a_decode_step(route):
                 self.register_buffer(f"length_{index}", layer.cumulative_length, persistent=False)
 
         def forward(self, ids: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-            return self.model(ids, position_ids=position[None], past_key_values=self.cache).logits
+            return self.model(ids, position_ids=position[None], **cache_argument(self.cache)).logits
 
     model = tiny_model()
     model.set_attention_route(route)

@@ -7,6 +7,7 @@ from transformers import AutoModel, AutoModelForCausalLM, ContinuousBatchingConf
 
 import modeling_mla
 from modeling_mla.cache_layers_mla import LatentLayer, SlidingLatentLayer
+from modeling_mla.transformers_seams_mla import CACHE_NAME, cache_of
 
 WINDOW = 4
 FAMILIES = {
@@ -47,9 +48,9 @@ def test_decode_equals_forward(family, route, implementation):
     cache, parts = None, []
     for rows in torch.arange(12).split([5, 3, 1, 1, 1, 1]):
         own_mask = mask[:, : rows[-1] + 1]
-        options = {"attention_mask": own_mask, "position_ids": positions[:, rows], "past_key_values": cache}
+        options = {"attention_mask": own_mask, "position_ids": positions[:, rows], CACHE_NAME: cache}
         output = model(ids[:, rows], **options)
-        cache = output.past_key_values
+        cache = cache_of(output)
         parts.append(output.logits)
     assert_close(torch.cat(parts, dim=1)[mask.bool()], expected)
     kinds = [SlidingLatentLayer if window else LatentLayer for window in WINDOWS.get(family, [None, None])]

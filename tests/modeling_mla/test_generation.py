@@ -8,6 +8,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from modeling_mla import LatentCache, LlamaMLAForCausalLM
 from modeling_mla.cache_static_mla import StaticLatentCache
+from modeling_mla.transformers_seams_mla import CACHE_NAME, cache_argument, cache_of
 
 TOKENS = 10
 PER_LAYER = {"kv_lora_ranks": [5, 16], "qk_rope_head_dims": [2, 4], "rope_inv_freq": [[0.7], [1.1, 0.02]]}
@@ -86,7 +87,7 @@ def test_quantized_cache_gives_nearly_the_same_logits(models, name, mode):
     output = generate(model, ids, cache_implementation="quantized", **options)
     error = (torch.stack(output.logits) - expected).abs().max() / expected.std()
     assert error < 0.15
-    assert type(output.past_key_values.layers[0]).__name__ == "QuantizedLatentLayer"
+    assert type(cache_of(output).layers[0]).__name__ == "QuantizedLatentLayer"
     whole = generate(model, ids, cache_implementation="quantized", **MODES[mode])
     assert whole.shape == (2, 9 + TOKENS)
 
@@ -160,10 +161,10 @@ def test_caches_are_made_by_default(models):
     }
     for implementation, kind in kinds.items():
         output = generate(model, ids, cache_implementation=implementation, return_dict_in_generate=True)
-        assert type(output.past_key_values) is kind, implementation
+        assert type(cache_of(output)) is kind, implementation
     own = LatentCache(model.config, capacity=5 + TOKENS)
-    output = generate(model, ids, past_key_values=own, return_dict_in_generate=True)
-    assert output.past_key_values is own
+    output = generate(model, ids, **cache_argument(own), return_dict_in_generate=True)
+    assert cache_of(output) is own
     assert own.get_seq_length() == 5 + TOKENS - 1
 
 
@@ -173,13 +174,13 @@ def test_generation_continues_from_its_cache(models, cache):
     expected = uncached(model, ids)
     model.set_attn_implementation("sdpa")
     own = StaticLatentCache(model.config, 32) if cache == "static" else None
-    first = generate(model, ids, max_new_tokens=4, return_dict_in_generate=True, past_key_values=own)
-    options = {"past_key_values": first.past_key_values, "return_dict_in_generate": True}
+    first = generate(model, ids, max_new_tokens=4, return_dict_in_generate=True, **cache_argument(own))
+    options = {CACHE_NAME: cache_of(first), "return_dict_in_generate": True}
     rest = generate(model, first.sequences, max_new_tokens=TOKENS - 4, **options)
     assert torch.equal(rest.sequences, expected)
     question = torch.cat((rest.sequences, random_ids(2, 3)), dim=1)
     expected = uncached(model, question, max_new_tokens=4)
-    assert torch.equal(generate(model, question, max_new_tokens=4, past_key_values=rest.past_key_values), expected)
+    assert torch.equal(generate(model, question, max_new_tokens=4, **cache_argument(cache_of(rest))), expected)
 
 
 @pytest.mark.parametrize("cache", CACHES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 
 import pytest
@@ -21,6 +22,7 @@ from transformers import (
 
 from modeling_mla import LatentCache, routes_mla
 from modeling_mla.native_mla import disable_absorbed_attention, enable_absorbed_attention
+from modeling_mla.transformers_seams_mla import cache_argument, cache_of
 
 STEPS = 16
 ALL = DENSE | SPARSE | SINKS
@@ -59,11 +61,11 @@ def _logits_and_cache(model) -> tuple[torch.Tensor, torch.nn.Module]:
         output = model(
             (ids[:, step : step + 1] + 1) % 80 + 2,
             attention_mask=mask,
-            past_key_values=output.past_key_values,
+            **cache_argument(cache_of(output)),
             use_cache=True,
         )
         logits += output.logits
-    return torch.cat(logits), output.past_key_values
+    return torch.cat(logits), cache_of(output)
 
 
 def _tokens(model, **arguments) -> torch.Tensor:
@@ -138,7 +140,7 @@ def test_a_cache_of_the_users_own_is_used():
     expected = _tokens(model)
     enable_absorbed_attention(model)
     cache = DynamicCache(config=model.config)
-    assert torch.equal(_tokens(model, past_key_values=cache), expected)
+    assert torch.equal(_tokens(model, **cache_argument(cache)), expected)
     assert cache.get_seq_length() == expected.shape[1] - 1
 
 
@@ -315,7 +317,8 @@ def _another_forward(self, hidden_states, **kwargs):
         ({"expand_kv": _another_signature}, r"its expand_kv takes \(latents\)"),
         ({"expand_kv": property()}, "it has no expand_kv"),
         ({"forward": _another_forward}, "its forward does not use ALL_ATTENTION_FUNCTIONS, get_interface"),
-        ({"forward": torch.no_grad()(_another_forward)}, "its forward is wrapped by a decorator"),
+        ({"forward": torch.no_grad()(_another_forward)}, "its forward does not use ALL_ATTENTION_FUNCTIONS"),
+        ({"forward": functools.lru_cache(_another_forward)}, "its forward is behind a decorator"),
         ({"v_head_dim": property(lambda self: None)}, "its v_head_dim is None"),
     ],
 )

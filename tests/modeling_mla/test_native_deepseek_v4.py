@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from modeling_mla import backends_mla
 from modeling_mla.native_mla import enable_absorbed_attention
 from modeling_mla.native_shared_head_mla import disable_shared_head_attention, enable_shared_head_attention
+from modeling_mla.transformers_seams_mla import cache_argument, cache_of
 
 LENGTH, STEPS = 140, 16
 """Long enough that a layer has compressed 128 tokens."""
@@ -45,7 +46,7 @@ def _logits(model, batch: int) -> torch.Tensor:
     for step in range(STEPS):
         mask = torch.cat((mask, mask.new_ones(batch, 1)), dim=1)
         token = ids[:, step + 7 : step + 8]
-        output = model(token, attention_mask=mask, past_key_values=output.past_key_values, use_cache=True)
+        output = model(token, attention_mask=mask, **cache_argument(cache_of(output)), use_cache=True)
         logits.append(output.logits)
     return torch.cat(logits, dim=1)
 

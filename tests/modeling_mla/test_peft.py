@@ -7,6 +7,8 @@ import torch
 from tiny import assert_close, decode, random_ids, reference_logits, tiny_model
 from torch import nn
 
+from modeling_mla.transformers_seams_mla import cache_argument, cache_of
+
 peft = pytest.importorskip("peft")
 
 PROJECTIONS = ["q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
@@ -137,7 +139,7 @@ def test_mixed_adapters_in_one_batch():
         expected.append(merged_reference(model)[row])
     with torch.no_grad():
         output = model(IDS[:, :8], adapter_names=["default", "second"])
-        last = model(IDS[:, 8:], past_key_values=output.past_key_values, adapter_names=["default", "second"])
+        last = model(IDS[:, 8:], **cache_argument(cache_of(output)), adapter_names=["default", "second"])
     assert_close(torch.cat((output.logits, last.logits), dim=1), torch.stack(expected))
 
 
@@ -147,8 +149,8 @@ def test_gradients_reach_the_adapter_in_every_layer(trained, training):
     """With a cache, where one new token would take the absorbed route."""
     model = adapted(trained).train(training)
     with torch.no_grad():
-        cache = model(IDS[:, :8], use_cache=True).past_key_values
-    model(IDS[:, 8:], past_key_values=cache).logits.square().sum().backward()
+        cache = cache_of(model(IDS[:, :8], use_cache=True))
+    model(IDS[:, 8:], **cache_argument(cache)).logits.square().sum().backward()
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             assert parameter.grad is not None, name
@@ -159,11 +161,11 @@ def test_gradients_reach_the_adapter_in_every_layer(trained, training):
 def test_dropout_of_an_adapter_differs_from_token_to_token():
     """Sampling for reinforcement learning runs in training mode without gradients."""
     model = adapted("kv_b_proj", lora_dropout=0.5)
-    cache = model(IDS[:, :8], use_cache=True).past_key_values
+    cache = cache_of(model(IDS[:, :8], use_cache=True))
     model.train()
     outputs = []
     for _ in range(2):
-        outputs.append(model(IDS[:, 8:], past_key_values=cache).logits)
+        outputs.append(model(IDS[:, 8:], **cache_argument(cache)).logits)
         cache.crop(-1)
     assert (outputs[0] - outputs[1]).abs().max() > 1e-3
 

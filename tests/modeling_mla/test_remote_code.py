@@ -59,7 +59,8 @@ for name, options in {
 }.items():
     torch.manual_seed(3)
     results[name] = model.generate(ids, max_new_tokens=6, **options)
-results["cache"] = type(model(ids).past_key_values).__name__
+output = model(ids)
+results["cache"] = type(output.cache if "cache" in output else output.past_key_values).__name__
 torch.save(results, again + ".pt")
 model.save_pretrained(again)
 reloaded = transformers.AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True)

@@ -7,6 +7,7 @@ import torch
 from transformers import Cache
 
 from modeling_mla import LlamaMLAConfig, LlamaMLAForCausalLM, MLAConfigMixin, MLAttention
+from modeling_mla.transformers_seams_mla import cache_argument, cache_of
 
 VOCABULARY = 61
 VARIANTS: dict[str, dict] = {
@@ -190,10 +191,10 @@ def reference_logits(
 @torch.no_grad()
 def decode(model: torch.nn.Module, ids: torch.Tensor, prefix: int = 5, cache: Cache | None = None) -> torch.Tensor:
     """``[B, S, vocabulary]`` from a prefill of ``prefix`` tokens and one step for each further token."""
-    output = model(ids[:, :prefix], past_key_values=cache, use_cache=True)
+    output = model(ids[:, :prefix], **cache_argument(cache), use_cache=True)
     parts = [output.logits]
     for step in range(prefix, ids.shape[1]):
-        output = model(ids[:, step : step + 1], past_key_values=output.past_key_values)
+        output = model(ids[:, step : step + 1], **cache_argument(cache_of(output)))
         parts.append(output.logits)
     return torch.cat(parts, dim=1)
 
