@@ -10,7 +10,8 @@ from typing import NamedTuple, cast
 
 import torch
 from torch import nn
-from transformers.utils.import_utils import is_torchdynamo_compiling
+
+from .transformers_seams_mla import is_torchdynamo_compiling
 
 _ADAPTER_STATE = ("active_adapters", "merged_adapters", "disable_adapters", "scaling")
 """What PEFT's layers apply depends on these, beside their tensors."""

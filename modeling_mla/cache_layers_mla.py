@@ -90,10 +90,15 @@ class LatentLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         new_tokens = key_states.shape[-2]
-        self._make_room(new_tokens)
-        rows = slice(self.filled, self.filled + new_tokens)
-        self.buffer[:, rows, : self.kv_lora_rank] = key_states[:, 0]
-        self.buffer[:, rows, self.kv_lora_rank :] = value_states[:, 0]
+        if self.buffer.requires_grad or (torch.is_grad_enabled() and key_states.requires_grad):
+            # A backward pass through several chunks needs the rows as each chunk read them.
+            rows = torch.cat((key_states, value_states), dim=-1)[:, 0]
+            self.buffer = torch.cat((self.buffer[:, : self.filled], rows), dim=1)
+        else:
+            self._make_room(new_tokens)
+            rows = self.buffer[:, self.filled : self.filled + new_tokens]
+            rows[..., : self.kv_lora_rank] = key_states[:, 0]
+            rows[..., self.kv_lora_rank :] = value_states[:, 0]
         self._count(new_tokens)
         return self._halves(self._visible())
 

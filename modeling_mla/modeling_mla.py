@@ -30,6 +30,7 @@ from .transformers_seams_mla import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
     GenericForTokenClassification,
+    is_checkpoint_code,
     names_used,
     with_globals,
 )
@@ -163,8 +164,9 @@ def generic_heads(pretrained_class: type) -> tuple[type, ...]:
 def register_family(config_class: type[PreTrainedConfig], *model_classes: Any) -> None:
     """Makes a family known to AutoConfig and the AutoModel classes, and lets checkpoints carry its code.
 
-    Runs when the family's file is imported, from the package or from a checkpoint's copy of it: the later import
-    serves the later load.
+    Runs when the family's file is imported, from the package or from a checkpoint's copy of it. AutoConfig learns only
+    of the package: a class that it knows by model type serves every checkpoint of the process, whatever code they
+    carry. The AutoModel classes go by the configuration's class, and every copy has its own.
 
     Args:
         config_class: named ``<Family>Config``.
@@ -173,7 +175,8 @@ def register_family(config_class: type[PreTrainedConfig], *model_classes: Any) -
     family = config_class.__name__.removesuffix("Config")
     file = config_class.__module__.rpartition(".")[2]
     config_class.model_auto_map = {"AutoConfig": f"{file}.{config_class.__name__}"}
-    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    if not is_checkpoint_code(config_class.__module__):
+        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     config_class.register_for_auto_class()
     for model_class in model_classes:
         task = model_class.__name__.removeprefix(family).removeprefix("Model")

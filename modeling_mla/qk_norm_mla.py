@@ -10,11 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
-from transformers import initialization as init
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from .attention_mla import MLAttention
 from .configuration_mla import MLAConfigMixin
+from .transformers_seams_mla import LlamaRMSNorm, init
 
 
 @dataclass(kw_only=True, repr=False)

@@ -34,7 +34,7 @@ from transformers.modeling_layers import (
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import AttentionInterface
 from transformers.models.llama.modeling_llama import LlamaModel, LlamaRMSNorm
-from transformers.utils import logging
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME, logging
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
 logger = logging.get_logger(__name__)
@@ -65,12 +65,12 @@ def cache_of(output: Any) -> Cache | None:
     return getattr(output, CACHE_NAME, None)
 
 
-def is_paged(cache: Any) -> bool:
-    """Whether a cache is that of continuous batching, which is no `Cache`.
+def is_checkpoint_code(module_name: str) -> bool:
+    """Whether a module is a checkpoint's copy of this library, loaded by ``trust_remote_code``.
 
-    For: what the pages' masks say already. Moved: packed requests attend to each other.
+    For: leaving every checkpoint its own code. Moved: a second checkpoint in a process runs the first one's.
     """
-    return isinstance(cache, PagedAttentionCache)
+    return module_name.partition(".")[0] == TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 
 def tells_rows_apart(position_ids: Any, batch: int) -> bool:
@@ -141,6 +141,8 @@ def warn_of_untested_release() -> None:
         )
 
 
+warn_of_untested_release()
+
 __all__ = [
     "CACHE_NAME",
     "CACHE_NAMES",
@@ -164,10 +166,9 @@ __all__ = [
     "dynamic_rope_update",
     "get_layer_types_and_kwargs",
     "init",
-    "is_paged",
+    "is_checkpoint_code",
     "is_torchdynamo_compiling",
     "names_used",
     "tells_rows_apart",
-    "warn_of_untested_release",
     "with_globals",
 ]
