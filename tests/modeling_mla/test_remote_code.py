@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -82,7 +83,15 @@ def run_without_package(script: str, checkpoint: Path, again: Path) -> None:
     # Code of checkpoints is copied below the cache's folder.
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(checkpoint.parent / "home")}
     command = [sys.executable, "-c", PREAMBLE + script, str(checkpoint), str(again)]
-    done = subprocess.run(command, cwd=checkpoint.parent, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command,
+        cwd=checkpoint.parent,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -157,3 +166,39 @@ def test_pipeline_with_text_and_chat(checkpoint, tmp_path):
         {"role": "user", "content": "the rotary key"},
         {"role": "assistant", "content": content},
     ]
+
+
+TWO_CHECKPOINTS = """
+results = {}
+for name, folder in {"first": checkpoint, "second": again}.items():
+    for auto in ("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification"):
+        loaded = getattr(transformers, auto).from_pretrained(folder, trust_remote_code=True)
+        config = loaded if auto == "AutoConfig" else loaded.config
+        assert config.written_by == name, (name, auto, config.written_by)
+        if auto != "AutoConfig":
+            codes = {type(module).__module__ for module in loaded.modules() if "kv_b_proj" in module._modules}
+            assert codes == {type(config).__module__.replace("llama_mla", "attention_mla")}, (codes, type(config))
+"""
+
+
+def test_two_checkpoints_in_one_process_run_each_its_own_code(checkpoint, tmp_path):
+    folders = [tmp_path / name for name in ("first", "second")]
+    for folder in folders:
+        shutil.copytree(checkpoint, folder)
+        code = folder / "llama_mla.py"
+        mark = f'    model_type = "llama_mla"\n    written_by = "{folder.name}"\n'
+        code.write_text(code.read_text().replace('    model_type = "llama_mla"\n', mark))
+    run_without_package(TWO_CHECKPOINTS, *folders)
+
+
+TOKENIZER = """
+tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
+assert tokenizer("the latent cache").input_ids, tokenizer
+code = [name for name in sys.modules if name.startswith("transformers_modules.")]
+assert not code, code
+"""
+
+
+def test_the_tokenizer_runs_no_code_of_the_checkpoint(checkpoint, tmp_path):
+    """Where nobody is there to answer, that is: Transformers asks before it looks at the tokenizer's files."""
+    run_without_package(TOKENIZER, checkpoint, tmp_path)

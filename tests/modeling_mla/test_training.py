@@ -5,8 +5,17 @@ import torch
 from tiny import VOCABULARY, assert_close, random_ids, reference_logits, tiny_model
 from transformers import Trainer, TrainingArguments, set_seed
 
-from modeling_mla import LlamaMLAForCausalLM, LlamaMLAForSequenceClassification, LlamaMLAForTokenClassification
-from modeling_mla.transformers_seams_mla import cache_of
+from modeling_mla import (
+    LatentCache,
+    LlamaMLAForCausalLM,
+    LlamaMLAForSequenceClassification,
+    LlamaMLAForTokenClassification,
+    MistralMLAForCausalLM,
+    attention_mla,
+    routes_mla,
+)
+from modeling_mla.routes_mla import eager_attention_forward
+from modeling_mla.transformers_seams_mla import cache_argument, cache_of
 
 IMPLEMENTATIONS = ["eager", "sdpa"]
 SHAPES = {
@@ -146,3 +155,59 @@ def test_resized_and_tied_embeddings():
     model.resize_token_embeddings(VOCABULARY + 3)
     assert model(random_ids(1, 3)).logits.shape[-1] == VOCABULARY + 3
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("sliding_window", [None, 4])
+def test_back_propagation_through_a_cache(batch, sliding_window):
+    """Chunks of one text, each with a loss, one backward pass: gradients are those of the whole text."""
+    cls = LlamaMLAForCausalLM if sliding_window is None else MistralMLAForCausalLM
+    options = {} if sliding_window is None else {"sliding_window": sliding_window}
+    model, ids = tiny_model(cls, **options), random_ids(batch, 12)
+    next_token_loss(model(ids, use_cache=False).logits, ids).backward()
+    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    cache, logits = LatentCache(config=model.config), []
+    for chunk in ids.split([5, 1, 3, 3], dim=1):
+        logits.append(model(chunk, **cache_argument(cache)).logits)
+    with torch.no_grad():
+        model(ids[:, :1], **cache_argument(cache))
+    next_token_loss(torch.cat(logits, dim=1), ids).backward()
+    for name, parameter in model.named_parameters():
+        assert_close(parameter.grad, expected[name])
+
+
+@pytest.mark.parametrize("limit", [1 << 29, 1])
+def test_rows_packed_by_position_alone(limit, monkeypatch):
+    """What DataCollatorWithFlattening gives to flash attention: no mask, positions that start again."""
+
+    def packing_aware(module, query, key, value, attention_mask, scaling, position_ids=None, **kwargs):
+        assert attention_mask is None
+        sequence = (position_ids == 0).cumsum(-1)
+        visible = (sequence[:, :, None] == sequence[:, None, :]).tril()
+        return eager_attention_forward(
+            module, query, key, value, torch.where(visible, 0.0, float("-inf"))[:, None], scaling=scaling
+        )
+
+    monkeypatch.setitem(attention_mla.ALL_ATTENTION_FUNCTIONS._local_mapping, "flash_attention_2", packing_aware)
+    monkeypatch.setattr(routes_mla, "EXPANDED_LIMIT", limit)
+    model = tiny_model()
+    model.config._attn_implementation = "flash_attention_2"
+    rows = [random_ids(1, length) for length in (5, 3, 7)]
+    positions = torch.cat([torch.arange(row.shape[1]) for row in rows])[None]
+    with torch.no_grad():
+        packed = model(torch.cat(rows, dim=1), position_ids=positions, use_cache=False).logits
+        separate = torch.cat([reference_logits(model, row) for row in rows], dim=1)
+    assert_close(packed, separate)
+    model.set_attention_route("absorbed")
+    with pytest.raises(ValueError, match="absorbed route was asked for, but the positions start again"):
+        model(torch.cat(rows, dim=1), position_ids=positions, use_cache=False)
+
+
+def test_the_absorbed_route_is_refused_where_it_would_change_the_result():
+    model, ids = tiny_model(attention_dropout=0.5), random_ids(1, 6)
+    model.set_attention_route("absorbed")
+    with pytest.raises(ValueError, match="but attention weights are wanted"):
+        model(ids, output_attentions=True)
+    with pytest.raises(ValueError, match=r"but dropout is 0.5"):
+        model.train()(ids, use_cache=False)
