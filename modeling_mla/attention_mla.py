@@ -12,6 +12,7 @@ from transformers import Cache, PreTrainedConfig
 from .absorbed_weights_mla import AbsorbedWeightCache, AbsorbedWeights
 from .cache_mla import cached_latents
 from .configuration_mla import IDENTITY_NORM_EPS, IDENTITY_NORM_WEIGHT
+from .rope_extension_mla import rope_extension
 from .rope_mla import apply_rotary, layer_angles
 from .routes_mla import MLAttentionInterface, eager_attention_forward, is_latent_aware
 from .transformers_seams_mla import LlamaRMSNorm, PagedAttentionCache, init
@@ -120,6 +121,10 @@ class MLAttention(LatentAttention):
         self.qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
         self.v_head_dim = config.v_head_dim
         self.scaling = config.softmax_scale if config.softmax_scale is not None else self.qk_head_dim**-0.5
+        extension = rope_extension(config)
+        if extension is not None:
+            # On the scores, not on cos and sin: channels that lost their rotation were rotated in the source.
+            self.scaling *= extension.attention_factor**2
         self.num_key_value_groups = 1
         self.is_causal = True
         self.sliding_window = layer_window(config, layer_idx)

@@ -49,6 +49,8 @@ class MLAConfigMixin(_Body):
         rope_interleave: rotary pairs are channels ``(2f, 2f+1)`` as in DeepSeek, not ``(f, f + d/2)`` as in Llama.
         rope_inv_freq: explicit inverse frequencies, radians per token: one row that all layers share, or one row a
             layer. None derives them from ``rope_parameters`` over ``qk_rope_head_dim`` channels.
+        rope_inv_freq_source: what explicit frequencies come from, ``{"head_dim": channels, "rope_parameters": ...}``:
+            a scaling that ``rope_parameters`` is given later then acts on them.
         rope_attention_factor: multiplies cos and sin beside explicit frequencies (YaRN).
         softmax_scale: multiplies the scores; None is ``(qk_nope_head_dim + qk_rope_head_dim) ** -0.5``.
         q_bias, kv_a_bias, o_bias: biases of the query, down and output projections (``kv_b_proj`` never has one).
@@ -68,6 +70,7 @@ class MLAConfigMixin(_Body):
     v_head_dim: int = 128
     rope_interleave: bool = False
     rope_inv_freq: list[list[float]] | None = None
+    rope_inv_freq_source: dict | None = None
     rope_attention_factor: float | int | None = None
     softmax_scale: float | int | None = None
     q_bias: bool = False
@@ -140,6 +143,9 @@ class MLAConfigMixin(_Body):
                     "rope_attention_factor needs rope_inv_freq; without it the factor is that of rope_parameters."
                 )
             return
+        source = self.rope_inv_freq_source
+        if source is not None and not source.keys() >= {"head_dim", "rope_parameters"}:
+            raise ValueError(f"rope_inv_freq_source is {source}; it must name head_dim and rope_parameters.")
         if len(rows) not in (1, self.num_hidden_layers):
             raise ValueError(
                 f"rope_inv_freq has {len(rows)} rows; it must have 1, or {self.num_hidden_layers}, one for each layer."

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from .rope_extension_mla import rope_extension
 from .transformers_seams_mla import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 
 
@@ -31,7 +32,7 @@ class MLARotaryEmbedding(nn.Module):
         self.max_seq_len_cached = config.max_position_embeddings
         self.original_max_seq_len = config.max_position_embeddings
 
-        # Explicit frequencies are final, whatever scaling they came from.
+        # Explicit frequencies contain whatever scaling the source had.
         explicit = config.rope_inv_freq is not None
         self.rope_type = "default" if explicit else config.rope_parameters["rope_type"]
         init_function: Callable = self.compute_default_rope_parameters
@@ -52,7 +53,9 @@ class MLARotaryEmbedding(nn.Module):
             width = config.qk_rope_head_dim // 2
             rows = [row + [0.0] * (width - len(row)) for row in config.rope_inv_freq]
             factor = 1.0 if config.rope_attention_factor is None else config.rope_attention_factor
-            return torch.tensor(rows, dtype=torch.float32).view(len(rows), width), factor
+            inv_freq = torch.tensor(rows, dtype=torch.float32).view(len(rows), width)
+            extension = rope_extension(config)
+            return inv_freq if extension is None else extension.apply(inv_freq), factor
         dim = config.qk_rope_head_dim
         exponent = torch.arange(0, dim, 2, dtype=torch.float32) / max(dim, 1)
         return 1.0 / (config.rope_parameters["rope_theta"] ** exponent), 1.0

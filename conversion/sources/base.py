@@ -305,6 +305,7 @@ class SourceModel:
             v_head_dim=v_head_dim,
             rope_interleave=False,
             rope_inv_freq=rows if any(row != rows[0] for row in rows) else rows[:1],
+            rope_inv_freq_source={"head_dim": first.rotary_dim, "rope_parameters": dict(self.config.rope_parameters)},
             rope_attention_factor=None if first.attention_factor == 1 else first.attention_factor,
             softmax_scale=first.softmax_scale,
             q_bias="q_proj_bias" in biased,
