@@ -149,6 +149,7 @@ def test_bidirectional_attention(variants):
     assert (outputs["absorbed"] - model(ids, use_cache=False).logits).abs().max() > 1e-3
 
 
+@pytest.mark.one_route
 def test_auto_takes_the_cheaper_route(variants, monkeypatch):
     """Decoding never expands the cache; training and attention weights always do."""
     model = variants["plain"]

@@ -8,6 +8,7 @@ from torch._dynamo.testing import CompileCounter
 from modeling_mla.cache_static_mla import StaticLatentCache
 from modeling_mla.transformers_seams_mla import cache_argument
 
+pytestmark = pytest.mark.one_route
 IDS = random_ids(1, 12)
 
 

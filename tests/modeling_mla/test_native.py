@@ -240,6 +240,7 @@ def test_a_saved_checkpoint_is_the_native_models(tmp_path):
     assert type(cache) is DynamicCache
 
 
+@pytest.mark.one_route
 def test_a_compiled_forward_absorbs(absorbed_calls):
     model = build(DENSE["minicpm3"]())
     ids, _ = _inputs()
