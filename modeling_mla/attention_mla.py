@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
@@ -11,7 +10,7 @@ from transformers import Cache, PreTrainedConfig
 from transformers import initialization as init
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from .absorbed_weights_mla import AbsorbedWeightCache, AbsorbedWeights
+from .absorbed_weights_mla import AbsorbedWeights, absorbed_weights
 from .cache_mla import cached_latents
 from .configuration_mla import IDENTITY_NORM_EPS, IDENTITY_NORM_WEIGHT
 from .rope_mla import apply_rotary, layer_angles
@@ -63,21 +62,10 @@ class LatentAttention(nn.Module):
     qk_rope_head_dim: int
     v_head_dim: int
     layer_idx: int
-    _absorbed: AbsorbedWeightCache
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # Adapters wrap and unwrap the projection by assignment, and some change its weight unseen in between.
-        if name == "kv_b_proj" and "_absorbed" in self.__dict__:
-            self._absorbed.clear()
-        super().__setattr__(name, value)
-
-    def train(self, mode: bool = True) -> LatentAttention:
-        self._absorbed.clear()
-        return super().train(mode)
 
     def absorbed_weights(self, like: torch.Tensor) -> AbsorbedWeights:
-        """The up-projection as it is applied now, in ``like``'s dtype and device."""
-        return self._absorbed.get(self.kv_b_proj, self.kv_lora_rank, self.qk_nope_head_dim, self.v_head_dim, like)
+        """The up-projection as it is applied now, in ``like``'s dtype; see `absorbed_weights_mla`."""
+        return absorbed_weights(self.kv_b_proj, self.kv_lora_rank, self.qk_nope_head_dim, self.v_head_dim, like)
 
     def expand_kv(self, kv_c: torch.Tensor, k_pe: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values for the attention function, from latents and shared rotary keys.
@@ -124,7 +112,6 @@ class MLAttention(LatentAttention):
         self.num_key_value_groups = 1
         self.is_causal = True
         self.sliding_window = layer_window(config, layer_idx)
-        self._absorbed = AbsorbedWeightCache()
 
         hidden_size, num_heads = config.hidden_size, config.num_attention_heads
         if self.q_lora_rank is None:
@@ -219,7 +206,10 @@ def expand_latents(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rebuilds every head's keys and values: shapes as in `MLAttention.expand_kv`."""
     batch, _, length, _ = kv_c.shape
-    expanded = kv_b_proj(kv_c).view(batch, length, -1, qk_nope_head_dim + v_head_dim).transpose(1, 2)
+    # In the form of hidden states: some adapters and packed layers take nothing else.
+    expanded = (
+        kv_b_proj(kv_c.squeeze(1).contiguous()).view(batch, length, -1, qk_nope_head_dim + v_head_dim).transpose(1, 2)
+    )
     k_nope, value = expanded.split([qk_nope_head_dim, v_head_dim], dim=-1)
     key = torch.cat((k_nope, k_pe.expand(-1, k_nope.shape[1], -1, -1)), dim=-1)
     return key, value
