@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from .peft_mla import why_adapters_are_no_matrix
+from .tensor_parallel_mla import tensor_parallel_group
 
 _COPIED_VALUES = 1 << 20
 """Weights that are copied at once, so that the copy is read from a processor's cache."""
@@ -80,6 +81,8 @@ def _effective_weight(layer: nn.Module, in_features: int, like: torch.Tensor) ->
     if is_plain(layer):
         return cast(torch.Tensor, layer.weight).to(like.dtype)
     reason = why_no_matrix(layer)
+    if like.requires_grad and tensor_parallel_group(layer) is not None:
+        reason = "it is split over processes, and latents would get the gradient of one process's heads"
     if reason is not None:
         raise ValueError(f"kv_b_proj cannot be absorbed: {reason}; set the attention route 'auto' or 'expanded'.")
     # Three dimensions, as hidden states have: adapters and packed layers are written for these.

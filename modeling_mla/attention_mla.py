@@ -15,6 +15,7 @@ from .cache_mla import cached_latents
 from .configuration_mla import IDENTITY_NORM_EPS, IDENTITY_NORM_WEIGHT
 from .rope_mla import apply_rotary, layer_angles
 from .routes_mla import MLAttentionInterface, eager_attention_forward, is_latent_aware
+from .tensor_parallel_mla import read_by_all_heads
 
 ALL_ATTENTION_FUNCTIONS = MLAttentionInterface()
 
@@ -169,6 +170,7 @@ class MLAttention(LatentAttention):
         cos, sin = layer_angles(position_embeddings, self.layer_idx, self.qk_rope_head_dim)
         q_rope = apply_rotary(q_rope, cos, sin, self.config.rope_interleave)
         k_pe = apply_rotary(k_pe.unsqueeze(1), cos, sin, self.config.rope_interleave)
+        k_pe = read_by_all_heads(k_pe, self.kv_b_proj)
         query = torch.cat((q_nope, q_rope), dim=-1)
 
         if past_key_values is not None:

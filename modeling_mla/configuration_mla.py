@@ -23,12 +23,11 @@ IDENTITY_NORM_WEIGHT = float(2**20)
 
 
 def mla_tp_plan(body_plan: dict[str, str]) -> dict[str, str]:
-    """A body's tensor-parallel plan with its attention replaced: heads are split, the latent is replicated."""
+    """A body's tensor-parallel plan with its attention replaced: heads are split, all else is replicated."""
     plan = {name: style for name, style in body_plan.items() if ".self_attn." not in name}
     return plan | {
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.q_b_proj": "colwise",
-        "layers.*.self_attn.kv_a_proj_with_mqa": "mla_kv_a_proj",
         "layers.*.self_attn.kv_b_proj": "colwise",
         "layers.*.self_attn.o_proj": "rowwise",
     }
