@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from .absorbed_weights_mla import AbsorbedWeights, absorbed_weights
 from .cache_mla import cached_latents
-from .configuration_mla import IDENTITY_NORM_EPS, IDENTITY_NORM_WEIGHT
+from .configuration_mla import IDENTITY_NORM_EPS, IDENTITY_NORM_WEIGHT, identity_norm_weight
 from .rope_mla import apply_rotary, layer_angles
 from .routes_mla import MLAttentionInterface, eager_attention_forward, is_latent_aware
 from .tensor_parallel_mla import read_by_all_heads
@@ -25,18 +26,31 @@ class IdentityRMSNorm(nn.Module):
 
     Its constants make any engine's RMSNorm over the same tensors a bit-exact identity (in float32 for latents of a root
     mean square below about 180), so that code which expects DeepSeek's latent norm works unchanged; here the identity
-    is taken literally. The weight is a constant, not a parameter, and is saved for those engines.
+    is taken literally. The weight is a constant, not a parameter, and is saved for those engines, in float32 where the
+    model is in float16.
     """
 
     weight: torch.Tensor
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
-        self.weight = nn.Buffer(torch.full((hidden_size,), IDENTITY_NORM_WEIGHT))
+        self.weight = nn.Buffer(identity_norm_weight(hidden_size, torch.get_default_dtype()))
         self.variance_epsilon = IDENTITY_NORM_EPS
 
     def init_mla_weights(self, std: float) -> None:
         init.constant_(self.weight, IDENTITY_NORM_WEIGHT)
+
+    def _constant(self) -> torch.Tensor:
+        return identity_norm_weight(len(self.weight), self.weight.dtype, self.weight.device)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> IdentityRMSNorm:
+        super()._apply(fn, recurse)
+        self.weight = nn.Buffer(self._constant())
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        # Not what is held: a checkpoint that was saved in float16 before may have brought infinities.
+        destination[f"{prefix}weight"] = self._constant()
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if isinstance(hidden_states, torch.fx.Proxy):

@@ -18,8 +18,16 @@ else:
     _Body = object
 
 IDENTITY_NORM_EPS = float(2**40)
-"""With ``IDENTITY_NORM_WEIGHT`` this makes any RMSNorm an identity, bit-exact in float32 and bfloat16."""
+"""With ``IDENTITY_NORM_WEIGHT`` this makes any RMSNorm an identity, bit-exact in float32 and bfloat16.
+
+No pair does in float16: where the mean square vanishes beside epsilon, the normalised latent is too small for it."""
 IDENTITY_NORM_WEIGHT = float(2**20)
+
+
+def identity_norm_weight(size: int, dtype: torch.dtype, device: torch.device | str | None = None) -> torch.Tensor:
+    """``[size]``, as it is stored beside tensors of ``dtype``: in float32 beside float16, which ends at 2**16."""
+    dtype = torch.float32 if dtype == torch.float16 else dtype
+    return torch.full((size,), IDENTITY_NORM_WEIGHT, dtype=dtype, device=device)
 
 
 def mla_tp_plan(body_plan: dict[str, str]) -> dict[str, str]:
