@@ -9,12 +9,13 @@ import torch
 from torch import nn
 from transformers import Cache, PreTrainedConfig
 
-from .absorbed_weights_mla import AbsorbedWeightCache, AbsorbedWeights
+from .absorbed_weights_mla import AbsorbedWeights, absorbed_weights
 from .cache_mla import cached_latents
-from .configuration_mla import IDENTITY_NORM_EPS, IDENTITY_NORM_WEIGHT
+from .configuration_mla import IDENTITY_NORM_EPS, IDENTITY_NORM_WEIGHT, identity_norm_weight
 from .rope_extension_mla import rope_extension
 from .rope_mla import apply_rotary, layer_angles
 from .routes_mla import MLAttentionInterface, eager_attention_forward, is_latent_aware
+from .tensor_parallel_mla import read_by_all_heads
 from .transformers_seams_mla import LlamaRMSNorm, PagedAttentionCache, init
 
 ALL_ATTENTION_FUNCTIONS = MLAttentionInterface()
@@ -25,18 +26,31 @@ class IdentityRMSNorm(nn.Module):
 
     Its constants make any engine's RMSNorm over the same tensors a bit-exact identity (in float32 for latents of a root
     mean square below about 180), so that code which expects DeepSeek's latent norm works unchanged; here the identity
-    is taken literally. The weight is a constant, not a parameter, and is saved for those engines.
+    is taken literally. The weight is a constant, not a parameter, and is saved for those engines, in float32 where the
+    model is in float16.
     """
 
     weight: torch.Tensor
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
-        self.weight = nn.Buffer(torch.full((hidden_size,), IDENTITY_NORM_WEIGHT))
+        self.weight = nn.Buffer(identity_norm_weight(hidden_size, torch.get_default_dtype()))
         self.variance_epsilon = IDENTITY_NORM_EPS
 
     def init_mla_weights(self, std: float) -> None:
         init.constant_(self.weight, IDENTITY_NORM_WEIGHT)
+
+    def _constant(self) -> torch.Tensor:
+        return identity_norm_weight(len(self.weight), self.weight.dtype, self.weight.device)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> IdentityRMSNorm:
+        super()._apply(fn, recurse)
+        self.weight = nn.Buffer(self._constant())
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        # Not what is held: a checkpoint that was saved in float16 before may have brought infinities.
+        destination[f"{prefix}weight"] = self._constant()
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if isinstance(hidden_states, torch.fx.Proxy):
@@ -63,21 +77,10 @@ class LatentAttention(nn.Module):
     qk_rope_head_dim: int
     v_head_dim: int
     layer_idx: int
-    _absorbed: AbsorbedWeightCache
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # Adapters wrap and unwrap the projection by assignment, and some change its weight unseen in between.
-        if name == "kv_b_proj" and "_absorbed" in self.__dict__:
-            self._absorbed.clear()
-        super().__setattr__(name, value)
-
-    def train(self, mode: bool = True) -> LatentAttention:
-        self._absorbed.clear()
-        return super().train(mode)
 
     def absorbed_weights(self, like: torch.Tensor) -> AbsorbedWeights:
-        """The up-projection as it is applied now, in ``like``'s dtype and device."""
-        return self._absorbed.get(self.kv_b_proj, self.kv_lora_rank, self.qk_nope_head_dim, self.v_head_dim, like)
+        """The up-projection as it is applied now, in ``like``'s dtype; see `absorbed_weights_mla`."""
+        return absorbed_weights(self.kv_b_proj, self.kv_lora_rank, self.qk_nope_head_dim, self.v_head_dim, like)
 
     def expand_kv(self, kv_c: torch.Tensor, k_pe: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values for the attention function, from latents and shared rotary keys.
@@ -128,7 +131,6 @@ class MLAttention(LatentAttention):
         self.num_key_value_groups = 1
         self.is_causal = True
         self.sliding_window = layer_window(config, layer_idx)
-        self._absorbed = AbsorbedWeightCache()
 
         hidden_size, num_heads = config.hidden_size, config.num_attention_heads
         if self.q_lora_rank is None:
@@ -188,6 +190,7 @@ class MLAttention(LatentAttention):
         cos, sin = layer_angles(position_embeddings, self.layer_idx, self.qk_rope_head_dim)
         q_rope = apply_rotary(q_rope, cos, sin, self.config.rope_interleave)
         k_pe = apply_rotary(k_pe.unsqueeze(1), cos, sin, self.config.rope_interleave)
+        k_pe = read_by_all_heads(k_pe, self.kv_b_proj)
         query = torch.cat((q_nope, q_rope), dim=-1)
 
         cache = past_key_values if cache is None else cache
@@ -226,7 +229,10 @@ def expand_latents(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rebuilds every head's keys and values: shapes as in `MLAttention.expand_kv`."""
     batch, _, length, _ = kv_c.shape
-    expanded = kv_b_proj(kv_c).view(batch, length, -1, qk_nope_head_dim + v_head_dim).transpose(1, 2)
+    # In the form of hidden states: some adapters and packed layers take nothing else.
+    expanded = (
+        kv_b_proj(kv_c.squeeze(1).contiguous()).view(batch, length, -1, qk_nope_head_dim + v_head_dim).transpose(1, 2)
+    )
     k_nope, value = expanded.split([qk_nope_head_dim, v_head_dim], dim=-1)
     key = torch.cat((k_nope, k_pe.expand(-1, k_nope.shape[1], -1, -1)), dim=-1)
     return key, value

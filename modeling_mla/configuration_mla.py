@@ -18,17 +18,24 @@ else:
     _Body = object
 
 IDENTITY_NORM_EPS = float(2**40)
-"""With ``IDENTITY_NORM_WEIGHT`` this makes any RMSNorm an identity, bit-exact in float32 and bfloat16."""
+"""With ``IDENTITY_NORM_WEIGHT`` this makes any RMSNorm an identity, bit-exact in float32 and bfloat16.
+
+No pair does in float16: where the mean square vanishes beside epsilon, the normalised latent is too small for it."""
 IDENTITY_NORM_WEIGHT = float(2**20)
 
 
+def identity_norm_weight(size: int, dtype: torch.dtype, device: torch.device | str | None = None) -> torch.Tensor:
+    """``[size]``, as it is stored beside tensors of ``dtype``: in float32 beside float16, which ends at 2**16."""
+    dtype = torch.float32 if dtype == torch.float16 else dtype
+    return torch.full((size,), IDENTITY_NORM_WEIGHT, dtype=dtype, device=device)
+
+
 def mla_tp_plan(body_plan: dict[str, str]) -> dict[str, str]:
-    """A body's tensor-parallel plan with its attention replaced: heads are split, the latent is replicated."""
+    """A body's tensor-parallel plan with its attention replaced: heads are split, all else is replicated."""
     plan = {name: style for name, style in body_plan.items() if ".self_attn." not in name}
     return plan | {
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.q_b_proj": "colwise",
-        "layers.*.self_attn.kv_a_proj_with_mqa": "mla_kv_a_proj",
         "layers.*.self_attn.kv_b_proj": "colwise",
         "layers.*.self_attn.o_proj": "rowwise",
     }

@@ -126,10 +126,7 @@ class MLAPreTrainedMixin(_Body):
     )
 
     def set_attention_route(self, route: str) -> None:
-        """Forces a route in every layer, or gives the choice back; also forgets the absorbed weights.
-
-        They follow every change of ``kv_b_proj`` but one that PyTorch does not count, a write into ``weight.data``:
-        call this after such a write.
+        """Forces a route in every layer, or gives the choice back.
 
         Args:
             route: ``"auto"``, ``"absorbed"`` or ``"expanded"``.
@@ -139,7 +136,6 @@ class MLAPreTrainedMixin(_Body):
         for module in self.modules():
             if isinstance(module, LatentAttention):
                 module.route = route
-                module._absorbed.clear()
 
     def set_attention_backend(self, backend: str) -> None:
         """Names the backend of the absorbed route in every layer: ``"auto"``, or one of `BACKENDS`."""

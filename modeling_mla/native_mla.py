@@ -15,7 +15,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .absorbed_weights_mla import AbsorbedWeightCache
 from .attention_mla import ALL_ATTENTION_FUNCTIONS, LatentAttention, expand_latents
 from .backends_mla import BACKENDS
 from .modeling_mla import MLAPreTrainedMixin, add_latent_cache
@@ -64,7 +63,7 @@ def enable_absorbed_attention(model: nn.Module, backend: str = "auto") -> nn.Mod
         if not isinstance(attention, LatentAttention):
             become(attention, _absorbing_attention)
         absorbing = cast(LatentAttention, attention)
-        absorbing._absorbed, absorbing.backend = AbsorbedWeightCache(), backend
+        absorbing.backend = backend
     for body in _holders(model, attentions):
         if _CACHE_HOOK not in body.__dict__:
             body.__dict__[_CACHE_HOOK] = body.register_forward_pre_hook(add_latent_cache, with_kwargs=True)
@@ -80,7 +79,7 @@ def disable_absorbed_attention(model: nn.Module) -> nn.Module:
         hook = module.__dict__.pop(_CACHE_HOOK, None)
         if hook is not None:
             hook.remove()
-        become_native(module, "_absorbed", "backend", "route")
+        become_native(module, "backend", "route")
     return model
 
 

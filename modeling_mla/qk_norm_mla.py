@@ -12,8 +12,18 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from .attention_mla import MLAttention
-from .configuration_mla import MLAConfigMixin
+from .configuration_mla import MLAConfigMixin, mla_tp_plan
 from .transformers_seams_mla import LlamaRMSNorm, init
+
+
+def normed_mla_tp_plan(body_plan: dict[str, str]) -> dict[str, str]:
+    """`mla_tp_plan` with the query's norm and maps split by heads as well; keys are normalised before there are any."""
+    return mla_tp_plan(body_plan) | {
+        "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.q_head_proj": "local_params",
+        # Transformers' name for a stack of matrices that is split into stacks.
+        "layers.*.self_attn.q_head_proj.weight": "grouped_gemm",
+    }
 
 
 @dataclass(kw_only=True, repr=False)

@@ -6,9 +6,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import GenerationMixin, Qwen3Config
 from transformers.models.qwen3 import modeling_qwen3 as body
 
-from .configuration_mla import mla_tp_plan
 from .modeling_mla import MLAPreTrainedMixin, built_with, generic_heads, register_family, with_latent_cache
-from .qk_norm_mla import NormedMLAConfigMixin, NormedMLAttention
+from .qk_norm_mla import NormedMLAConfigMixin, NormedMLAttention, normed_mla_tp_plan
 from .rope_mla import MLARotaryEmbedding
 
 
@@ -17,7 +16,7 @@ class Qwen3MLAConfig(NormedMLAConfigMixin, Qwen3Config):
     """`Qwen3Config` with the fields of `NormedMLAConfigMixin`."""
 
     model_type = "qwen3_mla"
-    base_model_tp_plan = mla_tp_plan(Qwen3Config.base_model_tp_plan)
+    base_model_tp_plan = normed_mla_tp_plan(Qwen3Config.base_model_tp_plan)
 
 
 class Qwen3MLADecoderLayer(body.Qwen3DecoderLayer):

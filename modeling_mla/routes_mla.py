@@ -14,10 +14,11 @@ import torch
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
 
-from .absorbed_weights_mla import is_one_matrix
+from .absorbed_weights_mla import is_plain, why_no_matrix
 from .backends_mla import AbsorbedShape, select_backend
 from .chunked_mla import EXPANDED_LIMIT, attend_in_pieces, expanded_bytes
 from .masks_mla import VisibleKeys
+from .peft_mla import refuse_adapters_by_position
 from .transformers_seams_mla import AttentionInterface, PagedAttentionCache, tells_rows_apart
 
 if TYPE_CHECKING:
@@ -77,11 +78,21 @@ def eager_attention_forward(
 
 
 def absorbed_is_cheaper(
-    query_length: int, kv_length: int, kv_lora_rank: int, qk_nope_head_dim: int, qk_rope_head_dim: int, v_head_dim: int
+    query_length: int,
+    kv_length: int,
+    kv_lora_rank: int,
+    qk_nope_head_dim: int,
+    qk_rope_head_dim: int,
+    v_head_dim: int,
+    derived_rows: float = 0.0,
 ) -> bool:
-    """Compares multiply-adds a head: absorption pays for every query, expansion for every cached token."""
+    """Compares multiply-adds a head and sequence: absorption pays for every query, expansion for every cached token.
+
+    ``derived_rows`` are tokens that a projection has to expand besides, to show the matrix that it applies.
+    """
     up_projection = kv_lora_rank * (qk_nope_head_dim + v_head_dim)
-    absorbed = query_length * (up_projection + kv_length * (2 * kv_lora_rank + qk_rope_head_dim))
+    absorbed = (derived_rows + query_length) * up_projection
+    absorbed += query_length * kv_length * (2 * kv_lora_rank + qk_rope_head_dim)
     expanded = kv_length * up_projection + query_length * kv_length * (qk_nope_head_dim + qk_rope_head_dim + v_head_dim)
     return absorbed < expanded
 
@@ -115,11 +126,11 @@ def _takes_absorbed_route(module: LatentAttention, query: torch.Tensor, kv_lengt
         return module.route == "absorbed"
     if reason is not None:
         return False
-    # Derived weights carry no gradient.
+    # A backend keeps its scores for the backward pass, which the fused functions of the expanded route do not.
     projection_learns = any(parameter.requires_grad for parameter in module.kv_b_proj.parameters())
     if torch.is_grad_enabled() and (query.requires_grad or projection_learns or module.training):
         return False
-    if not is_one_matrix(module.kv_b_proj):
+    if why_no_matrix(module.kv_b_proj) is not None:
         return False
     return absorbed_is_cheaper(
         query.shape[2],
@@ -128,6 +139,7 @@ def _takes_absorbed_route(module: LatentAttention, query: torch.Tensor, kv_lengt
         module.qk_nope_head_dim,
         module.qk_rope_head_dim,
         module.v_head_dim,
+        derived_rows=0.0 if is_plain(module.kv_b_proj) else module.kv_lora_rank / query.shape[0],
     )
 
 
@@ -172,6 +184,8 @@ def attend_latents(
     if attn_implementation == "paged|eager":
         # The stock function may want the pages themselves.
         expanded_function = eager_attention_forward
+    if kv_c.shape[2] != query.shape[2]:
+        refuse_adapters_by_position(module.kv_b_proj)
     reason = why_expand(module, query, attn_implementation, dropout, kwargs)
     if _takes_absorbed_route(module, query, kv_c.shape[2], reason):
         latents = fused_latents(kv_c, k_pe) if latents is None else latents
@@ -219,9 +233,9 @@ def attend_absorbed(
     ``s_aux [H]`` are attention sinks, one logit a head that takes its share of the softmax and has no value.
     """
     latents, mask = latents[:, : visible.keys_in_use], visible.dense()
-    w_uk, w_uv = module.absorbed_weights(query)
+    weights = module.absorbed_weights(query)
     q_nope, q_rope = query.split([module.qk_nope_head_dim, module.qk_rope_head_dim], dim=-1)
-    query = torch.cat((_per_head(q_nope, w_uk), q_rope), dim=-1)
+    query = torch.cat((weights.latent_query(q_nope), q_rope), dim=-1)
     shape = AbsorbedShape(
         batch=query.shape[0],
         num_heads=query.shape[1],
@@ -238,17 +252,7 @@ def attend_absorbed(
     context, lse = backend.attend(query, latents, module.kv_lora_rank, scaling, mask, softcap)
     if s_aux is not None:
         context = context * torch.sigmoid(lse - s_aux[:, None]).unsqueeze(-1).to(context.dtype)
-    return _per_head(context, w_uv).transpose(1, 2)
-
-
-def _per_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """``[B, H, n, i] x [H, o, i] -> [B, H, n, o]``, one product a head for the whole batch: a broadcast product would
-    copy the weights for every sequence."""
-    batch, heads, length, _ = x.shape
-    rows = x.transpose(0, 1).reshape(heads, batch * length, -1)
-    # On a CPU, one token's float32 product is up to three times faster read from the other side.
-    product = torch.bmm(rows, weight.mT) if x.dtype == torch.bfloat16 else torch.bmm(weight, rows.mT).mT
-    return product.reshape(heads, batch, length, -1).transpose(0, 1)
+    return weights.values(context).transpose(1, 2)
 
 
 def fused_latents(kv_c: torch.Tensor, k_pe: torch.Tensor) -> torch.Tensor:

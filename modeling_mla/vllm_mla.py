@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 
+import torch
 from transformers import PreTrainedConfig
 
 from .attention_mla import layer_window
@@ -23,8 +24,13 @@ def register() -> None:
             ModelRegistry.register_model(name, f"{__package__}.vllm_models_mla:TransformersForCausalLM")
 
 
-def refuse_unservable(config: PreTrainedConfig, max_model_len: int) -> None:
+def refuse_unservable(config: PreTrainedConfig, max_model_len: int, dtype: torch.dtype) -> None:
     """Raises `ValueError`, by name, for what vLLM's MLA attention would ignore or cannot be given."""
+    if dtype == torch.float16 and config.latent_norm == "identity":
+        raise ValueError(
+            "float16 cannot hold the norm that stands for none in this model (its weight is 2**20); serve it with "
+            "--dtype bfloat16 or float32."
+        )
     if hasattr(config, "qk_norm_head_dim"):
         raise ValueError(
             f"{config.model_type} normalises queries and keys of every head before they are compressed, which vLLM "

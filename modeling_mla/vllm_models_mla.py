@@ -18,7 +18,7 @@ class TransformersForCausalLM(backend.TransformersForCausalLM):
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         model_config = vllm_config.model_config
-        refuse_unservable(model_config.hf_text_config, model_config.max_model_len)
+        refuse_unservable(model_config.hf_text_config, model_config.max_model_len, model_config.dtype)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         # Where vLLM could not fuse a model, it warns and attends to expanded keys and values.
         if not model_config.use_mla:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from modeling_mla.configuration_mla import IDENTITY_NORM_WEIGHT
+from modeling_mla.configuration_mla import identity_norm_weight
 
 from ..errors import BudgetError, SourceError
 from .base import Exporter
@@ -103,7 +103,9 @@ class VllmExporter(Exporter):
         if projection == "kv_a_proj_with_mqa":
             return _pad_parts(tensor, 0, [latent, *halves])
         if projection == "kv_a_layernorm":
-            return torch.cat((tensor, tensor.new_full((latent[1] - rank,), IDENTITY_NORM_WEIGHT)))
+            if before.latent_norm != "identity":
+                return tensor
+            return identity_norm_weight(after.kv_lora_rank, tensor.dtype, tensor.device)
         if projection == "kv_b_proj":
             per_head = _pad_parts(tensor.unflatten(0, (heads, -1)), 1, [nope, value]).flatten(0, 1)
             return _pad_parts(per_head, 1, [latent])

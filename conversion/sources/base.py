@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 import modeling_mla
 from modeling_mla.attention_mla import layer_window
-from modeling_mla.configuration_mla import IDENTITY_NORM_WEIGHT
+from modeling_mla.configuration_mla import identity_norm_weight
 
 from ..checkpoint.location import Location, locate
 from ..checkpoint.reader import GGUFTensorReader, SafetensorsReader, TensorReader
@@ -263,13 +263,11 @@ class SourceModel:
     ) -> dict[str, Tensor]:
         """The converted attention under its names in the new checkpoint."""
         prefix = self.layer_prefix.format(layer=layer) + self.attention_prefix
-        # The constant exceeds float16; engines convert it as they need.
-        norm_dtype = torch.float32 if dtype == torch.float16 else dtype
         rank = weights.kv_b_proj.shape[1]
         tensors = {
             "q_proj.weight": weights.q_proj.to(dtype),
             "kv_a_proj_with_mqa.weight": weights.kv_a_proj_with_mqa.to(dtype),
-            "kv_a_layernorm.weight": torch.full((rank,), IDENTITY_NORM_WEIGHT, dtype=norm_dtype),
+            "kv_a_layernorm.weight": identity_norm_weight(rank, dtype),
             "kv_b_proj.weight": weights.kv_b_proj.to(dtype),
             "o_proj.weight": weights.o_proj.to(dtype),
         }

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from conversion.default_texts import evaluation_texts
 from conversion.errors import CalibrationError, VerificationError
+from conversion.exporters import export_checkpoint
 from conversion.progress import silent_progress
 from conversion.report import verification_tables
 from conversion.sources import open_source
@@ -83,6 +84,18 @@ def test_tensors_are_counted(folders: tuple[Path, Path]) -> None:
     stored, original = load_file(converted / "model.safetensors"), load_file(source / "model.safetensors")
     assert found.tensors == len(stored)
     assert found.tensors_unchanged == sum("self_attn" not in name for name in original)
+
+
+def test_model_that_was_saved_in_float16_passes(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    """Its latent norm's constant is more than float16 holds."""
+    source, converted = folders
+    AutoModelForCausalLM.from_pretrained(converted, dtype=torch.float16).save_pretrained(tmp_path / "out")
+    byte_tokenizer().save_pretrained(tmp_path / "out")
+    found, expected = verified(tmp_path / "out", source), verified(converted, source)
+    assert found.tensors == expected.tensors
+    assert found.perplexity == pytest.approx(expected.perplexity, rel=1e-2)
+    exported = export_checkpoint(str(tmp_path / "out"), tmp_path / "vllm", "vllm", silent_progress()).output
+    assert all(tensor.isfinite().all() for tensor in load_file(exported / "model.safetensors").values())
 
 
 def damaged(converted: Path, source: Path, change: dict[str, torch.Tensor], drop: str | None = None) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from modeling_mla import routes_mla
-from modeling_mla.absorbed_weights_mla import is_one_matrix
+from modeling_mla.absorbed_weights_mla import why_no_matrix
 
 # As they are before a test replaces them to count calls.
 attend_latents, attend_absorbed = routes_mla.attend_latents, routes_mla.attend_absorbed
@@ -43,7 +43,7 @@ class Comparison:
         output, weights = attend_latents(*arguments, dropout=dropout, scaling=scaling, **kwargs)
         kwargs.pop("latents", None)
         reason = routes_mla.why_expand(module, query, implementation, dropout, kwargs)
-        if reason is None and not paged_by_function and is_one_matrix(module.kv_b_proj):
+        if reason is None and not paged_by_function and why_no_matrix(module.kv_b_proj) is None:
             with torch.no_grad():
                 self._compare(*arguments, scaling, kwargs)
         return output, weights

@@ -174,7 +174,7 @@ def test_hooks_see_the_latents():
     model, seen = tiny_model(), []
     model.model.layers[0].self_attn.kv_b_proj.register_forward_hook(lambda layer, args, output: seen.append(args[0]))
     assert_close(decode(model, IDS), reference_logits(model, IDS))
-    assert seen[-1].shape == (2, 1, 9, 16)
+    assert seen[-1].shape == (2, 9, 16)
 
 
 def test_default_targets_are_every_projection_of_attention():

@@ -24,11 +24,21 @@ class PackedLinear(nn.Linear):
         return nn.functional.linear(x, self.unpacked())
 
 
+class FlattenedLinear(PackedLinear):
+    """Takes what bitsandbytes' 8-bit layers take: contiguous rows, in two or three dimensions."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dim() not in (2, 3):
+            raise ValueError(f"expected two or three dimensions, not {tuple(x.shape)}")
+        return super().forward(x.view(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+
+
+@pytest.mark.parametrize("packing", [PackedLinear, FlattenedLinear])
 @pytest.mark.parametrize("route", ["auto", "absorbed", "expanded"])
-def test_packed_projection(route):
+def test_packed_projection(route, packing):
     model, plain = tiny_model(), tiny_model()
     for layer, other in zip(model.model.layers, plain.model.layers, strict=True):
-        packed = PackedLinear(layer.self_attn.kv_b_proj)
+        packed = packing(layer.self_attn.kv_b_proj)
         layer.self_attn.kv_b_proj = packed
         other.self_attn.kv_b_proj.weight.data = packed.unpacked()
     model.set_attention_route(route)

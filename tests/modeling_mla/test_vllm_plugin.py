@@ -73,9 +73,15 @@ def test_plugin_registers_every_family(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_plugin_refuses_by_name(config_class: type, fields: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        refuse_unservable(tiny_config(config_class, **fields), max_model_len=256)
+        refuse_unservable(tiny_config(config_class, **fields), max_model_len=256, dtype=torch.bfloat16)
+
+
+def test_plugin_refuses_float16_where_the_latent_norm_is_a_constant_that_it_cannot_hold() -> None:
+    with pytest.raises(ValueError, match=r"float16 cannot hold .*--dtype bfloat16"):
+        refuse_unservable(tiny_config(latent_norm="identity"), max_model_len=256, dtype=torch.float16)
+    refuse_unservable(tiny_config(latent_norm="rms_norm"), max_model_len=256, dtype=torch.float16)
 
 
 @pytest.mark.parametrize("fields", [{"sliding_window": None}, {"sliding_window": 256}])
 def test_plugin_serves_what_a_window_does_not_cut(fields: dict) -> None:
-    refuse_unservable(tiny_config(MistralMLAConfig, **fields), max_model_len=256)
+    refuse_unservable(tiny_config(MistralMLAConfig, **fields), max_model_len=256, dtype=torch.bfloat16)

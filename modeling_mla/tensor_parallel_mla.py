@@ -1,0 +1,44 @@
+"""Tensor parallelism: every process has some heads, and all of them read the same latents and rotary keys.
+
+Each gets the gradient of its own heads. Latents reach the heads through ``kv_b_proj``, whose parallel form sums over
+the processes; rotary keys do not, so that is done here. Transformers' own style for it takes one width for all layers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+
+def tensor_parallel_group(projection: nn.Module) -> dist.ProcessGroup | None:
+    """The processes over which Transformers splits ``projection``, None where it does not."""
+    for parameter in projection.parameters():
+        mesh = getattr(parameter, "device_mesh", None)
+        # Other dimensions of a mesh are copies of the model (FSDP), which have their own way of summing.
+        if mesh is not None and "tp" in (mesh.mesh_dim_names or ()):
+            return mesh.get_group("tp")
+    return None
+
+
+def read_by_all_heads(x: torch.Tensor, projection: nn.Module) -> torch.Tensor:
+    """``x``, whose gradient is summed over the processes that share the heads of ``projection``."""
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return x
+    group = tensor_parallel_group(projection)
+    return x if group is None else _SummedGradient.apply(x, group)
+
+
+class _SummedGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        total = gradient.contiguous().clone()
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
