@@ -34,16 +34,39 @@ class TorchBackend:
         batch, heads, length, width = query.shape
         context = query.new_empty(batch, heads, length, kv_lora_rank)
         lse = query.new_empty(batch, heads, length, dtype=torch.promote_types(query.dtype, torch.float32))
-        fits = latents.shape[1] <= max(_BLOCK_SCORES // (heads * length), _MIN_BLOCK)
-        attend = _attend_block if fits else _attend_blocks
         mask = None if mask is None else mask.expand(batch, heads, length, -1)
         for index in range(batch):
             rows = query[index].reshape(heads * length, width)
             own_mask = None if mask is None else mask[index]
+            attend = _attend_block if latents.shape[1] <= _block_length(rows) else _attend_blocks
             attended, own_lse = attend(rows, latents[index], kv_lora_rank, scale, own_mask, softcap)
             context[index] = attended.view(heads, length, kv_lora_rank)
             lse[index] = own_lse.view(heads, length)
         return context, lse
+
+
+def float32_products(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """``[n, d] x [d, S] -> [n, S]`` or ``[B, n, d] x [B, d, S] -> [B, n, S]``, in float32 or, as the factors, wider.
+
+    PyTorch sums products of 16-bit numbers in float32, and then rounds the sum to 16 bits: an error of a percent behind
+    a softmax. What the rounding took is asked for in a second product, whose sum starts from what is known.
+    """
+    product, add_product = (torch.mm, torch.addmm) if rows.dim() == 2 else (torch.bmm, torch.baddbmm)
+    if rows.itemsize > 2:
+        return product(rows, columns)
+    rounded = product(rows, columns).detach()
+    return rounded.float() + add_product(rounded, rows, columns, beta=-1).float()
+
+
+def _widens(tensor: torch.Tensor) -> bool:
+    """Whether products are taken in float32: few processors multiply in float16, and PyTorch's loop for the others is
+    several times slower than with a copy of the latents."""
+    return tensor.dtype == torch.float16 and tensor.device.type == "cpu"
+
+
+def _block_length(rows: torch.Tensor) -> int:
+    """Keys that are taken at once by ``rows [m, r + d_r]``."""
+    return _MIN_BLOCK if _widens(rows) else max(_BLOCK_SCORES // rows.shape[0], _MIN_BLOCK)
 
 
 def _scores(
@@ -53,8 +76,7 @@ def _scores(
     mask: torch.Tensor | None,
     softcap: float | None,
 ) -> torch.Tensor:
-    scores = torch.mm(rows, latents.t())
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * scale
+    scores = float32_products(rows, latents.t()) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if mask is None:
@@ -72,6 +94,8 @@ def _attend_block(
     softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """All scores of one sequence at once: ``rows [H*n, r + d_r]``, ``latents [S, r + d_r]``, ``mask [H, n, S]``."""
+    if _widens(rows):
+        rows, latents = rows.float(), latents.float()
     scores = _scores(rows, latents, scale, mask, softcap)
     lse = torch.logsumexp(scores, dim=-1)
     weights = torch.exp(scores - _finite(lse).unsqueeze(-1))
@@ -88,7 +112,7 @@ def _attend_blocks(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same block by block, by the online softmax (Milakov and Gimelshein, arXiv 1805.02867), in bounded memory."""
     precision = torch.promote_types(rows.dtype, torch.float32)
-    block = max(_BLOCK_SCORES // rows.shape[0], _MIN_BLOCK)
+    block = _block_length(rows)
     context = rows.new_zeros(rows.shape[0], kv_lora_rank, dtype=precision)
     lse = rows.new_full((rows.shape[0],), float("-inf"), dtype=precision)
     for start in range(0, latents.shape[0], block):

@@ -85,8 +85,8 @@ class LatentCache(DynamicCache):
         Raises:
             ValueError: the file is no prefix, is damaged, was written by another model or in another dtype.
         """
-        layers, input_ids = read_prefix(path, model)
         cache = cls(config=model.config)
+        layers, input_ids = read_prefix(path, model, len(cache.layers))
         for index, (latents, rank) in enumerate(layers):
             latents = latents.unsqueeze(1)
             cache.update(latents[..., :rank], latents[..., rank:], index)

@@ -1,5 +1,8 @@
 """A prefix on disk continues as if it had just been computed, and nothing else is taken for it."""
 
+import json
+import math
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -87,6 +90,105 @@ def test_damaged_files_are_refused(saved, damage):
         path.write_bytes(content.replace(original, changed))
     with pytest.raises(ValueError, match=r"prefix\.safetensors (is damaged|is no prefix)"):
         LatentCache.load(path, model)
+
+
+def read_header(path) -> tuple[dict, bytes]:
+    """The header of a safetensors file and what follows it."""
+    content = path.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    return json.loads(content[8 : 8 + size]), content[8 + size :]
+
+
+def write_header(path, header: dict, data: bytes) -> None:
+    encoded = json.dumps(header).encode()
+    path.write_bytes(len(encoded).to_bytes(8, "little") + encoded + data)
+
+
+def deeply(value: object) -> str:
+    return "[" * 100_000 + json.dumps(value) + "]" * 100_000
+
+
+DAMAGES = [None, True, 0, -1, 1e300, 10**30, "", "damaged", [], [5], [5, 16, 16], [16, 5], [5, None], {}, {"a": {}}]
+
+
+@pytest.mark.parametrize("field", ["format", "model", "content", "kv_lora_ranks", "another", "description"])
+def test_every_damage_of_the_description_is_refused(saved, field):
+    model, _, path = saved
+    header, data = read_header(path)
+    written = json.loads(header["__metadata__"]["prefix"])
+    changed = [json.dumps(value if field == "description" else written | {field: value}) for value in DAMAGES]
+    if field in written:
+        changed.append(json.dumps({name: value for name, value in written.items() if name != field}))
+        changed.append(json.dumps(written).replace(json.dumps(written[field]), deeply(written[field])))
+    if field == "description":
+        changed += ["", "{", "1" * 5000, deeply(written), "\ud800"]
+    for text in changed:
+        header["__metadata__"]["prefix"] = text
+        write_header(path, header, data)
+        with pytest.raises(ValueError, match=r"prefix\.safetensors (is damaged|is no prefix)"):
+            LatentCache.load(path, model)
+
+
+@pytest.mark.parametrize("field", ["dtype", "shape", "data_offsets", "name"])
+@pytest.mark.parametrize("name", ["input_ids", "layers.0.latents", "layers.1.latents"])
+def test_every_damage_of_a_tensors_entry_is_refused(saved, name, field):
+    model, _, path = saved
+    header, data = read_header(path)
+    entry = header.pop(name)
+    if field == "name":
+        changed = [{}, {"layers.7.latents": entry}, {"": entry}]
+    elif field == "dtype":
+        changed = [{name: entry | {field: dtype}} for dtype in ("I64", "F64", "U64", "F32", "BOOL", "F4", "X", 3, None)]
+        changed = [{name: other[name]} for other in changed if other[name]["dtype"] != entry["dtype"]]
+    elif field == "shape":
+        shape = entry["shape"]
+        shapes = [shape[::-1], shape[1:], [1, *shape], [*shape, 1], [], [-1], [10**30], None, "2", [math.prod(shape)]]
+        changed = [{name: entry | {field: other}} for other in shapes]
+    else:
+        start, end = entry[field]
+        offsets = [[start, end - 8], [end, start], [start + 8, end + 8], [-1, 4], [0], None, [start, 10**30]]
+        changed = [{name: entry | {field: other}} for other in offsets]
+    for other in changed:
+        write_header(path, header | other, data)
+        with pytest.raises(ValueError, match=r"prefix\.safetensors (is damaged|is no prefix)"):
+            LatentCache.load(path, model)
+
+
+def test_no_changed_byte_of_the_header_loads_something_else(saved):
+    """What loads in spite of it (a space more) is what was saved."""
+    model, cache, path = saved
+    content = path.read_bytes()
+    size = 8 + int.from_bytes(content[:8], "little")
+    random = torch.randint(0, 256, (size, 2), generator=torch.Generator().manual_seed(0))
+    refused = 0
+    for position, values in enumerate(random.tolist()):
+        for value in values:
+            path.write_bytes(content[:position] + bytes([value]) + content[position + 1 :])
+            try:
+                loaded, ids = LatentCache.load(path, model)
+            except ValueError:
+                refused += 1
+                continue
+            assert torch.equal(ids, PREFIX)
+            for own, other in zip(loaded.layers, cache.layers, strict=True):
+                assert torch.equal(own.stored, other.stored)
+                assert own.kv_lora_rank == other.kv_lora_rank
+    assert refused > 1.9 * size
+
+
+def test_a_prefix_of_other_rotary_frequencies_is_refused(saved):
+    """They are no parameters, and the saved keys are rotated."""
+    model, _, path = saved
+    other = tiny_model(**PER_LAYER | {"rope_inv_freq": [[0.7], [1.1, 0.03]]})
+    assert all(torch.equal(own, model.state_dict()[name]) for name, own in other.state_dict().items())
+    with pytest.raises(ValueError, match="written by another model"):
+        LatentCache.load(path, other)
+
+
+def test_a_prefix_of_another_number_of_layers_is_refused(saved):
+    _, _, path = saved
+    with pytest.raises(ValueError, match="holds 2 layers, the model caches 3"):
+        LatentCache.load(path, tiny_model(num_hidden_layers=3))
 
 
 def test_tokens_that_are_not_the_prefix_are_refused(tmp_path):
