@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from .backend_torch_mla import merge_attended
+from .backend_torch_mla import float32_products, merge_attended
 
 EXPANDED_LIMIT = 1 << 29
 """Bytes of expanded keys and values above which a long context is taken piece by piece: 512 MiB."""
@@ -57,7 +57,8 @@ def attend_in_pieces(
             mask = mask_of(rows, keys)
             if mask is not None and mask.dtype == torch.bool and not mask.any():
                 continue
-            scores = torch.matmul(query[:, :, rows], key.mT).to(precision) * scaling
+            scores = float32_products(query[:, :, rows].flatten(0, 1), key.mT.flatten(0, 1)) * scaling
+            scores = scores.unflatten(0, (batch, heads))
             if softcap is not None:
                 scores = softcap * torch.tanh(scores / softcap)
             if mask is not None:

@@ -78,3 +78,24 @@ def test_training_is_not_taken_apart(pieces):
     model(ids, labels=ids).loss.backward()
     assert not pieces
     assert all(parameter.grad.any() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scores_of_pieces_are_not_rounded(pieces, dtype):
+    """Attention that follows the largest scores: rounded to 16 bits, they would not tell the keys apart."""
+    draw = torch.Generator().manual_seed(0)
+    query = (4 * torch.randn(1, 4, 32, 48, generator=draw)).to(dtype)
+    kv_c, k_pe = (torch.randn(1, 1, LENGTH, width, generator=draw).to(dtype) for width in (32, 16))
+    value = torch.randn(1, 4, LENGTH, 24, generator=draw).to(dtype)
+
+    def expand(kv_c, k_pe):
+        at = slice(expand.done, expand.done + kv_c.shape[2])
+        expand.done = at.stop
+        return torch.cat((kv_c, k_pe), dim=-1).expand(-1, 4, -1, -1), value[:, :, at]
+
+    expand.done = 0
+    found = chunked_mla.attend_in_pieces(expand, query, kv_c, k_pe, lambda rows, keys: None, 1.0, None).double()
+    key = torch.cat((kv_c, k_pe), dim=-1).double()
+    expected = ((query.double() @ key.mT).softmax(-1) @ value.double()).transpose(1, 2)
+    error = float((found - expected).norm() / expected.norm())
+    assert error < {torch.bfloat16: 5e-3, torch.float16: 1e-3}[dtype]
