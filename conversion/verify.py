@@ -13,10 +13,10 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from .checkpoint.location import Location, first_line, locate
+from .checkpoint.location import Location, locate
 from .checkpoint.reader import SafetensorsReader
 from .default_texts import evaluation_texts
-from .errors import CalibrationError, SourceError, VerificationError
+from .errors import CalibrationError, SourceError, VerificationError, first_line
 from .products import fast_float32
 from .progress import counting
 from .scores import Score, Scores
@@ -162,7 +162,10 @@ def held_out_windows(tokenizer: PreTrainedTokenizerBase, length: int, count: int
 def load_model(location: Location) -> PreTrainedModel:
     """The model in float32, as any user of Transformers loads it."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(**location.arguments, dtype=torch.float32, trust_remote_code=False)
+        config = location.config()
+        model = AutoModelForCausalLM.from_pretrained(
+            **location.arguments, config=config, dtype=torch.float32, trust_remote_code=False
+        )
     except (OSError, ValueError, RuntimeError) as error:
         raise SourceError(f"{location.model} cannot be loaded: {first_line(error)}") from error
     return model.eval()
