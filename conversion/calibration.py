@@ -138,10 +138,11 @@ def _rows(spec: str, seed: int, column: str = "", **source: str | None) -> Itera
             if isinstance(text, str):
                 yield text
             elif text is not None:
-                is_chat = isinstance(text, list)
-                next_step = "render the messages in the model's chat template first" if is_chat else next_step
-                kind = type(text).__name__
-                raise CalibrationError(f"column {column!r} of calibration data {spec} holds {kind}, no text; {next_step}.")
+                if isinstance(text, list):
+                    next_step = "render messages in the model's chat template first"
+                raise CalibrationError(
+                    f"column {column!r} of calibration data {spec} holds {type(text).__name__}, no text; {next_step}."
+                )
     except CalibrationError:
         raise
     except Exception as error:

@@ -81,6 +81,8 @@ def _reported(command: Callable[..., None]) -> Callable[..., None]:
         except Exception as error:
             if debug:
                 raise
+            if isinstance(error, OSError) and error.errno is not None:
+                _fail(f"{error.filename or 'a file'}: {error.strerror}; choose another path, or free space.", 2)
             _fail(f"internal error, {type(error).__name__}: {first_line(error)}; --debug shows where.", 1)
 
     return run

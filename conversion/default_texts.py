@@ -148,15 +148,15 @@ def _conversations(tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], list[
         raise TemplateError(f"is not the only one ({error})") from error
     if not isinstance(template, str):
         raise TemplateError(f"is no text but {type(template).__name__}")
-    told, held_out = ([_conversation(*document) for document in _chat_documents(part)] for part in (False, True))
-    rendered = render(template, told + held_out, tokenizer.special_tokens_map)
+    told, held_out = _unrendered(held_out=False), _unrendered(held_out=True)
+    rendered = render(template, [*told, *held_out], tokenizer.special_tokens_map)
     return list(rendered[: len(told)]), list(rendered[len(told) :])
 
 
 @cache
-def _chat_documents(held_out: bool) -> list[Document]:
+def _unrendered(held_out: bool) -> tuple[Conversation, ...]:
     documents = chain.from_iterable(_documents(plain, held_out) for plain in _PLAIN)
-    return [(title, text[:_CHAT_CHARACTERS]) for title, text in documents if text.strip()]
+    return tuple(_conversation(title, text[:_CHAT_CHARACTERS]) for title, text in documents if text.strip())
 
 
 def _conversation(title: str, text: str) -> Conversation:
