@@ -46,6 +46,7 @@ def preflight(plan: ConversionPlan, source: SourceModel, work: Path, progress: P
     require_free(plan.recipe.output, companions=[work.name, f"{work.name}.lock"])
     if not work.exists():
         require_space(work.absolute().parent, plan.disk_bytes)
+    source.tensors  # noqa: B018 (missing, misshapen and unknown ones are refused)
     tokenizer = source.location.tokenizer()
     check_vocabulary(tokenizer, source)
     failure = template_failure(tokenizer) if tokenizer.chat_template is not None else None
@@ -54,7 +55,6 @@ def preflight(plan: ConversionPlan, source: SourceModel, work: Path, progress: P
         progress.console.print(one_line(note), soft_wrap=True)
     for text, windows in held_out_windows(tokenizer, plan.window, VERIFIED_WINDOWS).items():
         check_ids(windows, text, tokenizer, source)
-    source.tensors  # noqa: B018 (missing, misshapen and unknown ones are refused)
     _try_small_files(plan, source, tokenizer)
     with counting(progress, "checking", source.num_layers) as step:
         check_weights(source, plan.recipe.torch_dtype, step)

@@ -72,8 +72,8 @@ class Refitting:
         wanted = source_output(geometry, source_weights, inputs)
         found = converted_output(geometry, weights, inputs)
         error, size = (found - wanted).square().sum(), wanted.square().sum()
-        # A dead layer, whose output is nothing, is right or infinitely wrong.
-        return weights, float(error / size) if error else 0.0
+        # A dead layer gives nothing that an error could be relative to.
+        return weights, float(error / size if size else error)
 
     def _states(self, layer: int, block: int) -> Tensor:
         """Hidden states ``[n, S, D]`` of the converted model before the layer."""

@@ -258,7 +258,8 @@ def compare_layers(reference: PreTrainedModel, converted: PreTrainedModel, windo
 
     def compare(module: nn.Module, args: Any, kwargs: dict[str, Any], result: Any) -> None:
         expected = outputs[len(errors)]
-        errors.append(float((result[0] - expected).square().sum() / expected.square().sum()))
+        error, energy = (result[0] - expected).square().sum(), expected.square().sum()
+        errors.append(float(error / energy if energy else error))
 
     hooks = [
         *(attention.register_forward_hook(record, with_kwargs=True) for attention in _attention(reference)),
