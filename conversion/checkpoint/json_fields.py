@@ -53,7 +53,6 @@ _NOT_PASSED_ON = {
     "subfolder",
     "token",
     "transformers_weights",
-    "use_auth_token",
 }
 _PLACES = ("_dir", "_file", "_files", "_folder", "_path", "_paths")
 

@@ -123,7 +123,7 @@ def locate(model: str, *, weights: bool = True) -> Location:
         return Location(model, path.parent, gguf_file=path.name)
     if path.is_dir():
         return _in_folder(model, path)
-    if not _HUB_ID.fullmatch(model):
+    if not _HUB_ID.fullmatch(model) or model.startswith("."):
         raise SourceError(f"{model} does not exist; give a folder, a .gguf file or a Hub id.")
     name, _, revision = model.partition("@")
     folder = _fetched(model, name, revision or None, _SMALL_FILES)

@@ -32,7 +32,7 @@ ALL = ("q_proj", "k_proj", "v_proj", "o_proj")
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
 def test_layer_with_dead_projections_converts(method: str, dead: tuple[str, ...], tmp_path: Path) -> None:
-    source = save_source(tmp_path / "source", dtype=torch.float32, attention_bias=method == "transmla")
+    source = save_source(tmp_path / "source", dtype=torch.float32)
     edit_tensors(source, lambda tensors: [tensors[f"model.layers.1.self_attn.{name}.weight"].zero_() for name in dead])
     text = write_text(tmp_path / "text.txt")
     output = convert(source, tmp_path / "out", method=method, cache="75%", calibration=str(text), tokens=512).output
