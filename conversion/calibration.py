@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import logging
 import random
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -12,7 +14,7 @@ from torch import LongTensor, Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .default_texts import calibration_documents, turns
-from .errors import CalibrationError
+from .errors import CalibrationError, first_line
 
 _TEXT_SUFFIXES = {".txt", ".md", ".rst"}
 _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -21,6 +23,8 @@ _CHARACTERS_PER_TOKEN = 8
 _PAGE_WINDOWS = 2
 """Documents are shuffled in pages of about this many windows, so that a few long ones do not fill the sample."""
 _SHUFFLE_BUFFER = 1000
+_UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_READ_BYTES = 2**20
 
 
 def load_windows(
@@ -73,13 +77,15 @@ def _documents(spec: str, seed: int) -> Iterator[str]:
     path = Path(spec)
     suffix = path.suffix.lower()
     if path.is_file() and suffix in _TEXT_SUFFIXES:
-        yield path.read_text(encoding="utf-8")
+        yield read_text(path)
     elif path.is_file() and suffix in _BUILDERS:
+        if _BUILDERS[suffix] == "json":
+            _require_utf8(path)
         yield from _rows(spec, seed, path=_BUILDERS[suffix], data_files=spec, split="train")
     elif path.exists() or suffix in _TEXT_SUFFIXES | set(_BUILDERS):
-        problem = "is of an unknown kind" if path.exists() else "does not exist"
+        missing = "does not exist" if not path.exists() else "is a folder" if path.is_dir() else "is of an unknown kind"
         known = ", ".join(sorted(_TEXT_SUFFIXES | set(_BUILDERS)))
-        raise CalibrationError(f"calibration file {spec} {problem}; give a file ({known}) or the name of a dataset.")
+        raise CalibrationError(f"calibration file {spec} {missing}; give a file ({known}) or the name of a dataset.")
     else:
         name, _, rest = spec.partition(":")
         split, _, column = rest.partition(":")
@@ -87,26 +93,61 @@ def _documents(spec: str, seed: int) -> Iterator[str]:
         yield from _rows(spec, seed, column, path=name, name=configuration or None, split=split or "train")
 
 
+def read_text(path: Path) -> str:
+    """The contents of a text file. Raises `CalibrationError` where they are no UTF-8 text."""
+    _require_utf8(path)
+    return path.read_text(encoding="utf-8")
+
+
+def _require_utf8(path: Path) -> None:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    done = 0
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(_READ_BYTES):
+                decoder.decode(block)
+                done += len(block)
+            decoder.decode(b"", final=True)
+    except OSError as error:
+        raise CalibrationError(f"{path} cannot be read ({error.strerror}); give another file.") from error
+    except UnicodeDecodeError as error:
+        with open(path, "rb") as file:
+            encoding = "UTF-16" if file.read(2) in _UTF_16 else "LATIN1"
+        raise CalibrationError(
+            f"{path} is no UTF-8 text (near byte {done + error.start}); convert it, if it is {encoding} with: "
+            f"iconv -f {encoding} -t UTF-8."
+        ) from error
+
+
 def _rows(spec: str, seed: int, column: str = "", **source: str | None) -> Iterator[str]:
     """The text column of a dataset, streamed and shuffled in a buffer."""
-    from datasets import load_dataset
+    import datasets
 
     column = column or "text"
+    next_step = f"rename one to {column!r}" if "data_files" in source else "name one as name:split:column"
+    # It logs, with a traceback, what it raises as well.
+    datasets.logging.set_verbosity(logging.CRITICAL + 1)
     try:
-        rows = load_dataset(**source, streaming=True).shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
+        rows = datasets.load_dataset(**source, streaming=True).shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
         for row in rows:
             if column not in row:
                 raise CalibrationError(
-                    f"calibration data {spec} has no column {column!r}, only {', '.join(row)}; name one as "
-                    "name:split:column."
+                    f"calibration data {spec} has no column {column!r}, only {', '.join(row)}; {next_step}."
                 )
-            yield row[column]
+            text = row[column]
+            if isinstance(text, str):
+                yield text
+            elif text is not None:
+                if isinstance(text, list):
+                    next_step = "render messages in the model's chat template first"
+                raise CalibrationError(
+                    f"column {column!r} of calibration data {spec} holds {type(text).__name__}, no text; {next_step}."
+                )
     except CalibrationError:
         raise
     except Exception as error:
         # `datasets` raises whatever its readers and the network raise; the user needs the name and the reason.
-        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
-        raise CalibrationError(f"calibration data {spec} cannot be read: {reason[0]}") from error
+        raise CalibrationError(f"calibration data {spec} cannot be read: {first_line(error)}") from error
 
 
 def _head(documents: Iterable[str], characters: int) -> list[str]:

@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
-from .errors import CalibrationError, ConversionError
+from .checkpoint.paths import expanded
+from .errors import ConversionError, first_line, one_line
 
 if TYPE_CHECKING:
     from .plan import ConversionPlan
     from .sources import SourceModel
 from .progress import durations, shown_progress
+from .terminal import accept_all_characters, console
 
 app = typer.Typer(
     help="Converts standard attention to Multi-head Latent Attention.",
@@ -67,6 +68,7 @@ def _reported(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def run(*args: Any, debug: bool, **kwargs: Any) -> None:
+        accept_all_characters()
         try:
             _quieten()
             command(*args, debug=debug, **kwargs)
@@ -79,13 +81,15 @@ def _reported(command: Callable[..., None]) -> Callable[..., None]:
         except Exception as error:
             if debug:
                 raise
-            _fail(f"internal error, {type(error).__name__}: {error}; --debug shows where.", 1)
+            if isinstance(error, OSError) and error.errno is not None:
+                _fail(f"{error.filename or 'a file'}: {error.strerror}; choose another path, or free space.", 2)
+            _fail(f"internal error, {type(error).__name__}: {first_line(error)}; --debug shows where.", 1)
 
     return run
 
 
 def _fail(message: str, code: int) -> None:
-    Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(f"error: {message}")
+    console(stderr=True).print(one_line(f"error: {message}"), soft_wrap=True)
     raise typer.Exit(code)
 
 
@@ -102,9 +106,8 @@ def _show(value: dict[str, Any], tables: list[Any], as_json: bool) -> None:
     if as_json:
         sys.stdout.write(json.dumps(value) + "\n")
         return
-    console = Console()
     for table in tables:
-        console.print(table)
+        console().print(table)
 
 
 @app.command()
@@ -129,12 +132,12 @@ def inspect(
         inspection = inspect_model(model)
         shown, tables = inspection.as_json(), [inspection.table()]
     if config is not None or context is not None or plot is not None:
-        report = report_memory(config or str(model), context)
+        report = report_memory(expanded(config) if config else str(model), context)
         shown, tables = shown | report.as_json(), tables + report.tables()
         if plot is not None:
             from .plots import plot_cache
 
-            plot_cache(report, plot)
+            plot_cache(report, expanded(plot))
     _show(shown, tables, as_json)
 
 
@@ -210,7 +213,7 @@ def run(
     from .recipe import read_recipe
     from .sources import open_source
 
-    asked = read_recipe(recipe)
+    asked = read_recipe(expanded(recipe))
     source = open_source(asked.source)
     _execute(source, make_plan(asked, source), dry_run)
 
@@ -228,7 +231,7 @@ def _execute(source: SourceModel, made: ConversionPlan, dry_run: bool) -> None:
     _show({}, finished.report.tables()[:-1], as_json=False)
     steps = ", ".join(f"{name} {seconds:.0f}" for name, seconds in durations(progress).items())
     ready = f"{output} is ready after {time.monotonic() - started:.0f} s: {steps}."
-    Console().print(ready, highlight=False, soft_wrap=True)
+    console().print(ready, soft_wrap=True)
 
 
 @app.command()
@@ -249,14 +252,17 @@ def verify(
     debug: Debug = False,
 ) -> None:
     """Compares a converted checkpoint with its source."""
+    from .calibration import read_text
     from .measure import measure
     from .report import recall_table, task_table, verification_tables
     from .sources import open_source
 
-    contents = {file.name: _read(file) for file in text or ()}
+    contents = {file.name: read_text(expanded(file)) for file in text or ()}
     names = tasks.split(",") if tasks else []
     with shown_progress() as progress:
-        found = measure(output, open_source(against), contents, windows, context, recall, names, limit, seed, progress)
+        found = measure(
+            expanded(output), open_source(against), contents, windows, context, recall, names, limit, seed, progress
+        )
     tables = verification_tables(found.verification)
     if found.recall is not None:
         tables.append(recall_table(found.recall))
@@ -281,12 +287,12 @@ def heal(
     """Distils the source's logits into a converted model's attention."""
     from .healing import HealingRecipe, heal
 
-    recipe = HealingRecipe(model, teacher, data, out, minutes=minutes, steps=steps, lora_rank=lora, seed=seed)
+    recipe = HealingRecipe(model, teacher, data, expanded(out), minutes=minutes, steps=steps, lora_rank=lora, seed=seed)
     with shown_progress() as progress:
         healed = heal(recipe, progress)
     change = f"validation KL {healed.kl_before:.4f} → {healed.kl_after:.4f} nats a token after {healed.steps} steps"
     end = f"{out} is ready." if healed.improved else f"not improved: {out} holds the weights of {model}."
-    Console(soft_wrap=True, highlight=False).print(f"{change}; {end}", markup=False)
+    console().print(f"{change}; {end}", soft_wrap=True)
 
 
 @app.command()
@@ -301,17 +307,10 @@ def export(
     from .exporters import export_checkpoint
 
     with shown_progress() as progress:
-        export = export_checkpoint(model, output, to, progress)
+        export = export_checkpoint(model, expanded(output), to, progress)
     before, after = export.cache_bytes_per_token, export.exported_cache_bytes_per_token
     told = f"{output} is ready; its cache is {after} B a token, before {before} B."
-    Console(soft_wrap=True, highlight=False).print(told, markup=False)
-
-
-def _read(text: Path) -> str:
-    try:
-        return text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(f"{text} cannot be read as UTF-8 text: {error}.") from error
+    console().print(told, soft_wrap=True)
 
 
 def _plan(
@@ -353,3 +352,7 @@ def _plan(
 def main() -> None:
     """The console script ``mla``."""
     app()
+
+
+if __name__ == "__main__":
+    main()

@@ -20,18 +20,18 @@ from .activations import ResidualStream
 from .assemble import write_shards
 from .calibration import load_windows
 from .card import write_card
-from .checkpoint.atomic import require_space
 from .checkpoint.journal import WorkFolder
 from .checkpoint.measurements import IntermediateMeasurements, Measurements, SharedMeasurements
-from .errors import OutputError
+from .errors import SourceError
 from .layers import AttentionWeights, LayerBudget, MLAWeights
 from .methods import Method, get_method
 from .methods.base import INTERMEDIATE, TwoPassMethod
 from .plan import VERIFIED_WINDOWS, ConversionPlan, make_plan
+from .preflight import check_ids, preflight
 from .products import fast_float32
 from .progress import counting, silent_progress
 from .refitting import Refitting, spread_windows
-from .report import Report, write_report
+from .report import Report, calibration_name, write_report
 from .sources import SourceModel
 from .verify import Verification, held_out_windows, verify_checkpoint, window_length
 
@@ -87,27 +87,26 @@ def run_plan(plan: ConversionPlan, source: SourceModel, progress: Progress | Non
     Raises:
         ConversionError: see its kinds in `conversion.errors`; nothing is published.
     """
-    output = plan.recipe.output
-    if output.exists():
-        raise OutputError(f"{output} exists already; choose another output, or move it away.")
-    tokenizer = source.location.tokenizer()
-    source.tensors  # noqa: B018 (missing or damaged weights are found before anything is written)
-    windows = _calibration_windows(plan, tokenizer)
+    output, progress = plan.recipe.output, progress or silent_progress()
+    tokenizer = preflight(plan, source, WorkFolder.beside(output), progress)
+    windows = _calibration_windows(plan, source, tokenizer)
     work = WorkFolder(output, _identity(plan, source, windows))
-    if not work.path.exists():
-        require_space(output.absolute().parent, plan.disk_bytes)
     with work, _measurements(plan, source, windows, work) as measurements:
-        run = _Run(plan, source, work, measurements, windows, progress or silent_progress())
+        run = _Run(plan, source, work, measurements, windows, progress)
         report = run.to_checkpoint(tokenizer)
         work.publish(output)
     return Conversion(output, report)
 
 
-def _calibration_windows(plan: ConversionPlan, tokenizer: PreTrainedTokenizerBase) -> Tensor | None:
+def _calibration_windows(
+    plan: ConversionPlan, source: SourceModel, tokenizer: PreTrainedTokenizerBase
+) -> Tensor | None:
     if not plan.windows:
         return None
     recipe = plan.recipe
-    return load_windows(recipe.calibration, tokenizer, plan.window, plan.windows * plan.window, recipe.seed)
+    windows = load_windows(recipe.calibration, tokenizer, plan.window, plan.windows * plan.window, recipe.seed)
+    check_ids(windows, calibration_name(recipe.calibration), tokenizer, source)
+    return windows
 
 
 def _identity(plan: ConversionPlan, source: SourceModel, windows: Tensor | None) -> dict[str, str]:
@@ -204,7 +203,13 @@ class _Run:
                 )
                 assert statistics is not None
                 stream.observe_and_advance(layer, statistics.update, step, converted(layer))
-                measurements.write_statistics(layer, statistics.tensors())
+                sums = statistics.tensors()
+                if not all(torch.isfinite(values).all() for values in sums.values()):
+                    raise SourceError(
+                        f"layer {layer} of {self.source.location.model} computes values on the calibration text that "
+                        "are not finite in float32; look for weights that are far too large."
+                    )
+                measurements.write_statistics(layer, sums)
                 measurements.advance(layer + 1)
 
     @contextmanager

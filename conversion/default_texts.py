@@ -20,6 +20,8 @@ from textwrap import TextWrapper
 
 from transformers import PreTrainedTokenizerBase
 
+from .rendering import Conversation, TemplateError, render
+
 _PLAIN = ("prose", "documentation", "code")
 _CHAT = "chat"
 _TOKENISED = "tokenised prose"
@@ -64,7 +66,7 @@ Document = tuple[str, str]
 def turns(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     """The domains of the default text for models with this tokenizer, in the order and as often as they come."""
     left_out = set()
-    if tokenizer.chat_template is None:
+    if tokenizer.chat_template is None or template_failure(tokenizer) is not None:
         left_out.add(_CHAT)
     sample = "".join(text for _, text in _articles(_BULGARIAN))
     if len(tokenizer(sample, verbose=False)["input_ids"]) > _TOKENS_PER_CHARACTER * len(sample):
@@ -83,6 +85,15 @@ def evaluation_texts(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     return {domain: "\n\n".join(_texts(domain, tokenizer, held_out=True)) for domain in domains}
 
 
+def template_failure(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Why the tokenizer's chat template leaves conversations out of the default text, or None where it does not."""
+    try:
+        _conversations(tokenizer)
+    except TemplateError as error:
+        return str(error)
+    return None
+
+
 def held_out_prose() -> str:
     """The prose of `evaluation_texts`."""
     return "\n\n".join(text for _, text in _documents("prose", held_out=True))
@@ -90,8 +101,7 @@ def held_out_prose() -> str:
 
 def _texts(domain: str, tokenizer: PreTrainedTokenizerBase, held_out: bool) -> list[str]:
     if domain == _CHAT:
-        documents = chain.from_iterable(_documents(plain, held_out) for plain in _PLAIN)
-        return [_conversation(title, text[:_CHAT_CHARACTERS], tokenizer) for title, text in documents if text.strip()]
+        return _conversations(tokenizer)[held_out]
     return [text for _, text in _documents(domain, held_out)]
 
 
@@ -129,13 +139,33 @@ def _tokenised(text: str) -> str:
     return re.sub(" {2,}", " ", re.sub(r"\s*\n\s*", " \n ", text))
 
 
-def _conversation(title: str, text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text as answers to somebody who wants to know more and more of it, in the model's own template."""
-    turns: list[dict[str, str]] = []
+def _conversations(tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], list[str]]:
+    """Those to calibrate on and those held out, in the model's own template. Raises `TemplateError`."""
+    try:
+        template = tokenizer.get_chat_template()
+    except ValueError as error:
+        # Several templates, none of which is the default.
+        raise TemplateError(f"is not the only one ({error})") from error
+    if not isinstance(template, str):
+        raise TemplateError(f"is no text but {type(template).__name__}")
+    told, held_out = _unrendered(held_out=False), _unrendered(held_out=True)
+    rendered = render(template, [*told, *held_out], tokenizer.special_tokens_map)
+    return list(rendered[: len(told)]), list(rendered[len(told) :])
+
+
+@cache
+def _unrendered(held_out: bool) -> tuple[Conversation, ...]:
+    documents = chain.from_iterable(_documents(plain, held_out) for plain in _PLAIN)
+    return tuple(_conversation(title, text[:_CHAT_CHARACTERS]) for title, text in documents if text.strip())
+
+
+def _conversation(title: str, text: str) -> Conversation:
+    """The text as answers to somebody who wants to know more and more of it."""
+    turns: Conversation = []
     for answer in _ANSWER.wrap(text):
         turns.append({"role": "user", "content": "Go on." if turns else f"Tell me about {title}."})
         turns.append({"role": "assistant", "content": answer})
-    return str(tokenizer.apply_chat_template(turns, tokenize=False))
+    return turns
 
 
 @cache

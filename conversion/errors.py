@@ -4,11 +4,52 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+LONGEST_MESSAGE = 299
+_LONGEST_WORD = 60
+_LONGEST_REASON = 150
+_CUT = "..."
+
+
+def one_line(text: str) -> str:
+    """``text`` as one printable line of at most `LONGEST_MESSAGE` characters.
+
+    Line ends and control characters, which a name may hold, are escaped. Where it is too long, the middle is left out:
+    of its long words, which are names, and if need be of the whole.
+    """
+    line = "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
+    )
+    if len(line) > LONGEST_MESSAGE:
+        line = " ".join(_without_middle(word, _LONGEST_WORD) for word in line.split(" "))
+    return _without_middle(line, LONGEST_MESSAGE)
+
+
+def _without_middle(text: str, longest: int) -> str:
+    if len(text) <= longest:
+        return text
+    kept = longest - len(_CUT)
+    return text[: kept // 2] + _CUT + text[len(text) - (kept - kept // 2) :]
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception of another library says, in short: its first line, and the next where that is but a heading;
+    of much text the first sentence."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    said = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    if len(said) > _LONGEST_REASON:
+        said = said.partition(". ")[0]
+    return _without_middle(said, _LONGEST_REASON)
+
 
 class ConversionError(Exception):
-    """Bad input to a conversion; the message is a complete line for the user."""
+    """Bad input to a conversion; the message is a complete line for the user, see `one_line`."""
 
     exit_code: ClassVar[int] = 2
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 class SourceError(ConversionError):

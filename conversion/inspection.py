@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 
 from .checkpoint.location import locate
 from .memory import cache_memory
-from .sources import SOURCES, is_mla, source_of
+from .sources import SOURCES, source_of
 
 _SIZES = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "q_lora_rank", "num_key_value_heads")
 CONTEXTS = (4 * 1024, 32 * 1024, 128 * 1024, 256 * 1024)
@@ -58,7 +58,7 @@ def inspect_model(model: str) -> Inspection:
     """
     location = locate(model, weights=False)
     config = location.config()
-    if is_mla(config) or config.model_type not in SOURCES:
+    if config.model_type not in SOURCES:
         return _by_fields(model, config.get_text_config(decoder=True))
     source = source_of(location, config)
     geometry, dtype = source.geometry(0), source.dtype

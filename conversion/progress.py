@@ -9,15 +9,17 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from .terminal import console
+
 _SECONDS_BETWEEN_LINES = 10.0
 
 
 def shown_progress() -> Progress:
     """On stderr. Use it as a context manager."""
-    console = Console(stderr=True)
+    terminal = console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     remaining = (TextColumn("left"), TimeRemainingColumn())
-    return Progress(*columns, *remaining, console=console, disable=not console.is_terminal)
+    return Progress(*columns, *remaining, console=terminal, disable=not terminal.is_terminal)
 
 
 def silent_progress() -> Progress:
@@ -41,7 +43,7 @@ def counting(progress: Progress, description: str, total: int, done: int = 0) ->
         if progress.disable and now - last >= _SECONDS_BETWEEN_LINES:
             last = now
             left = (now - started) / (completed - done) * (total - completed)
-            progress.console.print(f"{description} {completed}/{total}, {left:.0f} s left", highlight=False)
+            progress.console.print(f"{description} {completed}/{total}, {left:.0f} s left")
 
     yield advance
     progress.stop_task(task)

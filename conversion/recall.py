@@ -65,7 +65,7 @@ def measure_recall(
     for sample in range(SAMPLES):
         prompts = {
             "needle": needle_prompt(tokenizer, context, sample / max(SAMPLES - 1, 1), draw),
-            "copy": copy_prompt(tokenizer, context, draw),
+            "copy": copy_prompt(tokenizer, context, draw, source.config.vocab_size),
         }
         for name, (ids, answer) in prompts.items():
             for suffix, model in (("_source", source), ("", converted)):
@@ -93,10 +93,16 @@ def needle_prompt(
     return torch.tensor(prose[:place] + needle + prose[place:] + question + answer), len(answer)
 
 
-def copy_prompt(tokenizer: PreTrainedTokenizerBase, context: int, draw: random.Random) -> tuple[Tensor, int]:
-    """A passage of random tokens, prose, and the passage again: token ids ``[context]``, and how many are scored."""
+def copy_prompt(
+    tokenizer: PreTrainedTokenizerBase, context: int, draw: random.Random, vocab_size: int
+) -> tuple[Tensor, int]:
+    """A passage of random tokens, prose, and the passage again: token ids ``[context]``, and how many are scored.
+
+    Args:
+        vocab_size: rows of the embedding, fewer than the tokenizer has tokens where some were added.
+    """
     special = set(tokenizer.all_special_ids)
-    vocabulary = [token for token in range(len(tokenizer)) if token not in special]
+    vocabulary = [token for token in range(min(len(tokenizer), vocab_size)) if token not in special]
     length = min(_PASSAGE, context // 8)
     passage = [draw.choice(vocabulary) for _ in range(length)]
     prose = _prose(tokenizer, context - 2 * length)

@@ -11,7 +11,8 @@ import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from .errors import BudgetError, ConversionError
+from .checkpoint.paths import expanded
+from .errors import BudgetError, ConversionError, first_line
 from .layers import AttentionGeometry
 
 DtypeName = Literal["float32", "float16", "bfloat16"]
@@ -19,6 +20,9 @@ DtypeName = Literal["float32", "float16", "bfloat16"]
 _BUDGET = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>%|B|KB|KiB|)")
 _BYTES = {"B": 1, "KB": 1000, "KiB": 1024}
 DEFAULT_TOKENS = 32768
+_MOST_TOKENS = 2**31
+_LARGEST_SEED = 50_000_000
+"""Those of layers and windows are made of it, and remain below 2**63."""
 
 
 class Recipe(BaseModel):
@@ -50,10 +54,15 @@ class Recipe(BaseModel):
     qk_rope_head_dim: int | None = Field(None, ge=0)
     uniform: bool = False
     calibration: str | None = None
-    tokens: int = Field(DEFAULT_TOKENS, ge=1)
-    seed: int = Field(0, ge=0)
+    tokens: int = Field(DEFAULT_TOKENS, ge=1, le=_MOST_TOKENS)
+    seed: int = Field(0, ge=0, le=_LARGEST_SEED)
     dtype: DtypeName | None = None
     statistics: Path | None = None
+
+    @field_validator("source", "output", "calibration", "statistics")
+    @classmethod
+    def _at_home(cls, path: str | Path | None) -> str | Path | None:
+        return type(path)(expanded(path)) if path is not None and str(path).startswith("~") else path
 
     @field_validator("cache")
     @classmethod
@@ -94,8 +103,7 @@ def read_recipe(file: Path) -> Recipe:
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise ConversionError(f"{file} cannot be read as a recipe: {reason}") from error
+        raise ConversionError(f"{file} cannot be read as a recipe: {first_line(error)}") from error
     if not isinstance(values, dict):
         raise ConversionError(f"{file} is no recipe; give source, output and the options of convert, one a line.")
     return make_recipe(**values)

@@ -71,7 +71,9 @@ class Refitting:
         geometry, inputs = source.geometry(layer), source.attention_input(module, first)[0]
         wanted = source_output(geometry, source_weights, inputs)
         found = converted_output(geometry, weights, inputs)
-        return weights, float((found - wanted).square().sum() / wanted.square().sum())
+        error, size = (found - wanted).square().sum(), wanted.square().sum()
+        # A dead layer gives nothing that an error could be relative to.
+        return weights, float(error / size if size else error)
 
     def _states(self, layer: int, block: int) -> Tensor:
         """Hidden states ``[n, S, D]`` of the converted model before the layer."""

@@ -142,7 +142,7 @@ def _summary_table(verification: Verification) -> Table:
 def write_report(report: Report, folder: Path) -> None:
     """Writes the report into the checkpoint's folder."""
     write_text(folder / JSON_NAME, json.dumps(report.as_json(), indent=2) + "\n")
-    console = Console(file=io.StringIO(), width=100, record=True)
+    console = Console(file=io.StringIO(), width=100, record=True, markup=False, emoji=False)
     for table in (report.plan.table(report.location.name), *report.tables()):
         console.print(table)
     write_text(folder / TEXT_NAME, console.export_text())

@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from modeling_mla.transformers_seams_mla import cache_argument, cache_of
 
-from .checkpoint.location import Location, first_line, locate
+from .checkpoint.location import Location, locate
 from .checkpoint.reader import SafetensorsReader
 from .default_texts import evaluation_texts
-from .errors import CalibrationError, SourceError, VerificationError
+from .errors import CalibrationError, SourceError, VerificationError, first_line
 from .products import fast_float32
 from .progress import counting
 from .scores import Score, Scores
@@ -164,7 +164,10 @@ def held_out_windows(tokenizer: PreTrainedTokenizerBase, length: int, count: int
 def load_model(location: Location) -> PreTrainedModel:
     """The model in float32, as any user of Transformers loads it."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(**location.arguments, dtype=torch.float32, trust_remote_code=False)
+        config = location.config()
+        model = AutoModelForCausalLM.from_pretrained(
+            **location.arguments, config=config, dtype=torch.float32, trust_remote_code=False
+        )
     except (OSError, ValueError, RuntimeError) as error:
         raise SourceError(f"{location.model} cannot be loaded: {first_line(error)}") from error
     return model.eval()
@@ -257,7 +260,8 @@ def compare_layers(reference: PreTrainedModel, converted: PreTrainedModel, windo
 
     def compare(module: nn.Module, args: Any, kwargs: dict[str, Any], result: Any) -> None:
         expected = outputs[len(errors)]
-        errors.append(float((result[0] - expected).square().sum() / expected.square().sum()))
+        error, energy = (result[0] - expected).square().sum(), expected.square().sum()
+        errors.append(float(error / energy if energy else error))
 
     hooks = [
         *(attention.register_forward_hook(record, with_kwargs=True) for attention in _attention(reference)),

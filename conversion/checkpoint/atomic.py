@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from rich.filesize import decimal
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -60,7 +61,7 @@ def require_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise OutputError(
-            f"the conversion needs {needed / 1e9:.2f} GB in {existing}, where {free / 1e9:.2f} GB are free; "
+            f"the conversion needs {decimal(needed)} in {existing}, where {decimal(free)} are free; "
             "free some or choose another output folder."
         )
 

@@ -49,12 +49,17 @@ class WorkFolder(LockedFolder):
     """
 
     def __init__(self, output: Path, identity: dict[str, str]) -> None:
-        super().__init__(output.with_name(f".{output.name}.partial"), "output folder")
+        super().__init__(self.beside(output), "output folder")
         self.checkpoint = self.path / "checkpoint"
         self.converted_states = HiddenStates(self.path / "converted")
         self.contexts = HiddenStates(self.path / "contexts")
         self._identity = identity
         self.progress = Progress(identity=identity)
+
+    @staticmethod
+    def beside(output: Path) -> Path:
+        """Where the work folder of ``output`` lies."""
+        return output.with_name(f".{output.name}.partial")
 
     def open(self) -> None:
         """See `LockedFolder.open`."""

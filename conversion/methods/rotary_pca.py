@@ -102,6 +102,9 @@ def shared_rotary_key(
         hermitian = rows @ moment.to(rows.dtype) @ rows.mH
         eigenvalues, vectors = torch.linalg.eigh(hermitian)
         energy = hermitian.diagonal().real.view(kv, members).sum(0)
+        if not energy.sum():
+            # Dead keys: what turns at no energy may turn at any frequency.
+            energy = torch.ones_like(energy)
         log_frequency = (energy * inv_freq[group].double().log()).sum() / energy.sum()
         spread = torch.zeros(kv, pairs, vectors.shape[1], dtype=keys.dtype)
         spread[:, group] = (vectors / scale).view(kv, members, -1)

@@ -210,7 +210,9 @@ def balanced_latent(keys: Tensor, values: Tensor, moment: Tensor, rank: int) -> 
     def mean_norm(rows: Tensor) -> Tensor:
         return ((rows @ moment) * rows).sum(-1).clamp_min(0).sqrt().mean()
 
-    ratio = mean_norm(keys) / mean_norm(values) if len(keys) else moment.new_ones(())
+    key_norm, value_norm = mean_norm(keys), mean_norm(values)
+    # Dead keys or values, or no keys, have nothing to be balanced.
+    ratio = key_norm / value_norm if key_norm > 0 and value_norm > 0 else moment.new_ones(())
     targets = torch.cat((keys / ratio, values))
     second_moment = targets @ moment @ targets.mT
     leading = torch.linalg.eigh((second_moment + second_moment.mT) / 2).eigenvectors.flip(-1)[:, :rank]

@@ -76,6 +76,9 @@ def ridge_towards(feature_moment: Tensor, target_moment: Tensor, start: Tensor) 
     covariance = feature_moment[:-1, :-1] / total - mean_feature[:, None] * mean_feature
     cross = target_moment[:-1] / total - mean_feature[:, None] * mean_target
     variance = covariance.diagonal()
+    if not variance.any():
+        # Dead values: there is nothing to regress on.
+        return start, mean_target - start @ mean_feature
     damped = covariance + torch.diag(SHRINKAGE * (variance + SHRINKAGE_FLOOR * variance.mean()))
     correction = torch.linalg.solve(damped, cross - covariance @ start.T)
     projection = start + correction.T

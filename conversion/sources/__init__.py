@@ -32,6 +32,8 @@ def open_source(model: str) -> SourceModel:
 
 def source_of(location: Location, config: PreTrainedConfig) -> SourceModel:
     """The family's view of a checkpoint; raises as `open_source`."""
+    if config.model_type in SOURCES:
+        return SOURCES[config.model_type](location, config)
     text = config.get_text_config(decoder=True)
     if is_mla(config):
         raise SourceError(
@@ -43,16 +45,16 @@ def source_of(location: Location, config: PreTrainedConfig) -> SourceModel:
             f"{location.model} is of family {config.model_type!r}: it caches one key/value head that all heads share, "
             "compressed over tokens, which latents would not make smaller; use it as it is."
         )
-    if config.model_type not in SOURCES:
-        raise SourceError(
-            f"{location.model} is of family {config.model_type!r}, which cannot be converted; "
-            f"supported are {', '.join(sorted(SOURCES))}."
-        )
-    return SOURCES[config.model_type](location, config)
+    raise SourceError(
+        f"{location.model} is of family {config.model_type!r}, which cannot be converted; "
+        f"supported are {', '.join(sorted(SOURCES))}."
+    )
 
 
 def is_mla(config: PreTrainedConfig) -> bool:
-    """By its fields, whatever its name."""
+    """By its fields, whatever its name; a source family's configuration may carry them, but reads none."""
+    if config.model_type in SOURCES:
+        return False
     text = config.get_text_config(decoder=True)
     return getattr(text.per_layer_config[0], "kv_lora_rank", None) is not None
 

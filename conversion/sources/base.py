@@ -16,26 +16,15 @@ import modeling_mla
 from modeling_mla.attention_mla import layer_window
 from modeling_mla.configuration_mla import identity_norm_weight
 
+from ..checkpoint.gguf_reader import GGUFTensorReader
 from ..checkpoint.location import Location, locate
-from ..checkpoint.reader import GGUFTensorReader, SafetensorsReader, TensorReader
-from ..errors import SourceError
+from ..checkpoint.reader import SafetensorsReader, TensorReader
+from ..errors import SourceError, first_line
 from ..layers import AttentionGeometry, AttentionWeights, MLAWeights
+from .converted_config import BIASES, converted_config
+from .inventory import account_for_all, refuse_unfit
 
-_NOT_IN_MLA_CONFIG = {
-    "_model_name_or_path",
-    "_name_or_path",
-    "architectures",
-    "attention_bias",
-    "auto_map",
-    "dtype",
-    "head_dim",
-    "model_type",
-    "num_key_value_heads",
-    "quantization_config",
-    "transformers_version",
-}
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-_BIASES = ("q_proj_bias", "kv_a_proj_with_mqa_bias", "o_proj_bias")
 
 
 class SourceModel:
@@ -64,13 +53,7 @@ class SourceModel:
         self.location = location
         self.config = config
         config._attn_implementation = "sdpa"
-        quantization = getattr(config, "quantization_config", None)
-        if quantization is not None:
-            kind = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
-            raise SourceError(
-                f"{location.model} has weights quantised by {kind}, which cannot be converted; "
-                "give the checkpoint in bfloat16, float16 or float32."
-            )
+        refuse_unfit(location.model, config, self.head_dim)
         self.refuse_unsupported()
 
     def refuse_unsupported(self) -> None:
@@ -110,8 +93,24 @@ class SourceModel:
 
     @cached_property
     def _frequencies(self) -> tuple[Tensor, float]:
-        rotary: Any = self.rotary_class(self.config)
-        return rotary.inv_freq.float(), float(rotary.attention_scaling)
+        try:
+            rotary: Any = self.rotary_class(self.config)
+        except Exception as error:
+            # Transformers' own formulas, on whatever the configuration has.
+            raise self._unbuildable(error) from error
+        inv_freq, attention_factor = rotary.inv_freq.float(), float(rotary.attention_scaling)
+        if not (torch.isfinite(inv_freq).all() and (inv_freq > 0).all() and 0 < attention_factor < float("inf")):
+            raise SourceError(
+                f"{self.location.model} has rotary frequencies that are not positive numbers; correct rope_parameters "
+                f"in its configuration: {dict(self.config.rope_parameters)}."
+            )
+        return inv_freq, attention_factor
+
+    def _unbuildable(self, error: Exception) -> SourceError:
+        return SourceError(
+            f"{self.location.model} has a configuration of which Transformers makes no model "
+            f"({type(error).__name__}: {first_line(error)})."
+        )
 
     @property
     def num_layers(self) -> int:
@@ -133,8 +132,12 @@ class SourceModel:
     @cached_property
     def meta_model(self) -> PreTrainedModel:
         """The Transformers model without weights: what tensors there must be."""
-        with torch.device("meta"):
-            return self.causal_lm(self.config)
+        try:
+            with torch.device("meta"):
+                return self.causal_lm(self.config)
+        except Exception as error:
+            # Whatever a wrong field leads to, an unknown activation for one.
+            raise self._unbuildable(error) from error
 
     @cached_property
     def tensors(self) -> TensorReader:
@@ -146,31 +149,18 @@ class SourceModel:
         if location.gguf_file is not None:
             reader: TensorReader = GGUFTensorReader(location, self.meta_model)
         else:
-            reader = SafetensorsReader(location.folder)
-        self._account_for_all(reader)
+            reader = SafetensorsReader(location.folder, getattr(self.config, "transformers_weights", None))
+        account_for_all(location.model, reader, self.meta_model, self._read_by_model(reader))
         return reader
 
-    def _account_for_all(self, reader: TensorReader) -> None:
-        expected = {name: tuple(tensor.shape) for name, tensor in self.meta_model.state_dict().items()}
-        tied = set(self.meta_model._tied_weights_keys or ()) if self.config.tie_word_embeddings else set()
-        found = {name for name in reader.names if not re.fullmatch(self.ignored, name)}
-        for name in expected:
-            if name not in found and name not in tied:
-                raise SourceError(f"{self.location.model} lacks tensor {name}; fetch the model again.")
-        for name in sorted(found):
-            if name not in expected:
-                raise SourceError(
-                    f"{self.location.model} holds tensor {name}, which {self.causal_lm.__name__} does not read; "
-                    "the conversion would lose it."
-                )
-            if reader.shape(name) != expected[name]:
-                raise SourceError(f"{name} is {reader.shape(name)}, but the configuration means {expected[name]}.")
+    def _read_by_model(self, reader: TensorReader) -> list[str]:
+        return [name for name in reader.names if not re.fullmatch(self.ignored, name)]
 
     def stored_names(self) -> list[str]:
         """Every tensor of the checkpoint in reading order: layer 2 before layer 10."""
-        names = [name for name in self.tensors.names if not re.fullmatch(self.ignored, name)]
         return sorted(
-            names, key=lambda name: [(int(part), "") if part.isdigit() else (0, part) for part in name.split(".")]
+            self._read_by_model(self.tensors),
+            key=lambda name: [(int(part), "") if part.isdigit() else (0, part) for part in name.split(".")],
         )
 
     def attention(self, layer: int, dtype: torch.dtype | None = None) -> AttentionWeights:
@@ -239,8 +229,8 @@ class SourceModel:
         norm = deepcopy(self.meta_model.get_submodule(self.final_norm))
         parameters = {name: self.tensors.tensor(f"{self.final_norm}.{name}").float() for name in norm.state_dict()}
         norm.load_state_dict(parameters, assign=True)
-        tied = self.config.tie_word_embeddings or self.head not in self.tensors.names
-        head = self.tensors.tensor(self.embedding if tied else self.head).float()
+        # A head that is stored is used whatever tie_word_embeddings says, as by Transformers.
+        head = self.tensors.tensor(self.head if self.head in self.tensors.names else self.embedding).float()
         return lambda states: torch.nn.functional.linear(norm(states), head)
 
     @cached_property
@@ -271,7 +261,7 @@ class SourceModel:
             "kv_b_proj.weight": weights.kv_b_proj.to(dtype),
             "o_proj.weight": weights.o_proj.to(dtype),
         }
-        for field, wanted in zip(_BIASES, (config.q_bias, config.kv_a_bias, config.o_bias), strict=True):
+        for field, wanted in zip(BIASES, (config.q_bias, config.kv_a_bias, config.o_bias), strict=True):
             if wanted:
                 name, bias = field.removesuffix("_bias"), getattr(weights, field)
                 width = tensors[f"{name}.weight"].shape[0]
@@ -280,38 +270,8 @@ class SourceModel:
 
     def mla_config(self, layers: Iterable[MLAWeights], dtype: torch.dtype) -> PreTrainedConfig:
         """The configuration of the converted model: the source's body, the layers' attention."""
-        first = self.geometry(0)
-        ranks, rows, biased, head_dims = [], [], set(), set()
-        for weights in layers:
-            ranks.append(weights.kv_b_proj.shape[1])
-            rows.append(weights.inv_freq.float().tolist())
-            biased |= {name for name in _BIASES if getattr(weights, name) is not None}
-            head_dims.add((weights.qk_nope_head_dim, weights.v_head_dim))
-        widths = [2 * len(row) for row in rows]
-        ((qk_nope_head_dim, v_head_dim),) = head_dims
-        body = {key: value for key, value in self.config.to_dict().items() if key not in _NOT_IN_MLA_CONFIG}
-        return getattr(modeling_mla, f"{self.mla_name}Config")(
-            **body,
-            architectures=[f"{self.mla_name}ForCausalLM"],
-            dtype=dtype,
-            kv_lora_rank=max(ranks),
-            kv_lora_ranks=ranks if len(set(ranks)) > 1 else None,
-            q_lora_rank=None,
-            qk_nope_head_dim=qk_nope_head_dim,
-            qk_rope_head_dim=max(widths),
-            qk_rope_head_dims=widths if len(set(widths)) > 1 else None,
-            v_head_dim=v_head_dim,
-            rope_interleave=False,
-            rope_inv_freq=rows if any(row != rows[0] for row in rows) else rows[:1],
-            rope_inv_freq_source={"head_dim": first.rotary_dim, "rope_parameters": dict(self.config.rope_parameters)},
-            rope_attention_factor=None if first.attention_factor == 1 else first.attention_factor,
-            softmax_scale=first.softmax_scale,
-            q_bias="q_proj_bias" in biased,
-            kv_a_bias="kv_a_proj_with_mqa_bias" in biased,
-            o_bias="o_proj_bias" in biased,
-            latent_norm="identity",
-            **self.family_fields(),
-        )
+        mla_class = getattr(modeling_mla, f"{self.mla_name}Config")
+        return converted_config(self.config, mla_class, self.geometry(0), layers, dtype, self.family_fields())
 
     def family_fields(self) -> dict[str, Any]:
         """What the converted configuration of this family says beside the common fields."""

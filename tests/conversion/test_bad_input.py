@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -11,25 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import Result
+from commands import assert_refused, edit_json, mla
 from safetensors.torch import load_file, save_file
 from tiny_source import convert, save_source, write_text
-from typer.testing import CliRunner
-
-from conversion.cli import app
-
-
-def mla(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def assert_refused(result: Result, *fragments: str) -> None:
-    lines = result.stderr.strip().splitlines()
-    assert result.exit_code not in (0, 1), result.output
-    assert len(lines) == 1, result.stderr
-    assert lines[0].startswith("error: ")
-    assert "Traceback" not in result.output
-    for fragment in fragments:
-        assert fragment in lines[0]
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +33,7 @@ def output(tmp_path: Path) -> Path:
 
 
 def edit_config(source: Path, **fields: object) -> None:
-    path = source / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    edit_json(source / "config.json", **fields)
 
 
 def test_unknown_architecture(source: Path, output: Path) -> None:

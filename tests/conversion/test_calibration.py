@@ -167,3 +167,73 @@ def test_tokenised_prose_is_neither_the_other_prose_nor_held_out(tokenizer):
     plain = [*calibration_documents("prose", tokenizer), *held_out]
     assert not {default_texts._tokenised(text) for text in plain} & tokenised
     assert "tokenised prose" not in evaluation_texts(tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("name", "encoding", "advised"),
+    [
+        ("text.txt", "utf-16", "UTF-16"),
+        ("text.txt", "latin-1", "LATIN1"),
+        ("rows.jsonl", "utf-16", "UTF-16"),
+        ("rows.jsonl", "latin-1", "LATIN1"),
+    ],
+)
+def test_text_in_another_encoding(name, encoding, advised, tmp_path, tokenizer):
+    file = tmp_path / name
+    file.write_bytes((json.dumps({"text": "wé " * 50}, ensure_ascii=False) + "\n").encode(encoding) * 20)
+    with pytest.raises(CalibrationError, match=rf"{name} is no UTF-8 text .*iconv -f {advised} -t UTF-8"):
+        load_windows(str(file), tokenizer, 8, 80, 0)
+
+
+def test_wrong_byte_is_found_far_into_a_file(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(calibration, "_READ_BYTES", 16)
+    file = tmp_path / "text.txt"
+    file.write_text("é" * 40, encoding="utf-8")
+    assert calibration.read_text(file) == "é" * 40
+    file.write_bytes("é".encode() * 40 + b"\xff" + b"w" * 40)
+    with pytest.raises(CalibrationError, match="near byte 80"):
+        load_windows(str(file), tokenizer, 8, 80, 0)
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (
+            [{"role": "user", "content": "w1"}],
+            "holds list, no text; render messages in the model's chat template first",
+        ),
+        (5, "holds int, no text; rename one to 'text'"),
+        ({"a": "w1"}, "holds dict, no text; rename one"),
+    ],
+    ids=["messages", "number", "object"],
+)
+def test_rows_that_are_no_text(value, reason, tmp_path, tokenizer):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"text": value}) + "\n")
+    with pytest.raises(CalibrationError, match=reason):
+        load_windows(str(file), tokenizer, 2, 2, 0)
+
+
+def test_rows_without_a_value_are_passed_over(tmp_path, tokenizer, words):
+    rows = [{"text": None if index % 2 else " ".join(words[index : index + 20])} for index in range(40)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    windows = load_windows(str(file), tokenizer, 20, 200, 0)
+    assert windows.shape == (10, 20)
+    file.write_text(json.dumps({"text": None}) + "\n")
+    with pytest.raises(CalibrationError, match="0 tokens"):
+        load_windows(str(file), tokenizer, 20, 200, 0)
+
+
+def test_rows_that_cannot_be_parsed_are_refused_without_a_log(tmp_path, tokenizer, capfd):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"text": "\\ud800"}\n{"text": ')
+    with pytest.raises(CalibrationError, match="cannot be read"):
+        load_windows(str(file), tokenizer, 2, 2, 0)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_folder_as_text(tmp_path, tokenizer):
+    (tmp_path / "text.txt").mkdir()
+    with pytest.raises(CalibrationError, match="is a folder"):
+        load_windows(str(tmp_path / "text.txt"), tokenizer, 8, 80, 0)

@@ -6,6 +6,7 @@ import json
 import random
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -39,6 +40,8 @@ def verify(folder: Path, *arguments: object) -> dict:
 class Copier(torch.nn.Module):
     """Predicts what followed the latest earlier occurrence of the last seven tokens: it remembers everything."""
 
+    config = SimpleNamespace(vocab_size=258)
+
     def forward(self, ids: torch.Tensor, use_cache: bool, logits_to_keep: int):
         row = ids[0].tolist()
         logits = torch.zeros(1, len(row), 300)
@@ -69,11 +72,12 @@ def test_needle_is_hidden_at_its_depth_and_asked_for_at_the_end() -> None:
 
 
 def test_passage_stands_at_both_ends() -> None:
-    ids, scored = copy_prompt(byte_tokenizer(), 600, random.Random(0))
+    ids, scored = copy_prompt(byte_tokenizer(), 600, random.Random(0), 258)
     assert len(ids) == 600
     assert torch.equal(ids[:64], ids[-64:])
     assert scored == 56
     assert ids[:64].min() > 1, "no special tokens"
+    assert copy_prompt(byte_tokenizer(), 600, random.Random(0), 100)[0][:64].max() < 100, "rows of the embedding alone"
 
 
 def test_a_model_that_remembers_and_one_that_does_not() -> None:

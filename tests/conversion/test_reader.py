@@ -137,20 +137,3 @@ def test_folder_with_weights_and_a_gguf_is_read_from_the_weights(model: LlamaFor
     write_gguf(folder / "a.gguf", model)
     assert locate(str(folder)).gguf_file is None
     assert locate(str(folder / "a.gguf")).gguf_file == "a.gguf"
-
-
-def test_hub_id_is_fetched_by_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = save_source(tmp_path / "0123abcd")
-    asked = []
-
-    def snapshot(name: str, revision: str | None, allow_patterns: list[str]) -> str:
-        asked.append((name, revision, "*.safetensors" in allow_patterns))
-        return str(folder)
-
-    monkeypatch.setattr("conversion.checkpoint.location.snapshot_download", snapshot)
-    source = open_source("some/model@main")
-    assert asked == [("some/model", "main", False)]
-    assert source.location.name == "some/model"
-    assert source.location.revision == "0123abcd"
-    assert source.stored_names()
-    assert asked[1:] == [("some/model", "0123abcd", True)]

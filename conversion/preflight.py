@@ -1,0 +1,160 @@
+"""What would stop a conversion, looked for before anything is measured or written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import fields, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from rich.progress import Progress
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+import modeling_mla
+
+from .checkpoint.atomic import require_space
+from .checkpoint.paths import require_free
+from .default_texts import template_failure
+from .errors import CalibrationError, ConversionError, SourceError, first_line, one_line
+from .methods.exact import ExactMethod
+from .plan import VERIFIED_WINDOWS, ConversionPlan
+from .progress import counting
+from .sources import SourceModel
+from .verify import held_out_windows
+
+_TOKENS = 16
+"""That run through the source: its weights may be finite and its values not."""
+
+
+def preflight(plan: ConversionPlan, source: SourceModel, work: Path, progress: Progress) -> PreTrainedTokenizerBase:
+    """Checks the output, the disk, the source's files, tensors and tokenizer, and that the source computes.
+
+    Reads every weight once, a layer at a time in memory. What is no obstacle, but should be known, is printed.
+
+    Args:
+        work: folder in which the output is made; where it exists, so much of the disk is taken already.
+
+    Returns:
+        The source's tokenizer.
+
+    Raises:
+        ConversionError: the conversion cannot succeed; nothing was written.
+    """
+    require_free(plan.recipe.output, companions=[work.name, f"{work.name}.lock"])
+    if not work.exists():
+        require_space(work.absolute().parent, plan.disk_bytes)
+    source.tensors  # noqa: B018 (missing, misshapen and unknown ones are refused)
+    tokenizer = source.location.tokenizer()
+    check_vocabulary(tokenizer, source)
+    failure = template_failure(tokenizer) if tokenizer.chat_template is not None else None
+    if failure is not None:
+        note = f"note: the chat template {failure}; the default text goes without conversations."
+        progress.console.print(one_line(note), soft_wrap=True)
+    for text, windows in held_out_windows(tokenizer, plan.window, VERIFIED_WINDOWS).items():
+        check_ids(windows, text, tokenizer, source)
+    _try_small_files(plan, source, tokenizer)
+    with counting(progress, "checking", source.num_layers) as step:
+        check_weights(source, plan.recipe.torch_dtype, step)
+    return tokenizer
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, source: SourceModel) -> None:
+    """Raises `SourceError` where a token has no row in the embedding. Tokens that were added to the vocabulary may lack
+    one: text meets them by their name alone."""
+    added = tokenizer.get_added_vocab()
+    ids = {token: index for token, index in tokenizer.get_vocab().items() if token not in added}
+    token = max(ids, key=ids.__getitem__, default=None)
+    if token is not None and ids[token] >= source.config.vocab_size:
+        raise _without_row(source, token, ids[token])
+
+
+def check_ids(windows: Tensor, text: str, tokenizer: PreTrainedTokenizerBase, source: SourceModel) -> None:
+    """Raises `CalibrationError` where the token ids ``windows`` of ``text`` have no row in the embedding."""
+    largest = int(windows.max())
+    if largest >= source.config.vocab_size:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        raise CalibrationError(f"text {text!r}: {_without_row(source, str(token), largest)}")
+
+
+def _without_row(source: SourceModel, token: str, index: int) -> SourceError:
+    return SourceError(
+        f"the tokenizer of {source.location.model} has token {token!r} with id {index}, but the embedding has "
+        f"{source.config.vocab_size} rows; give the tokenizer that belongs to the weights."
+    )
+
+
+def _try_small_files(plan: ConversionPlan, source: SourceModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Makes all that the checkpoint will have beside its weights, as the exact form would have it, and its model."""
+    method, geometry = ExactMethod(), source.geometry(0)
+    weights = source.attention(0)
+    on_meta = {field.name: getattr(weights, field.name) for field in fields(weights)}
+    weights = replace(weights, **{name: tensor.to("meta") for name, tensor in on_meta.items() if tensor is not None})
+    converted = method.factorise(geometry, weights, None, method.smallest(geometry))
+    try:
+        config = source.mla_config([converted] * source.num_layers, plan.dtype)
+        with torch.device("meta"):
+            # It changes its configuration.
+            getattr(modeling_mla, f"{source.mla_name}ForCausalLM")(deepcopy(config))
+        with TemporaryDirectory() as folder:
+            config.save_pretrained(folder)
+            source.location.generation_config(source.config).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+    except ConversionError:
+        raise
+    except Exception as error:
+        # Transformers raises many kinds where a field or a token is not what it expects.
+        raise SourceError(
+            f"configuration or tokenizer of {source.location.model} cannot be written again: {first_line(error)}."
+        ) from error
+
+
+@torch.inference_mode()
+def check_weights(source: SourceModel, written: torch.dtype | None, step: Callable[[], None]) -> None:
+    """Reads every weight, and runs a few tokens through the source in float32.
+
+    Args:
+        written: the type that all weights will have; None for their own.
+        step: called after each layer.
+
+    Raises:
+        SourceError: a weight or a hidden state is not finite, or a weight is beyond ``written``.
+    """
+    names = source.stored_names()
+    for name in names:
+        if not source.in_layer(name):
+            _check_range(name, source, written)
+    states = source.embed(torch.arange(_TOKENS)[None] % source.config.vocab_size)
+    for layer in range(source.num_layers):
+        prefix = source.layer_prefix.format(layer=layer)
+        for name in names:
+            if name.startswith(prefix):
+                _check_range(name, source, written)
+        states = source.run_layer(layer, source.decoder_layer(layer), states)
+        _require_finite(states, f"behind layer {layer}", source)
+        step()
+    _require_finite(source.predictor()(states), "of its predictions", source)
+
+
+def _check_range(name: str, source: SourceModel, written: torch.dtype | None) -> None:
+    tensor = source.tensors.tensor(name)
+    if not tensor.numel():
+        return
+    largest = max(abs(float(value)) for value in tensor.aminmax())
+    limits = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, written or torch.float32)}
+    for dtype, limit in limits.items():
+        if not largest <= limit:
+            raise SourceError(
+                f"{name} of {source.location.model} holds {largest:.3g}, which is not finite in {dtype}; give sound "
+                "weights, or another --dtype."
+            )
+
+
+def _require_finite(values: Tensor, where: str, source: SourceModel) -> None:
+    if not torch.isfinite(values).all():
+        raise SourceError(
+            f"{source.location.model} computes values {where} that are not finite in float32, so there is nothing to "
+            "convert to; look for weights or configuration fields that are far too large or small."
+        )

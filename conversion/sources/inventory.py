@@ -1,0 +1,75 @@
+"""Does a checkpoint hold the tensors that its configuration means, and no others? If not, what is it?"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..checkpoint.json_fields import FLOATS
+from ..checkpoint.reader import TensorReader
+from ..errors import SourceError
+
+_HEADS = ("score.", "classifier.", "qa_outputs.", "v_head.")
+_PACKED = (".scales", ".qweight", ".qzeros", ".weight_scale", ".weight_scale_inv", ".weight_packed", ".absmax", ".SCB")
+_FLOAT = "give the checkpoint in bfloat16, float16 or float32"
+
+
+def refuse_unfit(name: str, config: PreTrainedConfig, head_dim: int) -> None:
+    """Raises `SourceError` where the configuration of the checkpoint ``name`` means weights that are packed or no
+    floats, or heads that are no attention's."""
+    for field in ("quantization_config", "quantization"):
+        said = getattr(config, field, None)
+        if said is not None:
+            kind = said.get("quant_method") if isinstance(said, dict) else getattr(said, "quant_method", None)
+            how = f"by {kind}" if kind else f"({field} in its configuration, as MLX writes it)"
+            raise SourceError(f"{name} has weights quantised {how}, which cannot be converted; {_FLOAT}.")
+    if config.dtype is not None and config.dtype not in FLOATS.values():
+        dtype = str(config.dtype).removeprefix("torch.")
+        raise SourceError(f"the configuration of {name} has dtype {dtype}; only {', '.join(FLOATS)} are converted.")
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    if heads % kv_heads:
+        raise SourceError(f"{name} has {heads} heads, no multiple of its {kv_heads} key/value heads.")
+    if head_dim < 2:
+        raise SourceError(f"{name} has heads of {head_dim} channels; at least 2 make a rotary pair.")
+
+
+def account_for_all(name: str, reader: TensorReader, model: PreTrainedModel, found: Collection[str]) -> None:
+    """Compares names, shapes and types of a checkpoint's tensors with those of its model.
+
+    Args:
+        name: of the checkpoint, for the message.
+        model: on the meta device.
+        found: the tensors of ``reader`` that the model shall read.
+
+    Raises:
+        SourceError: a tensor is missing, unknown, misshapen, or no float.
+    """
+    expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    tied = set(model._tied_weights_keys or ()) if model.config.tie_word_embeddings else set()
+    missing = [key for key in expected if key not in found and key not in tied]
+    unknown = sorted(key for key in found if key not in expected)
+    if missing or unknown:
+        raise SourceError(f"{name} {_what_it_is(missing, unknown, expected, type(model).__name__)}.")
+    for key in sorted(found):
+        reader.dtype(key)
+        if reader.shape(key) != expected[key]:
+            raise SourceError(f"{key} of {name} is {reader.shape(key)}, but the configuration means {expected[key]}.")
+
+
+def _what_it_is(missing: list[str], unknown: list[str], expected: Collection[str], model: str) -> str:
+    packed = next((key for key in unknown if key.endswith(_PACKED)), None)
+    if packed is not None:
+        return f"has quantised weights ({packed}), which are not converted; {_FLOAT}"
+    head = next((key for key in unknown if key.startswith(_HEADS)), None)
+    if head is not None:
+        return f"is no language model but has another head ({head}); give the model that it was trained from"
+    bare = next((key for key in unknown if f"model.{key}" in expected), None)
+    if bare is not None:
+        return (
+            f"holds a model without its head: its tensors are named {bare}, not model.{bare}; load it as {model}, see "
+            "that the head is right, and save that"
+        )
+    if missing:
+        return f"lacks tensor {missing[0]}, one of {len(missing)}; fetch the model again"
+    return f"holds tensor {unknown[0]}, which {model} does not read; the conversion would lose it"
