@@ -16,7 +16,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.modeling_utils import AttentionInterface
 
-from .absorbed_weights_mla import is_plain, why_no_matrix
+from .absorbed_weights_mla import derived_rows, why_no_matrix
 from .backends_mla import AbsorbedShape, select_backend
 from .chunked_mla import EXPANDED_LIMIT, attend_in_pieces, expanded_bytes
 from .masks_mla import VisibleKeys
@@ -119,7 +119,7 @@ def _takes_absorbed_route(
         module.qk_nope_head_dim,
         module.qk_rope_head_dim,
         module.v_head_dim,
-        derived_rows=0.0 if is_plain(module.kv_b_proj) else module.kv_lora_rank / query.shape[0],
+        derived_rows=derived_rows(module.kv_b_proj, module.kv_lora_rank) / query.shape[0],
     )
 
 
