@@ -3,22 +3,33 @@
 Nothing is kept from one call to the next, so what is absorbed is what ``kv_b_proj`` applies at that call, whoever
 changed it and by whatever way: fused optimizers, writes to ``weight.data``, inference tensors and flat shards are not
 counted by PyTorch. A plain layer's weight is read where it lies, as views, which costs no memory and passes gradients
-on. Any other projection (LoRA, quantised, sharded, offloaded) is asked itself what it makes of the identity: at every
-call, as much work as expanding ``kv_lora_rank`` tokens, which the choice of the route counts.
+on, and beside it LoRA's. Any other projection (other adapters, quantised, sharded, offloaded) is asked itself
+what it makes of the identity: at every call, as much work as expanding ``kv_lora_rank`` tokens, which the choice of the
+route counts.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from .peft_mla import why_adapters_are_no_matrix
+from .peft_mla import lora_parts, why_adapters_are_no_matrix
 from .tensor_parallel_mla import tensor_parallel_group
 
 _COPIED_VALUES = 1 << 20
 """Weights that are copied at once, so that the copy is read from a processor's cache."""
+
+
+class LowRank(NamedTuple):
+    """What LoRA adds to both: ``scale`` times the products of ``b_uk [H, qk_nope_head_dim, k]`` and ``b_uv [H,
+    v_head_dim, k]`` with ``a [k, r]``."""
+
+    a: torch.Tensor
+    b_uk: torch.Tensor
+    b_uv: torch.Tensor
+    scale: float
 
 
 class AbsorbedWeights(NamedTuple):
@@ -27,14 +38,27 @@ class AbsorbedWeights(NamedTuple):
 
     w_uk: torch.Tensor
     w_uv: torch.Tensor
+    adapters: tuple[LowRank, ...] = ()
 
     def latent_query(self, q_nope: torch.Tensor) -> torch.Tensor:
         """``[B, H, n, qk_nope_head_dim] -> [B, H, n, r]``."""
-        return _per_head(q_nope, self.w_uk)
+        latent = _per_head(q_nope, self.w_uk)
+        for a, b_uk, _, scale in self.adapters:
+            # In the adapter's own precision, in which its layer adds it.
+            latent = latent + scale * torch.matmul(_per_head(q_nope.to(a.dtype), b_uk), a)
+        return latent.to(q_nope.dtype)
 
     def values(self, context: torch.Tensor) -> torch.Tensor:
         """``[B, H, n, r] -> [B, H, n, v_head_dim]``."""
-        return _per_head(context, self.w_uv.mT)
+        value = _per_head(context, self.w_uv.mT)
+        for a, _, b_uv, scale in self.adapters:
+            value = value + scale * _per_head(torch.matmul(context.to(a.dtype), a.t()), b_uv.mT)
+        return value.to(context.dtype)
+
+
+def derived_rows(layer: nn.Module, in_features: int) -> int:
+    """Rows that ``layer`` is given to show its matrix."""
+    return in_features if _plain_parts(layer) is None else 0
 
 
 def is_plain(layer: nn.Module) -> bool:
@@ -43,6 +67,17 @@ def is_plain(layer: nn.Module) -> bool:
         return False
     weight = layer.weight
     return type(weight) in (nn.Parameter, torch.Tensor) and not weight.is_meta and weight.is_floating_point()
+
+
+def _plain_parts(layer: Any) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor, float]]] | None:
+    """The weight of a plain layer and no adapters; of LoRA's commonest form, both; None for any other layer."""
+    if is_plain(layer):
+        return layer.weight, []
+    parts = lora_parts(layer)
+    if parts is None or not all(is_plain(part) for part in (parts[0], *(ab for *both, _ in parts[1] for ab in both))):
+        return None
+    base, adapters = parts
+    return base.weight, [(a.weight, b.weight, scale) for a, b, scale in adapters]
 
 
 def why_no_matrix(layer: nn.Module) -> str | None:
@@ -71,22 +106,26 @@ def absorbed_weights(
     Raises:
         ValueError: no single matrix stands for the projection.
     """
-    weight = _effective_weight(kv_b_proj, kv_lora_rank, like)
-    per_head = weight.view(-1, qk_nope_head_dim + v_head_dim, kv_lora_rank)
-    return AbsorbedWeights(*per_head.split([qk_nope_head_dim, v_head_dim], dim=1))
 
+    def by_head(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        per_head = rows.view(-1, qk_nope_head_dim + v_head_dim, rows.shape[1])
+        return per_head[:, :qk_nope_head_dim], per_head[:, qk_nope_head_dim:]
 
-def _effective_weight(layer: nn.Module, in_features: int, like: torch.Tensor) -> torch.Tensor:
-    """The matrix ``[out, in_features]`` that ``layer`` applies, adapters and dequantisation included."""
-    if is_plain(layer):
-        return cast(torch.Tensor, layer.weight).to(like.dtype)
-    reason = why_no_matrix(layer)
-    if like.requires_grad and tensor_parallel_group(layer) is not None:
+    reason = why_no_matrix(kv_b_proj)
+    if like.requires_grad and tensor_parallel_group(kv_b_proj) is not None:
         reason = "it is split over processes, and latents would get the gradient of one process's heads"
     if reason is not None:
         raise ValueError(f"kv_b_proj cannot be absorbed: {reason}; set the attention route 'auto' or 'expanded'.")
+    weight, adapters = _plain_parts(kv_b_proj) or (_matrix_asked_of(kv_b_proj, kv_lora_rank, like), [])
+    return AbsorbedWeights(
+        *by_head(weight.to(like.dtype)), tuple(LowRank(a, *by_head(b), scale) for a, b, scale in adapters)
+    )
+
+
+def _matrix_asked_of(layer: nn.Module, in_features: int, like: torch.Tensor) -> torch.Tensor:
+    """The matrix ``[out, in_features]`` that ``layer`` applies, adapters and dequantisation included."""
     # Three dimensions, as hidden states have: adapters and packed layers are written for these.
-    return layer(torch.eye(in_features, dtype=like.dtype, device=like.device)[None])[0].mT.to(like.dtype)
+    return layer(torch.eye(in_features, dtype=like.dtype, device=like.device)[None])[0].mT
 
 
 def _per_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

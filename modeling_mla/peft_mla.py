@@ -6,6 +6,7 @@ PEFT is not imported here: that takes longer than importing this package.
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from torch import nn
 
@@ -56,6 +57,23 @@ def why_adapters_are_no_matrix(layer: nn.Module) -> str | None:
         if "forward" in module.__dict__:
             return "the forward of its adapter was replaced (so X-LoRA weighs adapters for every token)"
     return None
+
+
+def lora_parts(layer: Any) -> tuple[Any, list[tuple[Any, Any, float]]] | None:
+    """What a layer of plain LoRA adds up: its projection, and A, B and the scale of every adapter in use.
+
+    None for layers of any other kind, and for one with no plain sum.
+    """
+    name = type(layer).__module__, type(layer).__name__
+    if name != ("peft.tuners.lora.layer", "Linear") or _variants(layer) or "forward" in layer.__dict__:
+        return None
+    parts: Any = layer
+    if parts.merged and parts.disable_adapters:
+        return None  # the next call of it takes them out
+    used = (
+        [] if parts.merged or parts.disable_adapters else [key for key in parts.active_adapters if key in parts.lora_A]
+    )
+    return parts.base_layer, [(parts.lora_A[key], parts.lora_B[key], parts.scaling[key]) for key in used]
 
 
 def refuse_adapters_by_position(kv_b_proj: nn.Module) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
 
-from .absorbed_weights_mla import is_plain, why_no_matrix
+from .absorbed_weights_mla import derived_rows, why_no_matrix
 from .backends_mla import AbsorbedShape, select_backend
 from .chunked_mla import EXPANDED_LIMIT, attend_in_pieces, expanded_bytes
 from .masks_mla import VisibleKeys
@@ -139,7 +139,7 @@ def _takes_absorbed_route(module: LatentAttention, query: torch.Tensor, kv_lengt
         module.qk_nope_head_dim,
         module.qk_rope_head_dim,
         module.v_head_dim,
-        derived_rows=0.0 if is_plain(module.kv_b_proj) else module.kv_lora_rank / query.shape[0],
+        derived_rows=derived_rows(module.kv_b_proj, module.kv_lora_rank) / query.shape[0],
     )
 
 

@@ -140,7 +140,7 @@ def test_routes_that_differ_are_found(folders: tuple[Path, Path], monkeypatch: p
 
         def wrong(self: torch.nn.Module, like: torch.Tensor) -> object:
             weights = original(self, like)
-            return type(weights)(*(1.1 * tensor for tensor in weights))
+            return weights._replace(w_uk=1.1 * weights.w_uk, w_uv=1.1 * weights.w_uv)
 
         monkeypatch.setattr(attention, "absorbed_weights", wrong)
         with pytest.raises(VerificationError, match="absorbed and expanded attention differ"):

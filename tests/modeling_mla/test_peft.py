@@ -7,6 +7,7 @@ import torch
 from tiny import assert_close, decode, random_ids, reference_logits, tiny_model
 from torch import nn
 
+from modeling_mla import absorbed_weights_mla
 from modeling_mla.transformers_seams_mla import cache_argument, cache_of
 
 peft = pytest.importorskip("peft")
@@ -155,6 +156,43 @@ def test_gradients_reach_the_adapter_in_every_layer(trained, training):
         if "lora_" in name:
             assert parameter.grad is not None, name
             assert parameter.grad.any(), name
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_gradients_of_the_absorbed_route_are_those_of_the_expanded_one(use_dora):
+    """Plain LoRA is added beside the projection, any other adapter is part of a derived matrix."""
+    gradients = {}
+    for route in ("expanded", "absorbed"):
+        torch.manual_seed(0)
+        model = adapted("kv_b_proj", use_dora=use_dora).train()
+        model.set_attention_route(route)
+        model(IDS, use_cache=False).logits.square().sum().backward()
+        gradients[route] = {name: parameter.grad for name, parameter in model.named_parameters() if "lora_" in name}
+    for name, expected in gradients["expanded"].items():
+        assert expected.any(), name
+        assert_close(gradients["absorbed"][name] / expected.abs().max(), expected / expected.abs().max(), 1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_plain_lora_is_not_asked_for_its_matrix(dtype, monkeypatch):
+    """Two adapters at once, in their own precision beside a projection of another."""
+    model = adapted("kv_b_proj")
+    model.add_adapter("second", adapter("kv_b_proj"))
+    model.base_model.set_adapter(["default", "second"])
+    expected = merged_reference(model.double().eval())
+    model.to(dtype)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+
+    def refuse(*args) -> None:
+        raise AssertionError("as much work as expanding 16 tokens")
+
+    monkeypatch.setattr(absorbed_weights_mla, "_matrix_asked_of", refuse)
+    model.set_attention_route("absorbed")
+    error = (decode(model, IDS).double() - expected).abs().max()
+    assert error < (0.05 if dtype == torch.bfloat16 else 1e-5) * expected.abs().max()
 
 
 @torch.no_grad()
