@@ -10,6 +10,7 @@ from torch import nn
 
 from modeling_mla.absorbed_weights_mla import why_no_matrix
 from modeling_mla.peft_mla import _ONE_MATRIX, _ONE_MATRIX_VARIANTS
+from modeling_mla.transformers_seams_mla import cache_argument, cache_of
 
 peft = pytest.importorskip("peft")
 
@@ -153,8 +154,8 @@ def test_tasks_of_poly():
     with torch.no_grad():
         for route in ("expanded", "auto"):
             model.set_attention_route(route)
-            cache = model(input_ids=IDS[:, :8], **tasks).past_key_values
-            outputs[route] = model(input_ids=IDS[:, 8:], past_key_values=cache, **tasks).logits
+            cache = cache_of(model(input_ids=IDS[:, :8], **tasks))
+            outputs[route] = model(input_ids=IDS[:, 8:], **cache_argument(cache), **tasks).logits
         assert_close(outputs["auto"], outputs["expanded"], 1e-5)
         model.set_attention_route("absorbed")
         with pytest.raises(ValueError, match="kv_b_proj cannot be absorbed: a hook"):
@@ -172,9 +173,9 @@ def test_adapters_that_pick_tokens_of_a_call_are_refused_behind_a_cache(route):
             plain = model(input_ids=IDS, use_cache=False).logits
         assert (whole - plain)[0, 6:].abs().max() > 1e-3
         assert_close(whole[0, :6], plain[0, :6], 1e-5)
-        cache = model(input_ids=IDS[:, :8]).past_key_values
+        cache = cache_of(model(input_ids=IDS[:, :8]))
         with pytest.raises(ValueError, match=r"kv_b_proj has an aLoRA adapter.*target_modules.*use_cache=False"):
-            model(input_ids=IDS[:, 8:], past_key_values=cache)
+            model(input_ids=IDS[:, 8:], **cache_argument(cache))
 
 
 def test_adapters_weighed_by_token_are_refused_behind_a_cache():
@@ -184,6 +185,6 @@ def test_adapters_weighed_by_token_are_refused_behind_a_cache():
     original = layer.forward
     layer.forward = lambda x: original(x) * torch.linspace(1, 2, x.shape[1])[:, None]
     with torch.no_grad():
-        cache = model(input_ids=IDS[:, :8]).past_key_values
+        cache = cache_of(model(input_ids=IDS[:, :8]))
         with pytest.raises(ValueError, match="kv_b_proj has an X-LoRA adapter"):
-            model(input_ids=IDS[:, 8:], past_key_values=cache)
+            model(input_ids=IDS[:, 8:], **cache_argument(cache))
