@@ -20,16 +20,17 @@ from .activations import ResidualStream
 from .assemble import write_shards
 from .calibration import load_windows
 from .card import write_card
-from .checkpoint.atomic import require_space
+from .checkpoint.atomic import refusing_full_disk, require_space
 from .checkpoint.journal import WorkFolder
 from .checkpoint.measurements import IntermediateMeasurements, Measurements, SharedMeasurements
-from .errors import OutputError
+from .checkpoint.partial_output import require_absent
 from .layers import AttentionWeights, LayerBudget, MLAWeights
 from .methods import Method, get_method
 from .methods.base import INTERMEDIATE, TwoPassMethod
 from .plan import VERIFIED_WINDOWS, ConversionPlan, make_plan
 from .products import fast_float32
 from .progress import counting, silent_progress
+from .reference import check_reference
 from .refitting import Refitting, spread_windows
 from .report import Report, write_report
 from .sources import SourceModel
@@ -88,18 +89,18 @@ def run_plan(plan: ConversionPlan, source: SourceModel, progress: Progress | Non
         ConversionError: see its kinds in `conversion.errors`; nothing is published.
     """
     output = plan.recipe.output
-    if output.exists():
-        raise OutputError(f"{output} exists already; choose another output, or move it away.")
+    require_absent(output)
     tokenizer = source.location.tokenizer()
-    source.tensors  # noqa: B018 (missing or damaged weights are found before anything is written)
+    # Missing or damaged weights are found before anything is written.
+    check_reference(source)
     windows = _calibration_windows(plan, tokenizer)
     work = WorkFolder(output, _identity(plan, source, windows))
     if not work.path.exists():
         require_space(output.absolute().parent, plan.disk_bytes)
-    with work, _measurements(plan, source, windows, work) as measurements:
+    with work, refusing_full_disk(work.path), _measurements(plan, source, windows, work) as measurements:
         run = _Run(plan, source, work, measurements, windows, progress or silent_progress())
         report = run.to_checkpoint(tokenizer)
-        work.publish(output)
+        work.publish()
     return Conversion(output, report)
 
 

@@ -27,7 +27,7 @@ from .checkpoint.writer import ShardWriter
 from .distillation import Pace, make_trainer
 from .errors import CalibrationError, ConversionError, SourceError
 from .progress import counting
-from .verify import load_model
+from .whole_model import load_model
 
 RATE = 4e-4
 """Step of a matrix, relative to the root mean square of its elements."""

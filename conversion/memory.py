@@ -18,8 +18,7 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 
 from modeling_mla.configuration_mla import latent_widths
 
-from .checkpoint.location import first_line
-from .errors import SourceError
+from .errors import SourceError, first_line
 
 GROUPS = 8
 """Key/value heads of the grouped-query cache that others are compared with, as in Llama 3 and Qwen 2.5."""

@@ -135,7 +135,11 @@ def _summary_table(verification: Verification) -> Table:
     worst = max(range(len(v.layer_errors)), key=lambda layer: v.layer_errors[layer])
     table.add_row(f"attention output error, worst layer ({worst})", "", f"{v.layer_errors[worst]:.4f}")
     table.add_row("largest logit difference", "", f"{v.max_abs_logit_error:.2e}")
-    table.add_row(f"equal greedy tokens of {v.greedy_tokens}", "", str(round(v.greedy_match * v.greedy_tokens)))
+    if v.whole_model is None:
+        table.caption = f"Routes, cached decoding and greedy tokens were left out: {v.left_out}."
+    else:
+        equal = round(v.whole_model.greedy_match * v.whole_model.greedy_tokens)
+        table.add_row(f"equal greedy tokens of {v.whole_model.greedy_tokens}", "", str(equal))
     return table
 
 

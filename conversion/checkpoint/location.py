@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from ..errors import SourceError
+from ..errors import SourceError, first_line
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 _SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.py"]
@@ -116,9 +116,3 @@ def _in_folder(model: str, folder: Path) -> Location:
     if not files:
         raise SourceError(f"{model} holds neither config.json nor a .gguf file; give the folder of a checkpoint.")
     return Location(model, folder, gguf_file=files[0].name)
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an exception's message, or its class where it has none."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

@@ -11,8 +11,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..errors import SourceError
-from .location import Location, first_line
+from ..errors import SourceError, first_line
+from .location import Location
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
