@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .checkpoint.atomic import write_text
+from .checkpoint.atomic import write_json, write_text
 from .checkpoint.location import Location
 from .layers import LayerBudget
 from .plan import ConversionPlan
@@ -145,7 +144,7 @@ def _summary_table(verification: Verification) -> Table:
 
 def write_report(report: Report, folder: Path) -> None:
     """Writes the report into the checkpoint's folder."""
-    write_text(folder / JSON_NAME, json.dumps(report.as_json(), indent=2) + "\n")
+    write_json(folder / JSON_NAME, report.as_json())
     console = Console(file=io.StringIO(), width=100, record=True)
     for table in (report.plan.table(report.location.name), *report.tables()):
         console.print(table)

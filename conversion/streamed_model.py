@@ -99,7 +99,8 @@ class StreamedModel:
     @contextmanager
     def _loaded(self, module: nn.Module, prefix: str) -> Iterator[None]:
         weights = self._open()
-        module.load_state_dict({name: weights.tensor(prefix + name).float() for name in module.state_dict()}, assign=True)
+        values = {name: weights.tensor(prefix + name).float() for name in module.state_dict()}
+        module.load_state_dict(values, assign=True)
         module.requires_grad_(False)
         try:
             yield

@@ -1,4 +1,4 @@
-"""What only a whole model shows: its routes agree, decoding agrees with a full pass, greedy text agrees with the source.
+"""What only a whole model shows: both routes agree, decoding agrees with a full pass, greedy text is the source's.
 
 Models are loaded as any user of Transformers loads them, one after the other.
 """
