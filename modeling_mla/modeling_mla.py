@@ -89,9 +89,9 @@ class MLAPreTrainedMixin(_Body):
 
     config: PreTrainedConfig
 
-    def __init__(self, config: PreTrainedConfig, *args, **kwargs) -> None:
-        register_peft_targets(config.model_type)
-        super().__init__(config, *args, **kwargs)
+    def post_init(self) -> None:
+        register_peft_targets(self.config.model_type)
+        super().post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

@@ -146,6 +146,7 @@ def test_products_are_those_of_every_head(dtype, sizes, monkeypatch):
         assert_close(actual.double(), expected, tolerance)
 
 
+@pytest.mark.one_route
 def test_wrapped_projection_is_asked_for_its_matrix_where_that_costs_less_than_the_context(monkeypatch):
     """As much as 16 tokens, its rank."""
     model = tiny_model()
