@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel
 
+from modeling_mla.transformers_seams_mla import cache_argument, cache_of
+
 from .checkpoint.location import Location
 from .checkpoint.reader import SafetensorsReader
 from .errors import SourceError, VerificationError, first_line
@@ -133,7 +135,7 @@ def check_routes(model: PreTrainedModel, window: Tensor) -> tuple[float, float]:
     step = model(ids[:, :prefix], use_cache=True)
     decoded = [step.logits[:, -1:]]
     for position in range(prefix, ids.shape[1]):
-        step = model(ids[:, position : position + 1], past_key_values=step.past_key_values, use_cache=True)
+        step = model(ids[:, position : position + 1], **cache_argument(cache_of(step)), use_cache=True)
         decoded.append(step.logits)
     full = logits["expanded"][:, prefix - 1 :]
     route_error = float((logits["absorbed"] - logits["expanded"]).abs().max() / scale)
