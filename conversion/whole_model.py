@@ -92,7 +92,7 @@ def load_model(location: Location, **placement: Any) -> PreTrainedModel:
     Raises:
         SourceError: it cannot be loaded.
     """
-    arguments = location.arguments | placement
+    arguments = location.arguments | {"config": location.config()} | placement
     if location.gguf_file is not None:
         # Otherwise weights stay packed where Transformers finds kernels for them.
         arguments["quantization_config"] = GgufConfig(dequantize=True)
