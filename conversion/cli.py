@@ -31,6 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _INTERRUPTED = 130
+_RESUMABLE = ("convert", "run", "heal")
 # Large tensors on huge pages save a fifth of the time. PyTorch looks when it allocates the first.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
@@ -77,7 +78,9 @@ def _reported(command: Callable[..., None]) -> Callable[..., None]:
                 raise
             _fail(str(error), error.exit_code)
         except KeyboardInterrupt:
-            _fail("stopped; nothing was published. The same mla convert goes on from there.", _INTERRUPTED)
+            name = command.__name__
+            goes_on = f" The same mla {name} goes on from there." if name in _RESUMABLE else ""
+            _fail(f"stopped; nothing was published.{goes_on}", _INTERRUPTED)
         except Exception as error:
             if debug:
                 raise

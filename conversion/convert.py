@@ -20,8 +20,10 @@ from .activations import ResidualStream
 from .assemble import write_shards
 from .calibration import load_windows
 from .card import write_card
+from .checkpoint.atomic import refusing_full_disk
 from .checkpoint.journal import WorkFolder
 from .checkpoint.measurements import IntermediateMeasurements, Measurements, SharedMeasurements
+from .checkpoint.partial_output import beside
 from .errors import SourceError
 from .layers import AttentionWeights, LayerBudget, MLAWeights
 from .methods import Method, get_method
@@ -30,6 +32,7 @@ from .plan import VERIFIED_WINDOWS, ConversionPlan, make_plan
 from .preflight import check_ids, preflight
 from .products import fast_float32
 from .progress import counting, silent_progress
+from .reference import check_reference
 from .refitting import Refitting, spread_windows
 from .report import Report, calibration_name, write_report
 from .sources import SourceModel
@@ -88,13 +91,14 @@ def run_plan(plan: ConversionPlan, source: SourceModel, progress: Progress | Non
         ConversionError: see its kinds in `conversion.errors`; nothing is published.
     """
     output, progress = plan.recipe.output, progress or silent_progress()
-    tokenizer = preflight(plan, source, WorkFolder.beside(output), progress)
+    tokenizer = preflight(plan, source, beside(output), progress)
+    check_reference(source)
     windows = _calibration_windows(plan, source, tokenizer)
     work = WorkFolder(output, _identity(plan, source, windows))
-    with work, _measurements(plan, source, windows, work) as measurements:
+    with work, refusing_full_disk(work.path), _measurements(plan, source, windows, work) as measurements:
         run = _Run(plan, source, work, measurements, windows, progress)
         report = run.to_checkpoint(tokenizer)
-        work.publish(output)
+        work.publish()
     return Conversion(output, report)
 
 

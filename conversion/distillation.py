@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
 
 from .scores import kl_divergence
 
@@ -30,11 +34,13 @@ LAST_RATE = 0.05
 """Of the full rate, at both ends."""
 EVALUATIONS = 4
 """During training, evenly spread."""
+SAVES = 3 * EVALUATIONS
+"""States from which a stopped training goes on."""
 
 
 @dataclass
-class Pace(TrainerCallback):
-    """How long a run is: by steps, or by the clock, which starts when this is made.
+class Pace(TrainerCallback, ExportableState):
+    """How long a run is: by steps, or by the clock, which starts when this is made and is saved with every state.
 
     Args:
         steps: how many; or
@@ -46,8 +52,9 @@ class Pace(TrainerCallback):
     seconds: float | None
     advance: Callable[[int], None]
     started: float = field(default_factory=time.monotonic)
+    _earlier: float = 0.0
     _shown: int = 0
-    _evaluated: int = 0
+    _saved: int = 0
 
     @property
     def length(self) -> float:
@@ -55,7 +62,7 @@ class Pace(TrainerCallback):
 
     def passed(self, step: int) -> float:
         """Steps or seconds so far."""
-        return step if self.steps else time.monotonic() - self.started
+        return step if self.steps else self._earlier + time.monotonic() - self.started
 
     def rate(self, step: int) -> float:
         """What every group's rate is multiplied by."""
@@ -64,18 +71,57 @@ class Pace(TrainerCallback):
             return max(share / WARM_UP, LAST_RATE)
         return LAST_RATE + (1 - LAST_RATE) * (1 + math.cos(math.pi * (share - WARM_UP) / (1 - WARM_UP))) / 2
 
+    def state(self) -> dict[str, Any]:
+        """See `ExportableState`."""
+        return {"args": {}, "attributes": {"seconds": self.passed(0) if self.seconds else 0.0, "saved": self._saved}}
+
+    def is_over(self, state: TrainerState) -> bool:
+        """Whether nothing is left to train behind a saved state."""
+        return (state.global_step if self.steps else _own(state)["seconds"]) >= self.length
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._earlier, self._saved, self.started = _own(state)["seconds"], _own(state)["saved"], time.monotonic()
+        self._show(state.global_step)
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        passed = min(self.passed(state.global_step), self.length)
+        passed = self._show(state.global_step)
+        due = math.floor(SAVES * passed / self.length)
+        control.should_save = due > self._saved
+        control.should_evaluate = due // (SAVES // EVALUATIONS) > self._saved // (SAVES // EVALUATIONS)
+        self._saved = due
+        control.should_training_stop = passed >= self.length
+        return control
+
+    def _show(self, step: int) -> float:
+        passed = min(self.passed(step), self.length)
         if int(passed) > self._shown:
             self.advance(int(passed) - self._shown)
             self._shown = int(passed)
-        due = math.floor(EVALUATIONS * passed / self.length)
-        control.should_evaluate = due > self._evaluated
-        self._evaluated = due
-        control.should_training_stop = passed >= self.length
-        return control
+        return passed
+
+
+def _own(state: TrainerState) -> dict[str, Any]:
+    """What `Pace.state` put there."""
+    return state.stateful_callbacks[Pace.__name__]["attributes"]
+
+
+def last_state(folder: Path, pace: Pace) -> Path | None:
+    """The last state in the Trainer's ``folder`` from which training goes on.
+
+    What a kill left half-written is deleted, and so is a state behind which nothing is left to train: the Trainer would
+    train one step more. The one before it leads to the same.
+    """
+    for path in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]), reverse=True):
+        # The last of its files.
+        with suppress(OSError, ValueError, TypeError):
+            if not pace.is_over(TrainerState.load_from_json(path / TRAINER_STATE_NAME)):
+                return path
+        shutil.rmtree(path)
+    return None
 
 
 class DistillationTrainer(Trainer):
@@ -129,19 +175,19 @@ def make_trainer(
         groups: parameter groups of the optimizer, each with its own rate.
         training, validation: token ids ``[N, S]``.
         seed: of the order of the windows.
-        work: where states are kept meanwhile.
+        work: where states are kept meanwhile, an absolute path.
     """
     arguments = TrainingArguments(
         output_dir=str(work),
         per_device_train_batch_size=1,
         per_device_eval_batch_size=1,
         max_steps=pace.steps or 10**9,
-        # Evaluation comes when the pace says so.
+        # Evaluations and saves come when the pace says so.
         eval_strategy="steps",
         eval_steps=10**9,
-        save_strategy="best",
-        save_only_model=True,
-        save_total_limit=1,
+        save_strategy="steps",
+        save_steps=10**9,
+        save_total_limit=2,
         load_best_model_at_end=True,
         metric_for_best_model="eval_loss",
         greater_is_better=False,

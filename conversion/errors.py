@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
 LONGEST_MESSAGE = 299
@@ -76,3 +78,14 @@ class VerificationError(ConversionError):
     """A converted checkpoint that is not what it should be."""
 
     exit_code: ClassVar[int] = 3
+
+
+@contextmanager
+def blaming(kind: type[ConversionError], what: str) -> Iterator[None]:
+    """Turns any failure within it into a ``kind`` that begins with ``what``: of code that runs what a user gave."""
+    try:
+        yield
+    except ConversionError:
+        raise
+    except Exception as error:
+        raise kind(f"{what}: {first_line(error)}.") from error

@@ -6,35 +6,34 @@ through bit for bit. What is saved is the best state by KL on validation windows
 
 from __future__ import annotations
 
-import json
+import hashlib
 import math
 import shutil
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.progress import Progress
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .accounting import kept, passed_through
 from .calibration import load_windows
-from .checkpoint.atomic import publishing, write_text
+from .checkpoint.atomic import refusing_full_disk, write_json, write_text
 from .checkpoint.location import Location, locate
-from .checkpoint.reader import SafetensorsReader
+from .checkpoint.partial_output import require_absent
+from .checkpoint.reader import SafetensorsReader, TensorReader
 from .checkpoint.writer import ShardWriter
-from .distillation import Pace, make_trainer
+from .distillation import Pace, last_state, make_trainer
 from .errors import CalibrationError, ConversionError, SourceError
+from .healing_folder import Healed, HealingFolder
 from .progress import counting
-from .verify import load_model
+from .reference import check_reference
+from .sources import SourceModel, open_source
+from .trained_parameters import round_as_stored, trainable_names, unfrozen, with_adapters
+from .whole_model import load_model
 
-RATE = 4e-4
-"""Step of a matrix, relative to the root mean square of its elements."""
-QUERY_SHARE = 0.3
-"""Of the rate, for query maps: scores depend on them more sharply."""
-LORA_RATE = 5e-4
-"""Absolute, for adapters, whose matrices start from zero."""
 WINDOW = 512
 VALIDATION_WINDOWS = 8
 MAX_TOKENS = 2_000_000
@@ -65,165 +64,152 @@ class HealingRecipe:
     seed: int = 0
 
 
-@dataclass(frozen=True)
-class Healed:
-    """What came of it. KL(teacher || model) in nats a token, mean over the validation windows."""
-
-    output: Path
-    kl_before: float
-    kl_after: float
-    steps: int
-    trained_parameters: int
-
-    @property
-    def improved(self) -> bool:
-        return self.kl_after < self.kl_before
-
-
 def heal(recipe: HealingRecipe, progress: Progress) -> Healed:
     """Trains, and publishes the best state; the input's own weights where none is better.
 
+    Until then everything is in ``.NAME.partial`` beside the output; the same call goes on from there, and with a number
+    of steps it gives the same bytes as an unbroken one.
+
     Raises:
-        ConversionError: a model cannot be loaded or does not fit the other, the text is too short, or the output
-            exists. Nothing is published.
+        ConversionError: a model cannot be loaded, is not what the other one was made from, or gives logits that are
+            not finite; the text is too short; the training diverged; or the output exists. Nothing is published.
     """
     if (recipe.minutes is None) == (recipe.steps is None):
         raise ConversionError("give either minutes or steps.")
-    with publishing(recipe.output) as folder:
-        location, teacher_location = locate(recipe.model), locate(recipe.teacher)
-        config = location.config()
-        _refuse_unfit(recipe, config, teacher_location.config())
-        tokenizer = location.tokenizer()
-        window = min(WINDOW, config.max_position_embeddings)
-        windows = load_windows(recipe.data, tokenizer, window, MAX_TOKENS, recipe.seed)
-        if len(windows) <= VALIDATION_WINDOWS:
-            raise CalibrationError(
-                f"{recipe.data} has {len(windows)} windows of {window} tokens; {VALIDATION_WINDOWS} are for validation "
-                "alone. Give a longer text."
-            )
-        model, teacher = load_model(location), load_model(teacher_location)
-        reader = SafetensorsReader(location.folder)
-        tensors, healed = _train(recipe, model, teacher, windows, reader, folder / "training", progress)
-        shutil.rmtree(folder / "training", ignore_errors=True)
-        _write(folder, location, reader, tensors, config)
-        _write_report(folder, location, recipe, healed)
-        tokenizer.save_pretrained(folder)
+    require_absent(recipe.output)
+    location = locate(recipe.model)
+    config, reader = location.config(), SafetensorsReader(location.folder)
+    teacher = open_teacher(recipe, location, config, reader)
+    tokenizer = location.tokenizer()
+    window = min(WINDOW, config.max_position_embeddings)
+    windows = load_windows(recipe.data, tokenizer, window, MAX_TOKENS, recipe.seed)
+    if len(windows) <= VALIDATION_WINDOWS:
+        raise CalibrationError(
+            f"{recipe.data} has {len(windows)} windows of {window} tokens; {VALIDATION_WINDOWS} are for validation "
+            "alone. Give a longer text."
+        )
+    folder = HealingFolder(recipe.output, _identity(recipe, location, teacher, windows))
+    with folder as work, refusing_full_disk(work.path):
+        healed = work.progress.healed
+        if healed is None:
+            healed = _train(recipe, location, teacher, windows, reader, work, progress)
+        _write(work.checkpoint, location, reader, work.trained(), config)
+        _write_report(work.checkpoint, location, recipe, healed)
+        tokenizer.save_pretrained(work.checkpoint)
+        work.publish()
     return healed
 
 
-def _refuse_unfit(recipe: HealingRecipe, config: PreTrainedConfig, teacher: PreTrainedConfig) -> None:
+def open_teacher(
+    recipe: HealingRecipe, location: Location, config: PreTrainedConfig, reader: TensorReader
+) -> SourceModel:
+    """The model that a converted one was made from.
+
+    Raises:
+        SourceError: the model is not converted, or the teacher another one than it was made from: of the tensors that
+            no conversion touches one differs.
+    """
     if not hasattr(config, "kv_lora_ranks"):
         raise SourceError(f"{recipe.model} is a {config.model_type} model; give a converted one.")
-    if config.vocab_size != teacher.vocab_size:
+    teacher = open_source(recipe.teacher)
+    if config.vocab_size != teacher.config.vocab_size:
         raise SourceError(
-            f"{recipe.teacher} has a vocabulary of {teacher.vocab_size}, {recipe.model} one of {config.vocab_size}; "
-            "the teacher must be the model that it was made from."
+            f"{recipe.teacher} has a vocabulary of {teacher.config.vocab_size}, {recipe.model} one of "
+            f"{config.vocab_size}; the teacher must be the model that it was made from."
         )
+    for name in passed_through(teacher):
+        if not kept(name, reader, teacher):
+            raise SourceError(
+                f"{name} of {recipe.teacher} is not that of {recipe.model}; the teacher must be the model that it was "
+                "made from."
+            )
+    check_reference(teacher)
+    return teacher
+
+
+def _identity(recipe: HealingRecipe, location: Location, teacher: SourceModel, windows: Tensor) -> dict[str, str]:
+    settings = {name: str(getattr(recipe, name)) for name in ("minutes", "steps", "lora_rank", "seed")}
+    contents = {
+        "model files": location.fingerprint(),
+        "teacher files": teacher.location.fingerprint(),
+        "training tokens": hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:16],
+    }
+    return settings | contents | _versions()
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("modeling-mla", "torch", "transformers")}
 
 
 def _train(
     recipe: HealingRecipe,
-    model: PreTrainedModel,
-    teacher: PreTrainedModel,
+    location: Location,
+    source: SourceModel,
     windows: Tensor,
-    reader: SafetensorsReader,
-    work: Path,
+    reader: TensorReader,
+    work: HealingFolder,
     progress: Progress,
-) -> tuple[dict[str, Tensor], Healed]:
-    """The trained tensors under their names in the checkpoint, none where nothing improved."""
+) -> Healed:
+    """Leaves the trained tensors in the work folder, none where nothing improved."""
+    model, teacher = load_model(location), load_model(source.location)
     names = trainable_names(model)
-    student = _with_adapters(model, recipe) if recipe.lora_rank else _unfrozen(model, names)
-    groups = _adapter_groups(student) if recipe.lora_rank else _matrix_groups(model, names)
+    if recipe.lora_rank:
+        student, groups = with_adapters(model, recipe.lora_rank, recipe.seed)
+    else:
+        student, groups = model, unfrozen(model, names)
     seconds = None if recipe.minutes is None else 60 * recipe.minutes
     unit = "steps" if recipe.steps else "seconds"
+    validation = windows[:VALIDATION_WINDOWS]
     with counting(progress, f"healing ({unit})", math.ceil(recipe.steps or seconds or 0)) as advance:
+        pace = Pace(recipe.steps, seconds, advance)
         trainer = make_trainer(
             student,
             teacher,
             groups,
             training=windows[VALIDATION_WINDOWS:],
-            validation=windows[:VALIDATION_WINDOWS],
-            pace=Pace(recipe.steps, seconds, advance),
+            validation=validation,
+            pace=pace,
             seed=recipe.seed,
-            work=work,
+            work=work.training.absolute(),
         )
         before = trainer.evaluate()["eval_loss"]
-        trainer.train()
+        if not math.isfinite(before):
+            raise _no_numbers({recipe.teacher: teacher, recipe.model: model}, validation)
+        trainer.train(resume_from_checkpoint=last_state(work.training, pace))
         if recipe.lora_rank:
             model = student.merge_and_unload()
             trainer.model = model
-        _round_as_stored(model, names, reader)
+        round_as_stored(model, names, reader)
         after = trainer.evaluate()["eval_loss"]
-    trained = sum(parameter.numel() for group in groups for parameter in group["params"])
-    healed = Healed(recipe.output, before, after, trainer.state.global_step, trained)
+    steps, trained = trainer.state.global_step, sum(tensor.numel() for group in groups for tensor in group["params"])
+    if not math.isfinite(after):
+        raise ConversionError(
+            f"the training diverged within {steps} steps, its KL is {after}; try another seed, or adapters by --lora."
+        )
+    healed = Healed(kl_before=before, kl_after=after, steps=steps, trained_parameters=trained)
     tensors = {name: model.get_parameter(name).detach().cpu() for name in names} if healed.improved else {}
-    return tensors, healed
+    work.finish_training(healed, {name: tensor.to(reader.dtype(name)) for name, tensor in tensors.items()})
+    return healed
 
 
-def trainable_names(model: PreTrainedModel) -> list[str]:
-    """The attention's projections: neither norms, nor anything outside of attention."""
-    return [
+@torch.inference_mode()
+def _no_numbers(models: dict[str, PreTrainedModel], windows: Tensor) -> SourceError:
+    """Names the model whose logits are not finite."""
+    guilty = [
         name
-        for name, parameter in model.named_parameters()
-        if ".self_attn." in name and "norm." not in name and parameter.detach().abs().max() > 0
+        for name, model in models.items()
+        if not all(model(window[None], use_cache=False).logits.isfinite().all() for window in windows)
     ]
-
-
-def _unfrozen(model: PreTrainedModel, names: list[str]) -> PreTrainedModel:
-    model.requires_grad_(False)
-    for name in names:
-        model.get_parameter(name).requires_grad_(True)
-    return model
-
-
-def _matrix_groups(model: PreTrainedModel, names: list[str]) -> list[dict[str, Any]]:
-    """One group a tensor, whose rate fits its own scale."""
-    groups = []
-    for name in names:
-        parameter = model.get_parameter(name)
-        share = QUERY_SHARE if ".self_attn.q_" in name else 1.0
-        rate = RATE * share * parameter.detach().square().mean().sqrt().item()
-        groups.append({"params": [parameter], "lr": rate})
-    return groups
-
-
-def _with_adapters(model: PreTrainedModel, recipe: HealingRecipe) -> Any:
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise ConversionError("adapters need PEFT; install it with: pip install peft.") from error
-    assert recipe.lora_rank is not None
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    targets = [name for name in linear if ".self_attn." in name]
-    torch.manual_seed(recipe.seed)
-    return get_peft_model(
-        model, LoraConfig(r=recipe.lora_rank, lora_alpha=2 * recipe.lora_rank, target_modules=targets)
-    )
-
-
-def _adapter_groups(student: nn.Module) -> list[dict[str, Any]]:
-    return [{"params": [parameter for parameter in student.parameters() if parameter.requires_grad], "lr": LORA_RATE}]
-
-
-@torch.no_grad()
-def _round_as_stored(model: PreTrainedModel, names: list[str], reader: SafetensorsReader) -> None:
-    """What is measured is what will be saved."""
-    for name in names:
-        parameter = model.get_parameter(name)
-        parameter.copy_(parameter.to(reader.dtype(name)))
+    return SourceError(f"{' and '.join(guilty)} gives logits that are not finite on the validation windows.")
 
 
 def _write(
-    folder: Path, location: Location, reader: SafetensorsReader, trained: dict[str, Tensor], config: PreTrainedConfig
+    folder: Path, location: Location, reader: TensorReader, trained: dict[str, Tensor], config: PreTrainedConfig
 ) -> None:
     layout = {name: torch.empty(reader.shape(name), dtype=reader.dtype(name), device="meta") for name in reader.names}
-
-    def fetch(name: str) -> Tensor:
-        return trained[name].to(layout[name].dtype) if name in trained else reader.tensor(name)
-
     writer = ShardWriter(folder, layout)
     for file in writer.files:
-        writer.write(file, fetch)
+        writer.write(file, lambda name: trained[name] if name in trained else reader.tensor(name))
     writer.write_index()
     config.save_pretrained(folder)
     location.generation_config(config).save_pretrained(folder)
@@ -236,10 +222,8 @@ def _write_report(folder: Path, location: Location, recipe: HealingRecipe, heale
     settings = asdict(recipe) | {"teacher": Location(recipe.teacher, Path(recipe.teacher)).folder.name}
     settings |= {"data": Path(recipe.data).name, "model": location.name}
     del settings["output"]
-    versions = {name: version(name) for name in ("modeling-mla", "torch", "transformers")}
-    report = {"recipe": settings, "versions": versions} | asdict(healed) | {"improved": healed.improved}
-    del report["output"]
-    write_text(folder / "healing.json", json.dumps(report, indent=2) + "\n")
+    found = healed.model_dump() | {"improved": healed.improved}
+    write_json(folder / "healing.json", {"recipe": settings, "versions": _versions()} | found)
     card = location.folder / "README.md"
     if card.is_file():
         told = (
@@ -251,4 +235,4 @@ def _write_report(folder: Path, location: Location, recipe: HealingRecipe, heale
         write_text(folder / "README.md", f"{card.read_text(encoding='utf-8').rstrip()}\n\n## Healing\n\n{told}\n")
 
 
-__all__ = ["Healed", "HealingRecipe", "heal", "trainable_names"]
+__all__ = ["Healed", "HealingRecipe", "heal"]

@@ -15,7 +15,8 @@ from .progress import counting
 from .recall import SAMPLES, Recall, measure_recall
 from .sources import SourceModel
 from .tasks import evaluate_tasks
-from .verify import Verification, held_out_windows, load_model, text_windows, verify_checkpoint, window_length
+from .verify import Verification, held_out_windows, text_windows, verify_checkpoint, window_length
+from .whole_model import load_model
 
 
 @dataclass(frozen=True)

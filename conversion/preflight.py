@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 import modeling_mla
 
 from .checkpoint.atomic import require_space
+from .checkpoint.partial_output import require_absent
 from .checkpoint.paths import require_free
 from .default_texts import template_failure
 from .errors import CalibrationError, ConversionError, SourceError, first_line, one_line
@@ -44,6 +45,7 @@ def preflight(plan: ConversionPlan, source: SourceModel, work: Path, progress: P
         ConversionError: the conversion cannot succeed; nothing was written.
     """
     require_free(plan.recipe.output, companions=[work.name, f"{work.name}.lock"])
+    require_absent(plan.recipe.output)
     if not work.exists():
         require_space(work.absolute().parent, plan.disk_bytes)
     source.tensors  # noqa: B018 (missing, misshapen and unknown ones are refused)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .checkpoint.atomic import write_text
+from .checkpoint.atomic import write_json, write_text
 from .checkpoint.location import Location
 from .layers import LayerBudget
 from .plan import ConversionPlan
@@ -135,13 +134,17 @@ def _summary_table(verification: Verification) -> Table:
     worst = max(range(len(v.layer_errors)), key=lambda layer: v.layer_errors[layer])
     table.add_row(f"attention output error, worst layer ({worst})", "", f"{v.layer_errors[worst]:.4f}")
     table.add_row("largest logit difference", "", f"{v.max_abs_logit_error:.2e}")
-    table.add_row(f"equal greedy tokens of {v.greedy_tokens}", "", str(round(v.greedy_match * v.greedy_tokens)))
+    if v.whole_model is None:
+        table.caption = f"Routes, cached decoding and greedy tokens were left out: {v.left_out}."
+    else:
+        equal = round(v.whole_model.greedy_match * v.whole_model.greedy_tokens)
+        table.add_row(f"equal greedy tokens of {v.whole_model.greedy_tokens}", "", str(equal))
     return table
 
 
 def write_report(report: Report, folder: Path) -> None:
     """Writes the report into the checkpoint's folder."""
-    write_text(folder / JSON_NAME, json.dumps(report.as_json(), indent=2) + "\n")
+    write_json(folder / JSON_NAME, report.as_json())
     console = Console(file=io.StringIO(), width=100, record=True, markup=False, emoji=False)
     for table in (report.plan.table(report.location.name), *report.tables()):
         console.print(table)

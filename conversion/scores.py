@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from transformers import PreTrainedModel
 
 from .products import fast_float32
 
-_ROWS = 128
+ROWS = 128
 """Positions whose distributions over the vocabulary are formed at a time."""
 
 
@@ -24,7 +23,7 @@ def kl_divergence(teacher: Tensor, student: Tensor) -> Tensor:
         teacher, student: logits ``[B, S, vocabulary]``.
     """
     total = student.new_zeros(())
-    for wanted, found in zip(teacher.flatten(0, 1).split(_ROWS), student.flatten(0, 1).split(_ROWS), strict=True):
+    for wanted, found in zip(teacher.flatten(0, 1).split(ROWS), student.flatten(0, 1).split(ROWS), strict=True):
         log_wanted, log_found = wanted.float().log_softmax(-1), found.float().log_softmax(-1)
         total = total + (log_wanted.exp() * (log_wanted - log_found)).sum()
     return total / teacher.shape[:-1].numel()
@@ -52,50 +51,51 @@ class Score:
 
 
 class Scores:
-    """Sums over windows; a window's logits are compared in slices and then forgotten."""
+    """Sums over predicted tokens; their logits are compared and then forgotten."""
 
     def __init__(self) -> None:
         self.nll_source = self.nll = self.kl = 0.0
         self.agreeing = self.predicted = 0
         self.worst = 0.0
-        self.shape = (0, 0)
 
-    def add(self, expected: Tensor, found: Tensor, window: Tensor) -> None:
-        """Logits ``[S, V]`` of source and converted model on the token ids ``window [S]``."""
-        targets = window[1:]
-        for start in range(0, len(targets), _ROWS):
-            rows = slice(start, min(start + _ROWS, len(targets)))
-            p, q = expected[rows].log_softmax(-1), found[rows].log_softmax(-1)
-            index = targets[rows, None]
-            self.nll_source -= float(p.gather(1, index).double().sum())
-            self.nll -= float(q.gather(1, index).double().sum())
-            self.kl += float((p.exp() * (p - q)).sum(-1).double().sum())
-            self.agreeing += int((p.argmax(-1) == q.argmax(-1)).sum())
-            self.worst = max(self.worst, float((expected[rows] - found[rows]).abs().max()))
+    def add(self, expected: Tensor, found: Tensor, targets: Tensor) -> None:
+        """Logits ``[n, V]`` of source and converted model where the tokens ``targets [n]`` come next."""
+        p, q = expected.log_softmax(-1), found.log_softmax(-1)
+        index = targets[:, None]
+        self.nll_source -= float(p.gather(1, index).double().sum())
+        self.nll -= float(q.gather(1, index).double().sum())
+        self.kl += float((p.exp() * (p - q)).sum(-1).double().sum())
+        self.agreeing += int((p.argmax(-1) == q.argmax(-1)).sum())
+        # Not by max(): it would forget a NaN.
+        self.worst = float(torch.tensor(self.worst).maximum((expected - found).abs().max()))
         self.predicted += len(targets)
-        self.shape = (self.shape[0] + 1, len(window))
 
     def __add__(self, other: Scores) -> Scores:
         """Of both texts together."""
         both = Scores()
         for name in ("nll_source", "nll", "kl", "agreeing", "predicted"):
             setattr(both, name, getattr(self, name) + getattr(other, name))
-        both.worst = max(self.worst, other.worst)
-        both.shape = (self.shape[0] + other.shape[0], max(self.shape[1], other.shape[1]))
+        both.worst = float(torch.tensor(self.worst).maximum(torch.tensor(other.worst)))
         return both
 
-    def result(self, text: str) -> Score:
-        """The means; ``text`` is what was read."""
+    def result(self, text: str, windows: int, window: int) -> Score:
+        """The means; the arguments say what was read."""
         return Score(
             text=text,
-            windows=self.shape[0],
-            window=self.shape[1],
-            perplexity_source=math.exp(self.nll_source / self.predicted),
-            perplexity=math.exp(self.nll / self.predicted),
+            windows=windows,
+            window=window,
+            perplexity_source=_exp(self.nll_source / self.predicted),
+            perplexity=_exp(self.nll / self.predicted),
             kl=self.kl / self.predicted,
             top1_agreement=self.agreeing / self.predicted,
             max_abs_logit_error=self.worst,
         )
+
+
+def relative_error(found: Tensor, wanted: Tensor) -> float:
+    """The squared error relative to the squared norm of ``wanted``; of nothing but zeros, 0 where all are found."""
+    error, energy = (states.double().square().sum() for states in (found - wanted, wanted))
+    return float(error / energy) if energy > 0 or error > 0 else 0.0
 
 
 @fast_float32()
@@ -107,4 +107,9 @@ def perplexity(model: PreTrainedModel, windows: Tensor, step: Callable[[], None]
         logits = model(window[None]).logits[0, :-1]
         total += float(torch.nn.functional.cross_entropy(logits.float(), window[1:], reduction="sum"))
         step()
-    return math.exp(total / (windows.shape[0] * (windows.shape[1] - 1)))
+    return _exp(total / (windows.shape[0] * (windows.shape[1] - 1)))
+
+
+def _exp(value: float) -> float:
+    """Infinite where that of Python would raise."""
+    return float(torch.tensor(value, dtype=torch.float64).exp())

@@ -3,22 +3,46 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.filesize import decimal
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import OutputError
+from ..errors import ConversionError, OutputError
 
 _UMASK = os.umask(0o022)
 os.umask(_UMASK)
 """Reading it means setting it. Files of safetensors are otherwise their owner's alone."""
+
+
+@contextmanager
+def refusing_full_disk(path: Path) -> Iterator[None]:
+    """Raises `OutputError` where anything that writes ``path``, or into it, finds the disk full."""
+    try:
+        yield
+    except ConversionError:
+        raise
+    except Exception as error:
+        if not _is_of_full_disk(error):
+            raise
+        raise OutputError(f"no space left while writing {path}; free some and run the same command again.") from error
+
+
+def _is_of_full_disk(error: BaseException | None) -> bool:
+    """Libraries in Rust tell the number in their message only."""
+    numbers = (errno.ENOSPC, errno.EDQUOT)
+    while error is not None:
+        if getattr(error, "errno", None) in numbers or any(f"(os error {number})" in str(error) for number in numbers):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 @contextmanager
@@ -29,24 +53,27 @@ def replacing(path: Path) -> Iterator[Path]:
         OutputError: the disk is full.
     """
     temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fchmod(file.fileno(), 0o666 & ~_UMASK)
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        full = getattr(error, "errno", None) == errno.ENOSPC or f"os error {errno.ENOSPC}" in str(error)
-        if not full:
+    with refusing_full_disk(path):
+        try:
+            yield temporary
+            with open(temporary, "rb+") as file:
+                os.fchmod(file.fileno(), 0o666 & ~_UMASK)
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
             raise
-        raise OutputError(f"no space left while writing {path}; free some and run the same command again.") from error
 
 
 def write_text(path: Path, text: str) -> None:
     """Writes a UTF-8 file."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes plain values as JSON. Raises `ValueError` for a number that JSON does not have."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -73,7 +100,7 @@ def publishing(output: Path) -> Iterator[Path]:
     Raises:
         OutputError: ``output`` exists, cannot be written, or the disk is full.
     """
-    if output.exists():
+    if os.path.lexists(output):
         raise OutputError(f"{output} exists already; choose another output, or move it away.")
     work = output.with_name(f".{output.name}.{os.getpid()}.partial")
     try:
@@ -81,8 +108,9 @@ def publishing(output: Path) -> Iterator[Path]:
     except OSError as error:
         raise OutputError(f"{work.parent} cannot be written ({error.strerror}); choose another output.") from error
     try:
-        yield work
-        work.rename(output)
+        with refusing_full_disk(output):
+            yield work
+            work.rename(output)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise

@@ -26,7 +26,7 @@ class LockedFolder(ABC):
 
     def __init__(self, path: Path, kind: str) -> None:
         self.path, self._kind = path, kind
-        self._lock = FileLock(path.with_name(f".{path.name.removeprefix('.')}.lock"), timeout=0)
+        self._lock = folder_lock(path)
 
     @abstractmethod
     def open(self) -> None:
@@ -54,6 +54,11 @@ class LockedFolder(ABC):
     def __exit__(self, *exception: object) -> None:
         Path(self._lock.lock_file).unlink(missing_ok=True)
         self._lock.release()
+
+
+def folder_lock(path: Path) -> FileLock:
+    """Beside the folder ``path``; never waited for."""
+    return FileLock(path.with_name(f".{path.name.removeprefix('.')}.lock"), timeout=0)
 
 
 def first_difference(wanted: Mapping[str, str], found: Mapping[str, str]) -> tuple[str, str | None, str] | None:

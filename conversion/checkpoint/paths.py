@@ -62,5 +62,3 @@ def require_free(output: Path, companions: list[str]) -> None:
         )
     if output.is_symlink() and not output.exists():
         raise OutputError(f"{output} is a link to {os.readlink(output)}, which does not exist; delete it first.")
-    if output.exists():
-        raise OutputError(f"{output} exists already; choose another output, or move it away.")

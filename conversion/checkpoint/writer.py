@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..errors import VerificationError
-from .atomic import write_tensors, write_text
+from .atomic import write_json, write_tensors
 
 MAX_SHARD_BYTES = 2 * 10**9
 
@@ -61,4 +60,4 @@ class ShardWriter:
         if not self.split.is_sharded:
             return
         index = {"metadata": self.split.metadata, "weight_map": dict(sorted(self.split.tensor_to_filename.items()))}
-        write_text(self.folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+        write_json(self.folder / "model.safetensors.index.json", index)

@@ -33,7 +33,8 @@ from conversion.progress import counting, shown_progress
 from conversion.recipe import DEFAULT_TOKENS, make_recipe
 from conversion.scores import perplexity
 from conversion.sources import SourceModel, open_source
-from conversion.verify import load_model, text_windows, window_length
+from conversion.verify import text_windows, window_length
+from conversion.whole_model import load_model
 
 BUDGETS = "100%,75%,50%,37.5%,25%,12.5%"
 PACKAGES = ("modeling-mla", "torch", "transformers")

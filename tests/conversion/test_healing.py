@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_families import save_family
 from tiny_source import CONTEXT, convert, write_text
+from transformers import TrainerControl, TrainerState
 from typer.testing import CliRunner
 
-from conversion import healing
+from conversion import trained_parameters
 from conversion.cli import app
-from conversion.errors import CalibrationError, ConversionError, OutputError, SourceError
+from conversion.distillation import SAVES, DistillationTrainer, Pace
+from conversion.errors import CalibrationError, ConversionError, JournalError, OutputError, SourceError
 from conversion.healing import Healed, HealingRecipe, heal
 from conversion.progress import silent_progress
 from conversion.scores import kl_divergence
@@ -81,7 +85,7 @@ def test_same_seed_same_weights(checkpoints: dict[str, Path], tmp_path: Path) ->
 def test_unimproved_run_keeps_the_input(
     checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(healing, "RATE", 3.0)
+    monkeypatch.setattr(trained_parameters, "RATE", 3.0)
     healed = run(checkpoints, tmp_path / "healed", steps=10)
     assert not healed.improved
     before = load_file(checkpoints["llama_mla"] / "model.safetensors")
@@ -131,13 +135,155 @@ def test_command_line(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     assert (tmp_path / "healed" / "healing.json").is_file()
 
 
-def test_interruption_leaves_nothing(
+def damaged_copy(folder: Path, output: Path, name: str, change: Callable[[torch.Tensor], object]) -> Path:
+    """A checkpoint with one other tensor."""
+    shutil.copytree(folder, output)
+    tensors = load_file(output / "model.safetensors")
+    change(tensors[name])
+    save_file(tensors, output / "model.safetensors", metadata={"format": "pt"})
+    return output
+
+
+@pytest.mark.parametrize(
+    "name", ["model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight", "model.norm.weight"]
+)
+def test_teacher_that_the_model_was_not_made_from_is_refused(
+    checkpoints: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    foreign = damaged_copy(
+        checkpoints["llama"], tmp_path / "foreign", name, lambda tensor: tensor.flatten()[:1].mul_(2)
+    )
+    with pytest.raises(SourceError, match=f"{name} of .*foreign is not that of .*the model that it was made from"):
+        run(checkpoints | {"llama": foreign}, tmp_path / "out", steps=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["foreign"]
+
+
+def test_teacher_that_gives_no_numbers_is_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    name = "model.layers.1.self_attn.q_proj.weight"
+    broken = damaged_copy(checkpoints["llama"], tmp_path / "broken", name, lambda tensor: tensor.fill_(float("nan")))
+    with pytest.raises(SourceError, match="broken gives logits that are not finite"):
+        run(checkpoints | {"llama": broken}, tmp_path / "out", steps=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["broken"]
+
+
+def test_training_that_diverges_is_not_published(
     checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(*args: object) -> None:
+    monkeypatch.setattr(trained_parameters, "RATE", 1e30)
+    with pytest.raises(ConversionError, match="diverged within 4 steps, its KL is nan"):
+        run(checkpoints, tmp_path / "out", steps=4)
+    assert list(tmp_path.iterdir()) == []
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module", params=[None, 2], ids=["matrices", "adapters"])
+def unbroken(
+    request: pytest.FixtureRequest, checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, int | None], dict[str, bytes]]:
+    """Settings of a healing, and what it gives."""
+    settings, output = {"steps": 24, "lora_rank": request.param}, tmp_path_factory.mktemp("unbroken") / "healed"
+    run(checkpoints, output, **settings)
+    return settings, contents(output)
+
+
+@pytest.mark.parametrize("moment", ["before the save", "half-way", "after the save"])
+@pytest.mark.parametrize("save", [1, 7, SAVES])
+def test_same_bytes_after_an_interruption(
+    checkpoints: dict[str, Path], tmp_path: Path, unbroken: tuple[dict, dict[str, bytes]], save: int, moment: str
+) -> None:
+    settings, expected = unbroken
+    original, saves = DistillationTrainer._save_checkpoint, 0
+
+    def stop(self: DistillationTrainer, *args: object) -> None:
+        nonlocal saves
+        saves += 1
+        if saves == save and moment == "before the save":
+            raise KeyboardInterrupt
+        original(self, *args)
+        if saves == save:
+            if moment == "half-way":
+                Path(self.args.output_dir, f"checkpoint-{self.state.global_step}", "trainer_state.json").write_text("{")
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DistillationTrainer, "_save_checkpoint", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(checkpoints, tmp_path / "healed", **settings)
+    assert [path.name for path in tmp_path.iterdir()] == [".healed.partial"]
+    run(checkpoints, tmp_path / "healed", **settings)
+    assert contents(tmp_path / "healed") == expected
+    assert [path.name for path in tmp_path.iterdir()] == ["healed"]
+
+
+def test_what_was_trained_is_not_trained_again(
+    checkpoints: dict[str, Path], tmp_path: Path, unbroken: tuple[dict, dict[str, bytes]]
+) -> None:
+    settings, expected = unbroken
+
+    def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(healing, "_round_as_stored", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        run(checkpoints, tmp_path / "healed", steps=1)
-    assert list(tmp_path.iterdir()) == []
+    for moment in ("conversion.healing._write", "conversion.healing._write_report"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(moment, stop)
+            if moment.endswith("report"):
+                patch.setattr("conversion.healing.make_trainer", stop)
+            with pytest.raises(KeyboardInterrupt):
+                run(checkpoints, tmp_path / "healed", **settings)
+    run(checkpoints, tmp_path / "healed", **settings)
+    assert contents(tmp_path / "healed") == expected
+
+
+def test_other_settings_do_not_go_on_from_it(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("conversion.healing._write", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(checkpoints, tmp_path / "healed", steps=2)
+    for changed in ({"steps": 3}, {"seed": 1}, {"lora_rank": 2}, {"steps": None, "minutes": 1}):
+        with pytest.raises(JournalError, match=r"unfinished healing with .*delete the folder"):
+            run(checkpoints, tmp_path / "healed", **({"steps": 2} | changed))
+
+
+def test_the_clock_goes_on_where_it_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("conversion.distillation.time.monotonic", lambda: now)
+    shown: list[int] = []
+    pace = Pace(None, 60.0, shown.append)
+    stored = {"Pace": {"args": {}, "attributes": {"seconds": 50.0, "saved": 10}}}
+    state = TrainerState(global_step=9, stateful_callbacks=stored)
+    assert not pace.is_over(state)
+    pace.on_train_begin(None, state, TrainerControl())
+    assert (pace.passed(0), sum(shown)) == (50, 50)
+    control = pace.on_step_end(None, state, TrainerControl())
+    assert not (control.should_save)
+    assert not (control.should_evaluate)
+    assert not (control.should_training_stop)
+    now += 10
+    control = pace.on_step_end(None, state, TrainerControl())
+    assert control.should_save
+    assert control.should_evaluate
+    assert control.should_training_stop
+    state.stateful_callbacks["Pace"] = pace.state()
+    assert pace.is_over(state)
+
+
+def test_interruption_says_that_heal_goes_on(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("conversion.healing.make_trainer", stop)
+    command = ["heal", checkpoints["llama_mla"], "--teacher", checkpoints["llama"], "--data", checkpoints["text"]]
+    command += ["--steps", 2, "--out", tmp_path / "healed"]
+    stopped = CliRunner().invoke(app, [str(argument) for argument in command])
+    assert stopped.exit_code == 130
+    assert "nothing was published. The same mla heal goes on from there" in stopped.stderr

@@ -20,16 +20,8 @@ from conversion.exporters import export_checkpoint
 from conversion.progress import silent_progress
 from conversion.report import verification_tables
 from conversion.sources import open_source
-from conversion.verify import (
-    Verification,
-    check_routes,
-    compare_layers,
-    greedy,
-    held_out_windows,
-    leading_match,
-    text_windows,
-    verify_checkpoint,
-)
+from conversion.verify import Verification, held_out_windows, text_windows, verify_checkpoint
+from conversion.whole_model import check_routes, greedy, leading_match
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +66,7 @@ def test_figures_follow_their_definitions(folders: tuple[Path, Path]) -> None:
     assert found.kl > 1e-3
     assert found.top1_agreement == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()))
     assert 0 < found.top1_agreement < 1
-    assert found.greedy_match == leading_match(expected_tokens, found_tokens)
+    assert found.whole_model.greedy_match == leading_match(expected_tokens, found_tokens)
     assert found.cache_bytes_per_token * 2 == found.cache_bytes_per_token_source
 
 
@@ -205,7 +197,7 @@ def test_error_of_a_layer_is_its_attention_on_the_sources_states(folders: tuple[
     reference, model = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for path in folders)
     ids = windows()[0]
     with torch.inference_mode():
-        found = compare_layers(reference, model, ids)
+        found = verified(folders[1], folders[0]).layer_errors
         states = reference(ids[None], output_hidden_states=True).hidden_states[1]
         block = reference.model.layers[1]
         read = block.input_layernorm(states)
@@ -219,7 +211,6 @@ def test_error_of_a_layer_is_its_attention_on_the_sources_states(folders: tuple[
     assert len(found) == 3
     assert found[1] == pytest.approx(float((other - expected).norm() / expected.norm()) ** 2, rel=1e-4)
     assert found[1] > 1e-4
-    assert not model.model.layers[1].self_attn._forward_pre_hooks
 
 
 @pytest.mark.parametrize(("found", "share"), [([1, 2, 3, 4], 1.0), ([1, 2, 9, 4], 0.5), ([9, 2, 3, 4], 0.0)])

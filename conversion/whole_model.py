@@ -1,0 +1,167 @@
+"""What only a whole model shows: both routes agree, decoding agrees with a full pass, greedy text is the source's.
+
+Models are loaded as any user of Transformers loads them, one after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel
+
+from modeling_mla.transformers_seams_mla import cache_argument, cache_of
+
+from .checkpoint.location import Location
+from .checkpoint.reader import SafetensorsReader
+from .errors import SourceError, VerificationError, first_line
+
+GREEDY_TOKENS = 64
+PROMPT_TOKENS = 32
+DECODED_TOKENS = 8
+"""Decoded one by one in the check of the cache."""
+ROUTE_TOLERANCE = 1e-3
+"""Between routes, and between decoding and a full forward pass, relative to the largest logit, in float32."""
+STEPS = 3
+
+
+@dataclass(frozen=True)
+class WholeModel:
+    """``greedy_match`` is the share of the greedy tokens before the first one that differs; ``route_error`` and
+    ``decode_error`` are relative to the largest logit."""
+
+    greedy_match: float
+    greedy_tokens: int
+    route_error: float
+    decode_error: float
+
+
+def reason_to_leave_out(model: PreTrainedModel, allowed: int | None) -> str | None:
+    """Why a model of this size is not loaded whole, or None where it fits.
+
+    Args:
+        model: on any device.
+        allowed: bytes that it may take; None for as many as are available.
+    """
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    needed, available = parameters * torch.float32.itemsize, psutil.virtual_memory().available
+    if needed > available:
+        return f"it needs {needed / 1e9:.1f} GB of memory, and {available / 1e9:.1f} GB are available"
+    if allowed is not None and needed > allowed:
+        return f"it needs {needed / 1e9:.1f} GB of memory, the conversion {allowed / 1e9:.1f} GB; mla verify does it"
+    return None
+
+
+@torch.inference_mode()
+def check_whole_model(converted: Location, source: Location, window: Tensor, step: Callable[[], None]) -> WholeModel:
+    """Loads one model after the other.
+
+    Args:
+        window: token ids ``[S]``.
+        step: called ``STEPS`` times.
+
+    Raises:
+        VerificationError: a tensor is loaded with other values than are stored, the two routes differ, or decoding
+            from the cache differs from a full forward pass.
+        SourceError: one of the models cannot be loaded.
+    """
+    prompt = window[None, : min(PROMPT_TOKENS, len(window) // 2)]
+    new_tokens = min(GREEDY_TOKENS, len(window) - prompt.shape[1])
+    model = load_model(converted)
+    check_loaded(converted, model)
+    route_error, decode_error = check_routes(model, window)
+    step()
+    found = greedy(model, prompt, new_tokens)
+    step()
+    del model
+    expected = greedy(load_model(source), prompt, new_tokens)
+    step()
+    return WholeModel(leading_match(expected, found), new_tokens, route_error, decode_error)
+
+
+def load_model(location: Location, **placement: Any) -> PreTrainedModel:
+    """The model in float32, as any user of Transformers loads it.
+
+    Args:
+        placement: what else ``from_pretrained`` is told, of devices.
+
+    Raises:
+        SourceError: it cannot be loaded.
+    """
+    arguments = location.arguments | {"config": location.config()} | placement
+    if location.gguf_file is not None:
+        # Otherwise weights stay packed where Transformers finds kernels for them.
+        arguments["quantization_config"] = GgufConfig(dequantize=True)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(**arguments, dtype=torch.float32, trust_remote_code=False)
+    except Exception as error:
+        # Transformers and its parsers raise many kinds; every one means that no user could load it.
+        raise SourceError(f"{location.model} cannot be loaded by Transformers: {first_line(error)}") from error
+    return model.eval()
+
+
+def check_loaded(location: Location, model: PreTrainedModel) -> None:
+    """Raises `VerificationError` where ``model`` has a tensor with other values than are stored."""
+    reader, loaded = SafetensorsReader(location.folder), model.state_dict()
+    for name in reader.names:
+        if name not in loaded or not torch.equal(reader.tensor(name).float(), loaded[name]):
+            raise VerificationError(f"{name} of {location.model} is loaded with other values than are stored.")
+
+
+def check_routes(model: PreTrainedModel, window: Tensor) -> tuple[float, float]:
+    """Compares the absorbed with the expanded route, and decoding from the cache with a full forward pass.
+
+    Args:
+        window: token ids ``[S]``.
+
+    Returns:
+        The largest differences of the logits, relative to the largest logit.
+
+    Raises:
+        VerificationError: a difference is above `ROUTE_TOLERANCE`.
+    """
+    ids = window[None, : PROMPT_TOKENS + DECODED_TOKENS]
+    prefix = ids.shape[1] - min(DECODED_TOKENS, ids.shape[1] - 1)
+    logits = {}
+    for route in ("expanded", "absorbed"):
+        model.set_attention_route(route)
+        logits[route] = model(ids).logits
+    model.set_attention_route("auto")
+    scale = logits["expanded"].abs().max()
+    step = model(ids[:, :prefix], use_cache=True)
+    decoded = [step.logits[:, -1:]]
+    for position in range(prefix, ids.shape[1]):
+        step = model(ids[:, position : position + 1], **cache_argument(cache_of(step)), use_cache=True)
+        decoded.append(step.logits)
+    full = logits["expanded"][:, prefix - 1 :]
+    route_error = float((logits["absorbed"] - logits["expanded"]).abs().max() / scale)
+    decode_error = float((torch.cat(decoded, dim=1) - full).abs().max() / scale)
+    for what, error in (("absorbed and expanded attention", route_error), ("decoding and a full pass", decode_error)):
+        if not error <= ROUTE_TOLERANCE:
+            raise VerificationError(
+                f"{what} differ by {error:.1e} of the largest logit; at most {ROUTE_TOLERANCE:.0e} is rounding."
+            )
+    return route_error, decode_error
+
+
+def greedy(model: PreTrainedModel, prompt: Tensor, count: int) -> Tensor:
+    """``[count]`` greedy continuation tokens, the end token excluded so that there are always ``count``."""
+    generated = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        do_sample=False,
+        num_beams=1,
+        min_new_tokens=count,
+        max_new_tokens=count,
+    )
+    return generated[0, prompt.shape[1] :]
+
+
+def leading_match(expected: Tensor, found: Tensor) -> float:
+    """The share of tokens before the first difference."""
+    differing = (expected != found).nonzero()
+    return 1.0 if len(differing) == 0 else float(differing[0, 0]) / len(expected)
