@@ -174,7 +174,6 @@ def _absorbing_attention(native_class: Any) -> type[nn.Module]:
         _absorbing_attention,
         (LatentAttention, native_class),
         forward=with_globals(native_class.forward, ALL_ATTENTION_FUNCTIONS=ALL_ATTENTION_FUNCTIONS),
-        expand_latents=native_class.expand_kv,
     )
 
 
