@@ -58,6 +58,7 @@ def preflight(plan: ConversionPlan, source: SourceModel, work: Path, progress: P
     for text, windows in held_out_windows(tokenizer, plan.window, VERIFIED_WINDOWS).items():
         check_ids(windows, text, tokenizer, source)
     _try_small_files(plan, source, tokenizer)
+    _try_generation(source)
     with counting(progress, "checking", source.num_layers) as step:
         check_weights(source, plan.recipe.torch_dtype, step)
     return tokenizer
@@ -114,6 +115,24 @@ def _try_small_files(plan: ConversionPlan, source: SourceModel, tokenizer: PreTr
 
 
 @torch.inference_mode()
+def _try_generation(source: SourceModel) -> None:
+    """Generates a token by the source's defaults, with the smallest model of its family."""
+    sizes = dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads"), 1)
+    widths = dict.fromkeys(("hidden_size", "intermediate_size", "head_dim"), 8)
+    with torch.random.fork_rng(devices=[]):
+        model = source.causal_lm(type(source.config)(**sizes, **widths, vocab_size=source.config.vocab_size))
+    model.generation_config = source.location.generation_config(source.config)
+    try:
+        model.generate(torch.zeros(1, 2, dtype=torch.long), do_sample=False, num_beams=1, max_new_tokens=1)
+    except Exception as error:
+        # Transformers checks few of the fields before it uses them.
+        raise SourceError(
+            f"nothing can be generated with the generation defaults of {source.location.model} "
+            f"({type(error).__name__}: {first_line(error)}); correct generation_config.json."
+        ) from error
+
+
+@torch.inference_mode()
 def check_weights(source: SourceModel, written: torch.dtype | None, step: Callable[[], None]) -> None:
     """Reads every weight, and runs a few tokens through the source in float32.
 
@@ -155,7 +174,8 @@ def _check_range(name: str, source: SourceModel, written: torch.dtype | None) ->
 
 
 def _require_finite(values: Tensor, where: str, source: SourceModel) -> None:
-    if not torch.isfinite(values).all():
+    # The next norm squares them.
+    if not torch.isfinite(values.square()).all():
         raise SourceError(
             f"{source.location.model} computes values {where} that are not finite in float32, so there is nothing to "
             "convert to; look for weights or configuration fields that are far too large or small."

@@ -36,10 +36,16 @@ def interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
     return weight.view(heads, 2, -1, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)
 
 
-def write_gguf(path: Path, model: LlamaForCausalLM, extra: dict[str, np.ndarray] | None = None, **fields: str) -> Path:
+def write_gguf(
+    path: Path,
+    model: LlamaForCausalLM,
+    extra: dict[str, np.ndarray] | None = None,
+    writer_class: type[gguf.GGUFWriter] = gguf.GGUFWriter,
+    **fields: str,
+) -> Path:
     """A tied Llama as a GGUF with weights in Q8_0, as llama.cpp's converter writes it; no tokenizer."""
     config = model.config
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = writer_class(path, "llama")
     writer.add_name("tiny")
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
