@@ -51,6 +51,8 @@ def blaming(kind: type[ConversionError], what: str) -> Iterator[None]:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an exception's message, or its class where it has none."""
+    """The first line of an exception's message, and the next where it announces that; its class where it has none."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

@@ -11,7 +11,6 @@ import shutil
 from abc import abstractmethod
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import ClassVar, Generic, TypeVar
 
 from filelock import Timeout
@@ -57,12 +56,8 @@ class PartialOutput(LockedFolder, Generic[AnyJournal]):
         self.progress = journal
         self._nothing_done = journal.model_copy(deep=True)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None = None,
-        error: BaseException | None = None,
-        trace: TracebackType | None = None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
+        error = exception[1] if exception else None
         idle = self.progress == self._nothing_done
         if isinstance(error, ConversionError) and (idle or not isinstance(error, OutputError | JournalError)):
             shutil.rmtree(self.path, ignore_errors=True)
