@@ -31,21 +31,25 @@ def check_tensors(folder: Path, model: PreTrainedModel, source: SourceModel) -> 
     unknown = sorted(set(reader.names) - set(expected))
     missing = sorted(set(expected) - set(reader.names) - tied)
     if unknown or missing:
-        raise VerificationError(f"{folder} {f'lacks {missing[0]}' if missing else f'holds unknown {unknown[0]}'}.")
+        found = f"lacks {missing[0]}" if missing else f"holds unknown {unknown[0]}"
+        raise VerificationError(f"{folder} {found}; convert the model again.")
     for name in reader.names:
         wanted = tuple(expected[name].shape)
         if reader.shape(name) != wanted:
             raise VerificationError(
                 f"{name} of {folder} is {reader.shape(name)}, but its configuration means {wanted}; "
-                "one of the two was changed: convert the model again."
+                "convert the model again."
             )
         reader.dtype(name)
         if not torch.isfinite(reader.tensor(name)).all():
-            raise VerificationError(f"{name} of {folder} is not finite.")
+            raise VerificationError(f"{name} of {folder} is not finite; convert the model again.")
     unchanged = 0
     for name in passed_through(source):
         if not kept(name, reader, source):
-            raise VerificationError(f"{name} of {folder} is not the source's, though only attention is converted.")
+            raise VerificationError(
+                f"{name} of {folder} is not the source's, though only attention is converted; give the model that it "
+                "was made from, or convert it again."
+            )
         unchanged += reader.dtype(name) == source.tensors.dtype(name)
     return len(reader.names), unchanged
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from . import damage
 from .activations import ResidualStream
+from .agreement import refuse_contradiction
 from .assemble import write_shards
 from .calibration import load_windows
 from .card import write_card
@@ -179,6 +180,13 @@ class _Run:
         self.source.location.generation_config(self.source.config).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         verification = self._verify(tokenizer)
+        rounded = self.plan.recipe.torch_dtype is not None or config.o_bias
+        refuse_contradiction(
+            verification,
+            lossless=self.method.lossless,
+            rounded_to=self.plan.dtype if rounded else None,
+            vocabulary=config.vocab_size,
+        )
         report = Report(self.plan, self.source.location, budgets, self.work.progress.errors, verification)
         write_report(report, folder)
         write_card(report, folder)
@@ -289,7 +297,7 @@ class _Run:
 
     def _verify(self, tokenizer: PreTrainedTokenizerBase) -> Verification:
         texts = held_out_windows(tokenizer, window_length(self.source), VERIFIED_WINDOWS)
-        return verify_checkpoint(self.work.checkpoint, self.source, texts, self.progress)
+        return verify_checkpoint(self.work.checkpoint, self.source, texts, self.progress, self.plan.memory_bytes)
 
 
 __all__ = ["Conversion", "make_plan", "run_plan"]

@@ -80,8 +80,8 @@ def calibration_documents(domain: str, tokenizer: PreTrainedTokenizerBase) -> li
 
 
 def evaluation_texts(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """Held-out text by domain, prose in its usual print only: nothing of it is in `calibration_documents`."""
-    domains = [domain for domain in dict.fromkeys(turns(tokenizer)) if domain != _TOKENISED]
+    """Held-out text by domain: nothing of it is in `calibration_documents`."""
+    domains = dict.fromkeys(turns(tokenizer))
     return {domain: "\n\n".join(_texts(domain, tokenizer, held_out=True)) for domain in domains}
 
 

@@ -16,7 +16,7 @@ from accelerate.utils import align_module_device
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .errors import SourceError
+from .errors import SourceError, blaming
 from .sources import SourceModel
 from .whole_model import load_model, reason_to_leave_out
 
@@ -39,14 +39,15 @@ def check_reference(source: SourceModel) -> None:
         unseen = set(source.stored_names())
         with _quiet():
             model = load_model(source.location, **placement)
-        for name, loaded in _tensors(model):
-            # A head that is tied to the embedding need not be stored.
-            if name in unseen:
-                unseen.remove(name)
-                converted = source.tensors.tensor(name).float()
-                # What is not finite is refused where it is written.
-                if not torch.equal(loaded.nan_to_num(), converted.nan_to_num()):
-                    raise _other_model(source, name)
+        with blaming(SourceError, f"Transformers does not load all of {source.location.model}"):
+            for name, loaded in _tensors(model):
+                # A head that is tied to the embedding need not be stored.
+                if name in unseen:
+                    unseen.remove(name)
+                    converted = source.tensors.tensor(name).float()
+                    # What is not finite is refused where it is written.
+                    if not torch.equal(loaded.nan_to_num(), converted.nan_to_num()):
+                        raise _other_model(source, name)
     if unseen:
         raise _other_model(source, min(unseen))
 

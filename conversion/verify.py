@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,8 @@ FAR_OFF = 2.5
 """A text whose KL is so many times that of the closest one is reported: the calibration lacked its kind."""
 _SMALL_KL = 0.01
 """Nats a token, below which no text is far off."""
+_BODY = ("num_hidden_layers", "hidden_size", "vocab_size")
+"""What a model and the one that it was made from have in common, before any tensor is read."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +96,16 @@ def verify_checkpoint(
     config = location.config()
     if not is_mla(config):
         raise SourceError(f"{folder} is a {config.model_type} model without a latent cache; give a converted one.")
+    for field in _BODY:
+        found, wanted = getattr(config, field), getattr(source.config, field)
+        if found != wanted:
+            raise VerificationError(
+                f"{field} of {folder} is {found}, of {source.location.model} {wanted}; give the model that it was made "
+                "from, or convert it again."
+            )
     model = _without_weights(folder, config)
-    tensors, unchanged = check_tensors(folder, model, source)
+    with blaming(VerificationError, f"{folder} cannot be read"):
+        tensors, unchanged = check_tensors(folder, model, source)
     left_out = reason_to_leave_out(model, allowed_bytes)
     windows = sum(map(len, texts.values()))
     first = next(iter(texts.values()))[0]
@@ -104,6 +115,7 @@ def verify_checkpoint(
         converted = StreamedModel(source, model, lambda: SafetensorsReader(folder))
         with blaming(VerificationError, f"{folder} and {source.location.name} cannot be run side by side"):
             scores, layer_errors = compare_models(reference, converted, source.num_layers, texts, step)
+            _refuse_not_finite(scores, layer_errors, source.location.name, folder)
             whole = check_whole_model(location, source.location, first, step) if left_out is None else None
     dtype = config.dtype or torch.float32
     domains = tuple(score.result(name, *texts[name].shape) for name, score in scores.items())
@@ -123,6 +135,21 @@ def verify_checkpoint(
 def _without_weights(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
     with blaming(SourceError, f"the configuration of {folder} describes no model"), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+def _refuse_not_finite(scores: Mapping[str, Scores], layer_errors: Sequence[float], source: str, folder: Path) -> None:
+    for text, score in scores.items():
+        if not math.isfinite(score.nll_source):
+            raise SourceError(f"{source} gives logits that are not finite on {text}; nothing can be compared with it.")
+        if not math.isfinite(score.nll + score.kl + score.worst):
+            raise VerificationError(
+                f"{folder} gives logits that are not finite on {text}; convert with a larger cache."
+            )
+    for layer, error in enumerate(layer_errors):
+        if not math.isfinite(error):
+            raise VerificationError(
+                f"the attention of layer {layer} of {folder} gives what is not finite; convert with a larger cache."
+            )
 
 
 def window_length(source: SourceModel) -> int:

@@ -68,6 +68,8 @@ class Method(ABC):
     source: ClassVar[str]
     """Where the mathematics is published."""
     needs_calibration: ClassVar[bool]
+    lossless: ClassVar[bool] = False
+    """Whether the converted layer gives what the source's does, up to rounding."""
     allocates: ClassVar[bool] = False
     """Whether :meth:`allocate` moves ranks, for which the damage of every layer is measured first."""
 

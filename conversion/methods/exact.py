@@ -22,6 +22,7 @@ class ExactMethod(Method):
     name = "exact"
     source = "this project; the merged key head of TransMLA (arXiv 2502.07864, section 4.1) with its rotation kept"
     needs_calibration = False
+    lossless = True
 
     def smallest(self, geometry: AttentionGeometry) -> LayerBudget:
         kv, passive = geometry.num_kv_heads, geometry.head_dim - geometry.rotary_dim

@@ -108,7 +108,7 @@ def test_default_is_balanced_and_seeded(tokenizer):
     assert torch.equal(windows, load_windows(None, tokenizer, 64, 64 * 9, seed=0))
 
 
-@pytest.mark.parametrize("domain", ["prose", "documentation", "code", "chat", "Bulgarian"])
+@pytest.mark.parametrize("domain", ["prose", "documentation", "code", "chat", "tokenised prose", "Bulgarian"])
 def test_default_calibration_and_evaluation_are_disjoint(domain, tokenizer):
     tokenizer = with_template(tokenizer)
     documents = calibration_documents(domain, tokenizer)
@@ -166,7 +166,6 @@ def test_tokenised_prose_is_neither_the_other_prose_nor_held_out(tokenizer):
     held_out = [text for _, text in default_texts._prose(held_out=True)]
     plain = [*calibration_documents("prose", tokenizer), *held_out]
     assert not {default_texts._tokenised(text) for text in plain} & tokenised
-    assert "tokenised prose" not in evaluation_texts(tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -237,3 +236,10 @@ def test_folder_as_text(tmp_path, tokenizer):
     (tmp_path / "text.txt").mkdir()
     with pytest.raises(CalibrationError, match="is a folder"):
         load_windows(str(tmp_path / "text.txt"), tokenizer, 8, 80, 0)
+
+
+def test_both_prints_of_prose_are_evaluated(tokenizer):
+    texts = evaluation_texts(tokenizer)
+    assert ", " in texts["prose"]
+    assert ", " not in texts["tokenised prose"].replace(" , ", "")
+    assert texts["tokenised prose"].split("\n\n")[0] == default_texts._tokenised(default_texts._prose(True)[0][1])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +14,15 @@ import pytest
 from tiny_source import LAYERS, convert, save_source, write_text
 
 from conversion.checkpoint.journal import WorkFolder
-from conversion.errors import JournalError
+from conversion.errors import (
+    BudgetError,
+    CalibrationError,
+    ConversionError,
+    JournalError,
+    OutputError,
+    SourceError,
+    VerificationError,
+)
 
 RECIPE = {"cache": "50%", "tokens": 256}
 
@@ -184,3 +194,121 @@ def test_changed_calibration_text_does_not_go_on(
 def test_two_processes_do_not_share_a_work_folder(tmp_path: Path) -> None:
     with WorkFolder(tmp_path / "out", {}), pytest.raises(JournalError, match="another process"):
         WorkFolder(tmp_path / "out", {}).__enter__()
+
+
+@pytest.fixture
+def killed_after_publishing(unbroken: tuple[Path, dict[str, bytes], int], tmp_path: Path) -> dict[str, str]:
+    """The recipe of a conversion that was killed when its output had its name, and its work folder was still there."""
+    folder, _, _ = unbroken
+    arguments = {"calibration": str(folder / "text.txt"), **RECIPE}
+
+    original = shutil.rmtree
+
+    def kill(path: Path, *others: object, **named: object) -> None:
+        if str(path).endswith(".partial"):
+            raise KeyboardInterrupt
+        original(path, *others, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("shutil.rmtree", kill)
+        with pytest.raises(KeyboardInterrupt):
+            convert(folder / "source", tmp_path / "out", **arguments)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.partial", "out"]
+    return arguments
+
+
+def test_what_a_kill_after_publishing_left_is_deleted(
+    killed_after_publishing: dict[str, str], unbroken: tuple[Path, dict[str, bytes], int], tmp_path: Path
+) -> None:
+    folder, expected, _ = unbroken
+    with pytest.raises(OutputError, match="exists already"):
+        convert(folder / "source", tmp_path / "out", **killed_after_publishing)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert contents(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize("changed", [{}, {"seed": 1}])
+def test_an_output_that_was_moved_away_is_made_again(
+    killed_after_publishing: dict[str, str],
+    unbroken: tuple[Path, dict[str, bytes], int],
+    tmp_path: Path,
+    changed: dict[str, int],
+) -> None:
+    folder, expected, _ = unbroken
+    (tmp_path / "out").rename(tmp_path / "elsewhere")
+    output = convert(folder / "source", tmp_path / "out", **(killed_after_publishing | changed)).output
+    assert (contents(output) == expected) == (not changed)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "out"]
+
+
+def test_unfinished_work_beside_an_output_is_kept(half_done: Callable[..., object], tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(OutputError, match="exists already"):
+        half_done()
+    (tmp_path / "out").rmdir()
+    assert (tmp_path / ".out.partial" / "statistics-00000.safetensors").is_file()
+    half_done()
+
+
+@pytest.mark.parametrize("kind", [SourceError, BudgetError, CalibrationError, VerificationError])
+@pytest.mark.parametrize("moment", ["_measure", "_allocate", "_convert", "_verify"])
+def test_a_refusal_leaves_nothing(
+    kind: type[ConversionError],
+    moment: str,
+    unbroken: tuple[Path, dict[str, bytes], int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: object) -> None:
+        raise kind("refused")
+
+    monkeypatch.setattr(f"conversion.convert._Run.{moment}", refuse)
+    with pytest.raises(kind):
+        convert(unbroken[0] / "source", tmp_path / "out", calibration=str(unbroken[0] / "text.txt"), **RECIPE)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_statistics_of_something_else_leave_nothing(
+    unbroken: tuple[Path, dict[str, bytes], int], tmp_path: Path
+) -> None:
+    (tmp_path / "statistics").mkdir()
+    (tmp_path / "statistics" / "letter.txt").write_text("mine")
+    arguments = {"calibration": str(unbroken[0] / "text.txt"), "statistics": tmp_path / "statistics", **RECIPE}
+    with pytest.raises(JournalError, match="no statistics"):
+        convert(unbroken[0] / "source", tmp_path / "out", **arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["statistics"]
+
+
+def no_space(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def no_space_in_rust(*_: object, **__: object) -> None:
+    raise Exception("No space left on device (os error 28)")
+
+
+@pytest.mark.parametrize(
+    ("function", "failure"),
+    [
+        ("transformers.PreTrainedConfig.save_pretrained", no_space),
+        ("transformers.GenerationConfig.save_pretrained", no_space),
+        ("transformers.PreTrainedTokenizerFast.save_pretrained", no_space_in_rust),
+        ("conversion.convert.write_report", no_space),
+        ("conversion.convert.write_card", no_space),
+        ("conversion.checkpoint.measurements.write_text", no_space),
+        ("conversion.checkpoint.measurements.write_tensors", no_space_in_rust),
+        ("pathlib.Path.rename", no_space),
+    ],
+)
+def test_disk_that_is_full_for_any_file(
+    function: str, failure: Callable[..., None], unbroken: tuple[Path, dict[str, bytes], int], tmp_path: Path
+) -> None:
+    folder = unbroken[0]
+    arguments = {"calibration": str(folder / "text.txt"), "method": "transmla", "cache": "60%", "tokens": 256}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(function, failure)
+        with pytest.raises(OutputError, match=r"(?i)no space left .*run the same command again"):
+            convert(folder / "source", tmp_path / "out", **arguments)
+    assert not (tmp_path / "out").exists()
+    convert(folder / "source", tmp_path / "out", **arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

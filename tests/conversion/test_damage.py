@@ -1,27 +1,41 @@
 """What a layer alone does to the model's predictions, beside the model that the conversion would save."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from tiny_families import FAMILIES, save_family
 from tiny_source import CONTEXT, LAYERS
-from transformers import AutoModelForCausalLM
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from conversion.damage import layer_damage
-from conversion.layers import LayerBudget
+from conversion.layers import LayerBudget, MLAWeights
 from conversion.methods import get_method
-from conversion.methods.attention import converted_output
 from conversion.refitting import spread_windows
-from conversion.sources import open_source
+from conversion.sources import SourceModel, open_source
+
+
+def converted_model(source: SourceModel, original: PreTrainedModel, weights: list[MLAWeights]) -> PreTrainedModel:
+    """The library's own model with every layer converted."""
+    config = source.mla_config(weights, torch.float32)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    tensors = {name: tensor for name, tensor in original.state_dict().items() if name in model.state_dict()}
+    for layer, layer_weights in enumerate(weights):
+        tensors |= source.mla_tensors(layer, layer_weights, config, torch.float32)
+    model.load_state_dict(tensors)
+    return model
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
-def test_damage_is_the_divergence_of_the_model_with_one_converted_layer(family, tmp_path):
+def test_damage_is_the_divergence_of_the_model_with_one_converted_layer(family: str, tmp_path: Path) -> None:
     source = open_source(str(save_family(tmp_path / "source", family, dtype=torch.float32)))
     windows = torch.randint(5, 200, (2, CONTEXT // 2))
     method = get_method("attention_aware")
 
-    def converted(layer):
+    def converted(layer: int) -> MLAWeights:
         geometry, weights = source.geometry(layer), source.attention(layer)
         sums = method.statistics(geometry, weights, 0)
         states = source.embed(windows)
@@ -29,32 +43,26 @@ def test_damage_is_the_divergence_of_the_model_with_one_converted_layer(family, 
         statistics = sums.tensors()
         return method.factorise(geometry, weights, statistics, LayerBudget(geometry.cache_elements // 2 - 4, 4))
 
-    done = []
+    done: list[int] = []
     damage = layer_damage(source, windows, converted, lambda: done.append(1))
     assert len(done) == len(damage) == LAYERS
 
-    model = AutoModelForCausalLM.from_pretrained(source.location.folder, dtype=torch.float32).eval()
-    reference = model(windows).logits.log_softmax(-1)
+    original = AutoModelForCausalLM.from_pretrained(source.location.folder, dtype=torch.float32).eval()
+    other = converted_model(source, original, [converted(layer) for layer in range(LAYERS)])
+    reference = original(windows).logits.log_softmax(-1)
     for layer in range(LAYERS):
-        weights, module = converted(layer), source.decoder_layer(layer)
-        attention = model.model.layers[layer].self_attn
-        before = {}
+        attention = other.model.layers[layer].self_attn
 
-        def keep(_, args, before=before):
-            before["states"] = args[0]
+        def replace(
+            _: nn.Module, args: Any, kwargs: dict[str, Any], output: Any, attention: nn.Module = attention
+        ) -> Any:
+            states, mask = kwargs["hidden_states"], kwargs["attention_mask"]
+            angles = other.model.rotary_emb(states, torch.arange(states.shape[1])[None])
+            return attention(hidden_states=states, position_embeddings=angles, attention_mask=mask)
 
-        def replace(_, args, kwargs, output, before=before, layer=layer, weights=weights, module=module):
-            inputs = source.attention_input(module, before["states"])
-            found = [converted_output(source.geometry(layer), weights, window) for window in inputs]
-            return torch.stack(found), output[1]
-
-        hooks = [
-            model.model.layers[layer].register_forward_pre_hook(keep),
-            attention.register_forward_hook(replace, with_kwargs=True),
-        ]
-        found = model(windows).logits.log_softmax(-1)
-        for hook in hooks:
-            hook.remove()
+        hook = original.model.layers[layer].self_attn.register_forward_hook(replace, with_kwargs=True)
+        found = original(windows).logits.log_softmax(-1)
+        hook.remove()
         expected = (reference.exp() * (reference - found)).sum(-1).mean()
         assert damage[layer] == pytest.approx(float(expected), rel=1e-3, abs=1e-6)
         assert damage[layer] > 1e-5

@@ -263,14 +263,10 @@ def test_the_clock_goes_on_where_it_stopped(monkeypatch: pytest.MonkeyPatch) -> 
     pace.on_train_begin(None, state, TrainerControl())
     assert (pace.passed(0), sum(shown)) == (50, 50)
     control = pace.on_step_end(None, state, TrainerControl())
-    assert not (control.should_save)
-    assert not (control.should_evaluate)
-    assert not (control.should_training_stop)
+    assert (control.should_save, control.should_evaluate, control.should_training_stop) == (False, False, False)
     now += 10
     control = pace.on_step_end(None, state, TrainerControl())
-    assert control.should_save
-    assert control.should_evaluate
-    assert control.should_training_stop
+    assert (control.should_save, control.should_evaluate, control.should_training_stop) == (True, True, True)
     state.stateful_callbacks["Pace"] = pace.state()
     assert pace.is_over(state)
 
@@ -278,7 +274,7 @@ def test_the_clock_goes_on_where_it_stopped(monkeypatch: pytest.MonkeyPatch) -> 
 def test_interruption_says_that_heal_goes_on(
     checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(*_: object) -> None:
+    def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("conversion.healing.make_trainer", stop)
