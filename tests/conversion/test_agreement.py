@@ -116,13 +116,18 @@ def test_older_weights_beside_shards_are_refused(two_sets: Path, tmp_path: Path)
     assert_refused(two_sets, tmp_path / "out")
 
 
-def test_weights_that_the_configuration_names_are_refused(tmp_path: Path) -> None:
+def test_weights_that_the_configuration_names_are_converted(tmp_path: Path) -> None:
+    """As Transformers loads them, whatever lies beside them under the usual name."""
     source = save_source(tmp_path / "source")
     other = save_source(tmp_path / "other", initializer_range=0.1)
     (other / "model.safetensors").rename(source / "other.safetensors")
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"transformers_weights": "other.safetensors"}))
-    assert_refused(source, tmp_path / "out")
+    output = convert(source, tmp_path / "out", method="exact").output
+    loaded, converted = load_file(source / "other.safetensors"), load_file(output / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(converted[name], loaded[name])
+    assert not torch.equal(converted[name], load_file(source / "model.safetensors")[name])
 
 
 def test_an_adapter_is_refused(tmp_path: Path) -> None:

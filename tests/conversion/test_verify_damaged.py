@@ -60,8 +60,8 @@ def edit(file: Path, change: Callable[[dict], object]) -> None:
         ("num_hidden_layers", 10, "num_hidden_layers of"),
         ("hidden_act", "nonsense", "config"),
         ("vocab_size", 300, "vocab_size of"),
-        ("intermediate_size", 10**12, "but its configuration means"),
-        ("model_type", "llama", "lacks model.layers.0.self_attn.k_proj.weight"),
+        ("intermediate_size", 10**12, "it must be 1 to 2147483647"),
+        ("model_type", "llama", "is a llama model without a latent cache"),
     ],
 )
 def test_configuration(damaged: Path, folder: Path, field: str, value: object, fragment: str) -> None:
