@@ -10,7 +10,11 @@ MODEL ?= $(shell $(BIN)/python -c "import importlib.util as u; print(u.find_spec
 CACHE ?= 50%
 OUT ?= out/demo
 
-.PHONY: install demo test lint bench vllm-check clean
+# How many broken checkpoints `make fuzz` tries to convert, and the seed of what is wrong with them.
+MUTANTS ?= 1000
+SEED ?= 0
+
+.PHONY: install demo test fuzz lint bench vllm-check clean
 
 install: $(STAMP)
 
@@ -27,6 +31,9 @@ demo: install
 
 test: install
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term:skip-covered
+
+fuzz: install
+	$(BIN)/python tests/conversion/fuzz.py --mutants $(MUTANTS) --seed $(SEED)
 
 lint: install
 	$(BIN)/ruff check .

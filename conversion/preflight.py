@@ -154,7 +154,13 @@ def check_weights(source: SourceModel, written: torch.dtype | None, step: Callab
         states = source.run_layer(layer, source.decoder_layer(layer), states)
         _require_finite(states, f"behind layer {layer}", source)
         step()
-    _require_finite(source.predictor()(states), "of its predictions", source)
+    logits = source.predictor()(states)
+    _require_finite(logits, "of its predictions", source)
+    if not (logits - logits[..., :1]).any():
+        raise SourceError(
+            f"{source.location.model} predicts every token alike, so there is nothing to convert to; look for weights "
+            "or configuration fields that are far too large or small."
+        )
 
 
 def _check_range(name: str, source: SourceModel, written: torch.dtype | None) -> None:
