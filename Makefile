@@ -18,7 +18,11 @@ MODEL ?= $(shell $(BIN)/python -c "import importlib.util as u; print(u.find_spec
 CACHE ?= 50%
 OUT ?= out/demo
 
-.PHONY: install demo test test-floor test-floor-fast test-newest lint bench vllm-check clean
+# How many broken checkpoints `make fuzz` tries to convert, and the seed of what is wrong with them.
+MUTANTS ?= 1000
+SEED ?= 0
+
+.PHONY: install demo test test-floor test-floor-fast test-newest fuzz lint bench vllm-check clean
 
 # An environment $(1) under the constraints $(2); without any, torch alone keeps its own: a newer one may bring CUDA.
 define environment
@@ -60,6 +64,9 @@ test-newest:
 	rm -rf $(NEWEST)
 	$(call environment,$(NEWEST),)
 	$(TEST)
+
+fuzz: install
+	$(BIN)/python tests/conversion/fuzz.py --mutants $(MUTANTS) --seed $(SEED)
 
 lint: install
 	$(BIN)/ruff check .

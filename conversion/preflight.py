@@ -156,7 +156,13 @@ def check_weights(source: SourceModel, written: torch.dtype | None, step: Callab
         states = source.run_layer(layer, source.decoder_layer(layer), states)
         _require_finite(states, f"behind layer {layer}", source)
         step()
-    _require_finite(source.predictor()(states), "of its predictions", source)
+    states = source.final_norm_module()(states)
+    _require_finite(states, "behind its last norm", source)
+    if not states.any():
+        raise SourceError(
+            f"{source.location.model} computes zeros alone, so there is nothing to convert to; look for weights or "
+            "configuration fields that are far too large or small."
+        )
 
 
 def _check_range(name: str, source: SourceModel, written: torch.dtype | None) -> None:
@@ -167,8 +173,9 @@ def _check_range(name: str, source: SourceModel, written: torch.dtype | None) ->
     limits = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, written or torch.float32)}
     for dtype, limit in limits.items():
         if not largest <= limit:
+            kind = str(dtype).removeprefix("torch.")
             raise SourceError(
-                f"{name} of {source.location.model} holds {largest:.3g}, which is not finite in {dtype}; give sound "
+                f"{name} of {source.location.model} holds {largest:.3g}, which is not finite in {kind}; give sound "
                 "weights, or another --dtype."
             )
 

@@ -67,6 +67,8 @@ def read_fields(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises `SourceError` where there is none."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise SourceError(f"{path} is missing; give a checkpoint in Transformers' format, or a GGUF file.") from error
     except (OSError, ValueError, RecursionError) as error:
         raise SourceError(f"{path} is damaged, no UTF-8 JSON ({first_line(error)}); fetch the model again.") from error
     if not isinstance(fields, dict):

@@ -224,11 +224,16 @@ class SourceModel:
         mask = sliding_mask(hidden_states.shape[1], self.geometry(layer))
         return module(hidden_states, attention_mask=mask, position_ids=position_ids, position_embeddings=angles)
 
-    def predictor(self) -> Callable[[Tensor], Tensor]:
-        """What makes logits ``[..., V]`` of the hidden states ``[..., D]`` that leave the last layer, float32."""
+    def final_norm_module(self) -> nn.Module:
+        """The norm behind the last layer with its weights, in float32."""
         norm = deepcopy(self.meta_model.get_submodule(self.final_norm))
         parameters = {name: self.tensors.tensor(f"{self.final_norm}.{name}").float() for name in norm.state_dict()}
         norm.load_state_dict(parameters, assign=True)
+        return norm
+
+    def predictor(self) -> Callable[[Tensor], Tensor]:
+        """What makes logits ``[..., V]`` of the hidden states ``[..., D]`` that leave the last layer, float32."""
+        norm = self.final_norm_module()
         # A head that is stored is used whatever tie_word_embeddings says, as by Transformers.
         head = self.tensors.tensor(self.head if self.head in self.tensors.names else self.embedding).float()
         return lambda states: torch.nn.functional.linear(norm(states), head)

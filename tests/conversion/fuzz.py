@@ -12,10 +12,11 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from queue import SimpleQueue
 from tempfile import TemporaryDirectory
@@ -34,58 +35,67 @@ SECONDS = 20
 _WAITED_SECONDS = 10 * SECONDS
 _START_SECONDS = 300
 _ADDRESS_SPACE = 12 * 2**30
+Serve = Callable[[Connection, int, Path], None]
 FAULTS = (Outcome.INTERNAL, Outcome.HANG, Outcome.OUTSIDE, Outcome.WRONG, Outcome.LEFT)
 
 
 class Worker:
-    """A process that tries mutants one after the other; a new one takes its place where it hangs or dies."""
+    """A process that tries mutants one after the other; a new one takes its place where it hangs or dies.
 
-    def __init__(self, seed: int, sound: Path) -> None:
-        self._seed, self._sound = seed, sound
-        self._start()
+    Args:
+        sound: folder of the checkpoints that are mutated.
+        serve: what the process runs.
+    """
 
-    def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._connection, other = context.Pipe()
-        self._process = context.Process(target=_serve, args=(other, self._seed, self._sound), daemon=True)
-        self._process.start()
-        other.close()
-        self._ready = False
+    def __init__(self, seed: int, sound: Path, serve: Serve | None = None) -> None:
+        self._seed, self._sound, self._serve = seed, sound, serve or _serve
+        self._process: SpawnProcess | None = None
 
     def run(self, index: int) -> Mutant:
         """The mutant ``index`` of the seed."""
-        if not self._ready:
-            assert self._connection.poll(_START_SECONDS), "the worker does not start"
-            self._connection.recv()
-            self._ready = True
+        if self._process is None:
+            self._process = self._started()
         self._connection.send(index)
         outcome, told = Outcome.HANG, f"more than {SECONDS} s"
-        if self._answers():
+        if self._answers(self._process):
             try:
                 return self._connection.recv()
             except EOFError:
                 outcome, told = Outcome.INTERNAL, "the process died"
         self.close()
-        self._start()
         return Mutant(self._seed, index, "", outcome, told)
 
-    def _answers(self) -> bool:
-        began, deadline = self._processor_seconds(), time.monotonic() + _WAITED_SECONDS
+    def close(self) -> None:
+        """Ends the process; another `run` starts one again."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+            self._connection.close()
+            self._process = None
+
+    def _started(self) -> SpawnProcess:
+        context = multiprocessing.get_context("spawn")
+        self._connection, other = context.Pipe()
+        process = context.Process(target=self._serve, args=(other, self._seed, self._sound), daemon=True)
+        process.start()
+        other.close()
+        assert self._connection.poll(_START_SECONDS), "the worker does not start"
+        self._connection.recv()
+        return process
+
+    def _answers(self, process: SpawnProcess) -> bool:
+        began, deadline = _processor_seconds(process), time.monotonic() + _WAITED_SECONDS
         while not self._connection.poll(1):
-            if self._processor_seconds() - began > SECONDS or time.monotonic() > deadline:
+            if _processor_seconds(process) - began > SECONDS or time.monotonic() > deadline:
                 return False
         return True
 
-    def _processor_seconds(self) -> float:
-        with suppress(psutil.NoSuchProcess):
-            process = psutil.Process(self._process.pid)
-            return sum(sum(one.cpu_times()[:4]) for one in (process, *process.children(recursive=True)))
-        return 0.0
 
-    def close(self) -> None:
-        self._process.kill()
-        self._process.join()
-        self._connection.close()
+def _processor_seconds(process: SpawnProcess) -> float:
+    with suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(process.pid)
+        return sum(sum(one.cpu_times()[:4]) for one in (parent, *parent.children(recursive=True)))
+    return 0.0
 
 
 def _serve(connection: Connection, seed: int, sound: Path) -> None:

@@ -73,14 +73,21 @@ def try_mutant(seed: int, index: int, sound: Path, folder: Path) -> Mutant:
     result = mla("convert", source, results / "out", *method, "--tokens", 256)
     opened = watch.names()
     left = sorted(file.name for file in results.iterdir())
-    outcome, told = _judge(result.exit_code, result.stderr, left, opened, source, results / "out", exact)
+    outcome, told = judge(result.exit_code, result.stderr, left, opened, source, results / "out", exact)
     method_name = "exact" if exact else "transmla"
     return Mutant(seed, index, f"{kind}, {method_name}, {' and '.join(done)}", outcome, told)
 
 
-def _judge(
+def judge(
     code: int, stderr: str, left: list[str], opened: list[str], source: Path, output: Path, exact: bool
 ) -> tuple[Outcome, str]:
+    """What a conversion with this exit code and text on stderr was, and why.
+
+    Args:
+        left: what lies in the folder of the output.
+        opened: files outside of the source that were opened.
+        exact: whether the output shall be the source.
+    """
     messages = [line for line in stderr.splitlines() if line.startswith("error: ")]
     if opened:
         return Outcome.OUTSIDE, f"opened {', '.join(opened)}"

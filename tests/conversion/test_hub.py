@@ -68,3 +68,10 @@ def test_repository_with_two_sets_of_weights_is_refused(repository: Path) -> Non
     shutil.copy(next(repository.glob("model-*.safetensors")), repository / "model.safetensors")
     with pytest.raises(SourceError, match="move one of the two away"):
         _ = open_source("some/model@main").tensors
+
+
+def test_repository_without_a_configuration_is_refused(repository: Path) -> None:
+    repository.mkdir()
+    (repository / "README.txt").write_text("no model")
+    with pytest.raises(SourceError, match=r"config\.json is missing"):
+        open_source("some/model@main")

@@ -19,6 +19,7 @@ from conversion.preflight import check_ids, check_weights
 from conversion.sources import open_source
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
+UP_PROJ = "model.layers.1.mlp.up_proj.weight"
 
 
 @pytest.fixture
@@ -78,9 +79,10 @@ def test_weight_that_is_not_finite(value: float, name: str, method: str, source:
     assert_refused_early(source, name, "not finite", options=options)
 
 
-@pytest.mark.parametrize("value", [3e38, -3e38])
-@pytest.mark.parametrize("name", [Q_PROJ, "model.layers.1.mlp.up_proj.weight"])
-def test_weight_with_which_the_source_overflows(value: float, name: str, source: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "value"), [(Q_PROJ, 3e38), (UP_PROJ, -3e38), (UP_PROJ, 1e30)], ids=lambda value: str(value)[-20:]
+)
+def test_weight_with_which_the_source_overflows(name: str, value: float, source: Path) -> None:
     edit_tensors(source, lambda tensors: tensors[name].__setitem__((0, 0), value))
     options = ("--calibration", write_text(source.parent / "text.txt"))
     assert_refused_early(source, "behind layer 1", "not finite", options=options)
@@ -147,6 +149,7 @@ def test_size_out_of_range(fields: dict[str, int], source: Path) -> None:
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 0}}, ("rotary frequencies", "'rope_theta': 0")),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": "x"}}, ("makes no model",)),
         ({"rms_norm_eps": float("nan")}, ("behind layer 0", "not finite")),
+        ({"rms_norm_eps": 1e308}, ("zeros alone",)),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -205,6 +208,12 @@ def test_added_token_beyond_the_embedding_is_refused_where_the_text_has_it(sourc
 def test_generation_configuration_that_is_damaged(source: Path) -> None:
     (source / "generation_config.json").write_text("{")
     assert_refused_early(source, "generation_config.json", "damaged")
+
+
+@pytest.mark.parametrize("fields", [{"eos_token_id": {"x": 1}}, {"eos_token_id": []}, {"cache_implementation": "x"}])
+def test_generation_defaults_that_do_not_work(fields: dict[str, Any], source: Path) -> None:
+    edit_json(source / "generation_config.json", **fields)
+    assert_refused_early(source, "generation_config.json")
 
 
 def test_configuration_that_cannot_be_written_again(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
