@@ -7,6 +7,7 @@ from tiny import assert_close
 from modeling_mla import backend_torch_mla
 from modeling_mla.backend_torch_mla import TorchBackend, merge_attended
 from modeling_mla.backends_mla import BACKENDS, AbsorbedShape, select_backend
+from modeling_mla.masks_mla import VisibleKeys
 
 BATCH, HEADS, QUERIES, KEYS, RANK, WIDTH = 2, 3, 4, 50, 5, 8
 
@@ -21,13 +22,17 @@ def masks() -> dict[str, torch.Tensor | None]:
     nothing[0, :, 1] = False
     return {
         "none": None,
-        "causal": causal,
+        "causal": causal[None, None],
         "padding": padding,
         "both": causal & padding,
         "additive": additive,
         "bias": per_head,
         "one row sees nothing": nothing,
     }
+
+
+def under(mask: torch.Tensor | None, queries: int = QUERIES, keys: int = KEYS) -> VisibleKeys:
+    return VisibleKeys(mask, queries, keys, torch.device("cpu"), is_causal=False)
 
 
 def softmax_attention(query, latents, scale, mask, softcap):
@@ -56,7 +61,7 @@ def test_equals_softmax(tensors, mask, softcap, block, monkeypatch):
         monkeypatch.setattr(backend_torch_mla, "_MIN_BLOCK", block)
     query, latents = tensors
     expected, expected_lse = softmax_attention(query, latents, 0.3, masks()[mask], softcap)
-    context, lse = TorchBackend().attend(query, latents, RANK, 0.3, masks()[mask], softcap)
+    context, lse = TorchBackend().attend(query, latents, RANK, 0.3, under(masks()[mask]), softcap)
     assert_close(context, expected, 1e-12)
     assert_close(lse, expected_lse, 1e-12)
 
@@ -68,7 +73,7 @@ def test_half_precision_sums_in_float32(block, monkeypatch):
         monkeypatch.setattr(backend_torch_mla, "_MIN_BLOCK", block)
     query, latents = torch.randn(1, 2, 1, WIDTH).bfloat16(), torch.randn(1, 3000, WIDTH).bfloat16()
     expected, expected_lse = softmax_attention(query.double(), latents.double(), 0.3, None, None)
-    context, lse = TorchBackend().attend(query, latents, RANK, 0.3, None, None)
+    context, lse = TorchBackend().attend(query, latents, RANK, 0.3, under(None, 1, 3000), None)
     assert context.dtype == torch.bfloat16
     assert lse.dtype == torch.float32
     assert_close(context.double(), expected, 2e-3)
