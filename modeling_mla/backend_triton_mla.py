@@ -1,4 +1,4 @@
-"""Absorbed attention by Triton kernels: decode and short chunks on NVIDIA GPUs, one pass over the cache for all heads."""
+"""Absorbed attention by Triton kernels on NVIDIA GPUs: decode and short chunks, one pass over the cache."""
 
 from __future__ import annotations
 

@@ -69,9 +69,8 @@ class AbsorbedBackend(Protocol):
         """
 
 
-BACKENDS: dict[str, AbsorbedBackend] = {
-    backend.name: backend for backend in (CpuBackend(), TritonBackend(), TorchBackend())
-}
+_IN_ORDER: tuple[AbsorbedBackend, ...] = (CpuBackend(), TritonBackend(), TorchBackend())
+BACKENDS = {backend.name: backend for backend in _IN_ORDER}
 """In order of preference for ``auto``."""
 
 

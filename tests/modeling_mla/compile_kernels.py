@@ -22,15 +22,16 @@ from triton.compiler import ASTSource, CompiledKernel
 from modeling_mla import triton_decode_mla as kernels
 
 RANK, ROPE = 512, 64
-ROWS = (16, 32, 64)
-TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+FORMS = ((16, False), (32, False), (64, False), (64, True))
+"""Query rows of a sequence, and whether its mask is additive."""
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 DIVISIBLE = ("query", "latents", "mask", "ranges", "partial", "partial_lse", "rows", "latents_b", "latents_k")
 """Arguments that are multiples of 16 where a model calls the kernel, which decides how wide its loads are."""
 
 
-def source(dtype: torch.dtype, rows: int) -> ASTSource:
-    """The kernel that reads the cache, in its most demanding form: mask, causal order, window and softcap."""
-    kernel, tile = kernels.partial_kernel, kernels.tile_for(rows, dtype)
+def source(dtype: torch.dtype, tile: kernels.Tile, additive: bool) -> ASTSource:
+    """The kernel that reads the cache, for one query under a mask: what takes most."""
+    kernel = kernels.partial_kernel
     constants = {
         "RANK": RANK,
         "ROPE": ROPE,
@@ -39,14 +40,17 @@ def source(dtype: torch.dtype, rows: int) -> ASTSource:
         "BLOCK_ROWS": tile.rows,
         "BLOCK_KEYS": tile.keys,
         "MASK": True,
-        "ADDITIVE": False,
-        "RANGES": 32,
-        "CAUSAL": True,
-        "WINDOW": True,
-        "SOFTCAP": True,
-        "UPCAST": False,
+        "ADDITIVE": additive,
+        "RANGES": 0 if additive else 32,
+        "queries": 1,
     }
-    pointers = dict.fromkeys(("query", "latents"), TYPES[dtype]) | {"mask": "u8", "ranges": "i32"}
+    constants |= dict.fromkeys(("CAUSAL", "WINDOW", "SOFTCAP", "UPCAST"), False)
+    if additive:
+        constants["ranges"] = None
+    pointers = dict.fromkeys(("query", "latents"), TYPES[dtype]) | {
+        "mask": "fp32" if additive else "u8",
+        "ranges": "i32",
+    }
     pointers |= dict.fromkeys(("partial", "partial_lse"), "fp32")
     signature = {
         name: "constexpr"
@@ -58,7 +62,9 @@ def source(dtype: torch.dtype, rows: int) -> ASTSource:
         else "i32"
         for name in kernel.arg_names
     }
-    aligned = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in DIVISIBLE}
+    aligned = {
+        (kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in DIVISIBLE if name not in constants
+    }
     return ASTSource(kernel, signature, constants, aligned)
 
 
@@ -76,14 +82,16 @@ def resources(kernel: CompiledKernel) -> tuple[int, int]:
 
 
 def main(capability: int) -> None:
+    device = divmod(capability, 10)
     for dtype, name in TYPES.items():
-        for rows in sorted({kernels.tile_for(rows, dtype).rows for rows in ROWS}):
-            tile = kernels.tile_for(rows, dtype)
+        chosen = {(kernels.tile_for(rows, dtype, device, additive), additive) for rows, additive in FORMS}
+        for tile, additive in sorted(chosen):
             options = {"num_warps": tile.warps, "num_stages": tile.stages}
-            compiled = triton.compile(source(dtype, rows), target=GPUTarget("cuda", capability, 32), options=options)
+            target = GPUTarget("cuda", capability, 32)
+            compiled = triton.compile(source(dtype, tile, additive), target=target, options=options)
             registers, spilled = resources(compiled)
-            row = {"dtype": name, "rows": rows, "shared": compiled.metadata.shared}
-            print(json.dumps(row | {"registers": registers, "spilled": spilled}))
+            row = {"dtype": name, "rows": tile.rows, "additive": additive, "shared": compiled.metadata.shared}
+            print(json.dumps(row | {"registers": registers, "spilled": spilled}), flush=True)
 
 
 if __name__ == "__main__":
