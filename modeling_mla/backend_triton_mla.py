@@ -50,9 +50,10 @@ class TritonBackend:
         softcap: float | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `AbsorbedBackend.attend`."""
-        from .triton_decode_mla import absorbed_decode
+        from .triton_decode_mla import absorbed_decode, decode
 
-        return absorbed_decode(
+        function = absorbed_decode if torch.compiler.is_compiling() else decode
+        return function(
             query, latents, visible.given(), visible.first_query, visible.window, kv_lora_rank, scale, softcap
         )
 
@@ -73,10 +74,10 @@ def _ask(device: int) -> str | None:
     if capability < _CAPABILITY:
         return f"it needs compute capability {_CAPABILITY[0]}.{_CAPABILITY[1]}, and the GPU has {capability}"
     try:
-        from .triton_decode_mla import absorbed_decode
+        from .triton_decode_mla import decode
 
         rows = torch.ones(1, 1, 1, _RANK_STEP, dtype=torch.bfloat16, device=f"cuda:{device}")
-        absorbed_decode(rows, rows[0], None, None, None, _RANK_STEP, 1.0, None)
+        decode(rows, rows[0], None, None, None, _RANK_STEP, 1.0, None)
     except Exception as error:  # Triton compiles its launchers, which fails in as many ways as there are compilers.
         return f"a trial failed: {error}"
     return None

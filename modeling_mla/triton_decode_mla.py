@@ -231,7 +231,7 @@ def _visible_ranges(mask: torch.Tensor, strides: Sequence[int], batch: int, keys
     return ranges
 
 
-def _decode(
+def decode(
     query: torch.Tensor,
     latents: torch.Tensor,
     mask: torch.Tensor | None,
@@ -241,6 +241,15 @@ def _decode(
     scale: float,
     softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Absorbed attention; returns context and log-sum-exp as `AbsorbedBackend.attend` does.
+
+    Args:
+        query: ``[B, H, n, r + d_r]``, float32, bfloat16 or float16.
+        latents: ``[B, S, r + d_r]`` of the same type, dense channels.
+        mask: ``[B or 1, H or 1, n or 1, S]``, bool (True attends) or additive.
+        first_query: key at which the first query stands, where attention is causal beside the mask; else None.
+        window: keys that a query sees, itself included.
+    """
     batch, heads, queries, width = query.shape
     rows, keys = heads * queries, latents.shape[1]
     query = query.contiguous()
@@ -294,19 +303,12 @@ def _outputs(query: torch.Tensor, kv_lora_rank: int) -> tuple[torch.Tensor, torc
 # Every copy of this file, the package's and those of checkpoints, has an operator of its own.
 absorbed_decode = torch.library.custom_op(
     f"{re.sub(r'[^0-9a-zA-Z]', '_', __name__)}::absorbed_decode",
-    _decode,
+    decode,
     mutates_args=(),
     schema="(Tensor query, Tensor latents, Tensor? mask, SymInt? first_query, SymInt? window, int kv_lora_rank, "
     "float scale, float? softcap) -> (Tensor, Tensor)",
 )
-"""Absorbed attention; returns context and log-sum-exp as `AbsorbedBackend.attend` does.
-
-Args:
-    query: ``[B, H, n, r + d_r]``; latents: ``[B, S, r + d_r]``, dense channels, both float32, bfloat16 or float16.
-    mask: ``[B or 1, H or 1, n or 1, S]``, bool (True attends) or additive.
-    first_query: key at which the first query stands where attention is causal, beside the mask; else None.
-    window: keys that a query sees, itself included.
-"""
+"""`decode` as one operator of a compiled graph; calling it costs more than calling `decode`."""
 
 
 @absorbed_decode.register_fake

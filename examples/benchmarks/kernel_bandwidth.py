@@ -19,14 +19,16 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
+import transformers
 import typer
 from decode import fill, step
 from rows import print_rows
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
 
-from modeling_mla import LatentCache, disable_absorbed_attention, enable_absorbed_attention
+from modeling_mla import LatentCache, StaticLatentCache, disable_absorbed_attention, enable_absorbed_attention
 from modeling_mla.backends_mla import BACKENDS, AbsorbedShape
 from modeling_mla.masks_mla import VisibleKeys
+from modeling_mla.transformers_seams_mla import cache_argument
 
 HERE = Path(__file__).parent
 SHAPES = ((512, 64, 16), (512, 64, 32), (512, 64, 64), (512, 64, 128), (256, 64, 32), (128, 32, 16))
@@ -131,27 +133,56 @@ def v2_lite(device: torch.device, dtype: torch.dtype, layers: int | None) -> Pre
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
+@torch.no_grad()
+def graphed_step(model: PreTrainedModel, cache: StaticCache, batch: int, context: int) -> Callable[[], object]:
+    """A CUDA graph that decodes one token behind a filled static cache and takes it back."""
+    device = model.device
+    fill(model, cache, context, batch)
+    token = torch.ones((batch, 1), dtype=torch.long, device=device)
+    position = torch.full((batch, 1), context, device=device)
+
+    def run() -> None:
+        model(token, **cache_argument(cache), position_ids=position)
+        for layer in cache.layers:
+            layer.cumulative_length.sub_(1)
+
+    with torch.cuda.stream(torch.cuda.Stream()):
+        run()
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
 def step_row(model: PreTrainedModel, batch: int, context: int, device: torch.device) -> dict:
-    """One decode step by Transformers' own path, and with absorbed attention, by wall clock, launches included."""
-    times = {}
-    for name, change, kind in (
-        ("native_ms", disable_absorbed_attention, DynamicCache),
-        ("enabled_ms", enable_absorbed_attention, LatentCache),
-    ):
-        change(model)
-        cache = kind(config=model.config)
-        fill(model, cache, context, batch)
-        times[name] = round(median_ms(step(model, cache, batch), device, least=10), 2)
-        del cache
-    return {
+    """One decode step by Transformers' own path, and with absorbed attention: by wall clock, launches included, and on a
+    GPU from a CUDA graph over a static cache as well."""
+    row = {
         "model": "DeepSeek-V2-Lite's shape",
         "layers": model.config.num_hidden_layers,
         "dtype": str(model.dtype).removeprefix("torch."),
         "batch": batch,
         "context": context,
-        **times,
-        "speedup": round(times["native_ms"] / times["enabled_ms"], 2),
     }
+    for name, change, kind, static_kind in (
+        ("native", disable_absorbed_attention, DynamicCache, StaticCache),
+        ("enabled", enable_absorbed_attention, LatentCache, StaticLatentCache),
+    ):
+        change(model)
+        cache = kind(config=model.config)
+        fill(model, cache, context, batch)
+        row[f"{name}_ms"] = round(median_ms(step(model, cache, batch), device, least=10), 2)
+        del cache
+        if device.type == "cuda":
+            static = static_kind(model.config, max_cache_len=context + 64)
+            replay = graphed_step(model, static, batch, context)
+            row[f"{name}_graph_ms"] = round(median_ms(replay, device, least=10), 2)
+            del static, replay
+    row["speedup"] = round(row["native_ms"] / row["enabled_ms"], 2)
+    if device.type == "cuda":
+        row["graph_speedup"] = round(row["native_graph_ms"] / row["enabled_graph_ms"], 2)
+    return row
 
 
 def numbers(text: str) -> list[int]:
@@ -188,7 +219,13 @@ def main(
                     kernels += kernel_rows(shape, batch, context, precision, place, copy)
     print(f"{card(place)}: a copy moves {copy:.0f} GB/s")
     print_rows(kernels, as_json=False)
-    result = {"card": card(place), "torch": torch.__version__, "copy_gb_s": round(copy, 1), "kernels": kernels}
+    result = {
+        "card": card(place),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "copy_gb_s": round(copy, 1),
+        "kernels": kernels,
+    }
     if steps:
         model = v2_lite(place, precision, layers)
         result["steps"] = [step_row(model, batch, context, place) for batch in (1, 8) for context in (8192, 32768)]
