@@ -18,7 +18,7 @@ MODEL ?= $(shell $(BIN)/python -c "import importlib.util as u; print(u.find_spec
 CACHE ?= 50%
 OUT ?= out/demo
 
-.PHONY: install demo test test-floor test-floor-fast test-newest lint bench vllm-check clean
+.PHONY: install demo test test-floor test-floor-fast test-newest test-kernels lint bench vllm-check clean
 
 # An environment $(1) under the constraints $(2); without any, torch alone keeps its own: a newer one may bring CUDA.
 define environment
@@ -60,6 +60,11 @@ test-newest:
 	rm -rf $(NEWEST)
 	$(call environment,$(NEWEST),)
 	$(TEST)
+
+# Triton takes a gigabyte, so the suite does not ask for it: without it these tests are skipped, on a GPU it is there.
+test-kernels: install
+	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt triton
+	$(TEST) tests/modeling_mla/test_backend_triton.py tests/gpu
 
 lint: install
 	$(BIN)/ruff check .

@@ -19,7 +19,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from modeling_mla import triton_decode_mla as kernels
+from modeling_mla.triton_decode_mla import Tile, tile_for
+from modeling_mla.triton_kernels_mla import partial_kernel
 
 RANK, ROPE = 512, 64
 FORMS = ((16, False), (32, False), (64, False), (64, True))
@@ -29,9 +30,9 @@ DIVISIBLE = ("query", "latents", "mask", "ranges", "partial", "partial_lse", "ro
 """Arguments that are multiples of 16 where a model calls the kernel, which decides how wide its loads are."""
 
 
-def source(dtype: torch.dtype, tile: kernels.Tile, additive: bool) -> ASTSource:
+def source(dtype: torch.dtype, tile: Tile, additive: bool) -> ASTSource:
     """The kernel that reads the cache, for one query under a mask: what takes most."""
-    kernel = kernels.partial_kernel
+    kernel = partial_kernel
     constants = {
         "RANK": RANK,
         "ROPE": ROPE,
@@ -84,7 +85,7 @@ def resources(kernel: CompiledKernel) -> tuple[int, int]:
 def main(capability: int) -> None:
     device = divmod(capability, 10)
     for dtype, name in TYPES.items():
-        chosen = {(kernels.tile_for(rows, dtype, device, additive), additive) for rows, additive in FORMS}
+        chosen = {(tile_for(rows, dtype, device, additive), additive) for rows, additive in FORMS}
         for tile, additive in sorted(chosen):
             options = {"num_warps": tile.warps, "num_stages": tile.stages}
             target = GPUTarget("cuda", capability, 32)
