@@ -74,6 +74,13 @@ def test_every_length(keys):
 
 @needs_triton
 @needs_cpu
+@pytest.mark.parametrize("kind", ["none", "bool"])
+def test_more_splits_than_are_merged_at_once(kind):
+    check(Case(kind, batch=1, heads=2, keys=1500, rank=16, rope=4), TritonBackend().attend, CPU)
+
+
+@needs_triton
+@needs_cpu
 def test_most_queries():
     check(
         Case("window", batch=1, heads=1, queries=64, keys=100, rank=16, rope=4, softcap=0.9),
