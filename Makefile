@@ -22,7 +22,7 @@ OUT ?= out/demo
 MUTANTS ?= 1000
 SEED ?= 0
 
-.PHONY: install demo test test-floor test-floor-fast test-newest fuzz lint bench vllm-check clean
+.PHONY: install demo test test-floor test-floor-fast test-newest test-kernels fuzz lint bench vllm-check clean
 
 # An environment $(1) under the constraints $(2); without any, torch alone keeps its own: a newer one may bring CUDA.
 define environment
@@ -67,6 +67,11 @@ test-newest:
 
 fuzz: install
 	$(BIN)/python tests/conversion/fuzz.py --mutants $(MUTANTS) --seed $(SEED)
+
+# Triton takes a gigabyte, so the suite does not ask for it: without it these tests are skipped, on a GPU it is there.
+test-kernels: install
+	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt triton
+	$(TEST) tests/modeling_mla/test_backend_triton.py tests/gpu
 
 lint: install
 	$(BIN)/ruff check .

@@ -8,6 +8,7 @@ import torch
 
 if TYPE_CHECKING:
     from .backends_mla import AbsorbedShape
+    from .masks_mla import VisibleKeys
 
 _MIN_LENGTH = 512
 """Below this context two matrix products are as fast."""
@@ -38,7 +39,7 @@ class CpuBackend:
         latents: torch.Tensor,
         kv_lora_rank: int,
         scale: float,
-        mask: torch.Tensor | None,
+        visible: VisibleKeys,
         softcap: float | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `AbsorbedBackend.attend`."""

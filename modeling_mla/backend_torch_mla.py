@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
+
+if TYPE_CHECKING:
+    from .masks_mla import VisibleKeys
 
 _BLOCK_SCORES = 1 << 18
 """Scores that are held at once for one sequence: more leave a processor's caches and take memory."""
@@ -27,13 +32,14 @@ class TorchBackend:
         latents: torch.Tensor,
         kv_lora_rank: int,
         scale: float,
-        mask: torch.Tensor | None,
+        visible: VisibleKeys,
         softcap: float | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `AbsorbedBackend.attend`. Scores and softmax are float32, or float64 where the query is."""
         batch, heads, length, width = query.shape
         context = query.new_empty(batch, heads, length, kv_lora_rank)
         lse = query.new_empty(batch, heads, length, dtype=torch.promote_types(query.dtype, torch.float32))
+        mask = visible.dense()
         mask = None if mask is None else mask.expand(batch, heads, length, -1)
         for index in range(batch):
             rows = query[index].reshape(heads * length, width)

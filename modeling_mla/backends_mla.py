@@ -14,6 +14,8 @@ from transformers.utils import logging
 
 from .backend_cpu_mla import CpuBackend
 from .backend_torch_mla import TorchBackend
+from .backend_triton_mla import TritonBackend
+from .masks_mla import VisibleKeys
 
 logger = logging.get_logger(__name__)
 
@@ -48,7 +50,7 @@ class AbsorbedBackend(Protocol):
         latents: torch.Tensor,
         kv_lora_rank: int,
         scale: float,
-        mask: torch.Tensor | None,
+        visible: VisibleKeys,
         softcap: float | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attends from every head to the one latent head.
@@ -58,7 +60,7 @@ class AbsorbedBackend(Protocol):
             latents: ``[B, S, r + d_r]``, the latents beside the rotary keys; rows may be strided, channels are dense.
             kv_lora_rank: r, how many of the channels are the value as well.
             scale: of the scores.
-            mask: broadcastable to ``[B, H, n, S]``, bool (True attends) or additive; None attends to everything.
+            visible: which of the S keys each query sees, as a mask or as what one would be made of.
             softcap: scores become ``softcap * tanh(scores / softcap)`` before the mask.
 
         Returns:
@@ -67,7 +69,8 @@ class AbsorbedBackend(Protocol):
         """
 
 
-BACKENDS: dict[str, AbsorbedBackend] = {backend.name: backend for backend in (CpuBackend(), TorchBackend())}
+_IN_ORDER: tuple[AbsorbedBackend, ...] = (CpuBackend(), TritonBackend(), TorchBackend())
+BACKENDS = {backend.name: backend for backend in _IN_ORDER}
 """In order of preference for ``auto``."""
 
 

@@ -39,6 +39,40 @@ class VisibleKeys:
         starts_together = self.attention_mask is None and self.is_causal and not self.aligned_to_end
         return self.query_length if starts_together and self.query_length > 1 else self.kv_length
 
+    @property
+    def hides_keys(self) -> bool:
+        """Whether any query may not see all keys in use."""
+        return self.attention_mask is not None or self.first_query is not None
+
+    @property
+    def first_query(self) -> int | None:
+        """The key at which the first query stands, where what a query may see follows from its place.
+
+        None where nothing does: in 4-D masks the order is held already, and one query at the end sees all before it.
+        """
+        if not self.is_causal or self._is_whole(self.attention_mask):
+            return None
+        if self.query_length == 1 and (self.window is None or self.kv_length <= self.window):
+            return None
+        return self.kv_length - self.query_length if self.aligned_to_end else 0
+
+    @property
+    def window(self) -> int | None:
+        """The sliding window, where it is in no mask."""
+        return self.sliding_window if self.aligned_to_end and not self._is_whole(self.attention_mask) else None
+
+    @staticmethod
+    def _is_whole(mask: torch.Tensor | BlockMask | None) -> bool:
+        return isinstance(mask, BlockMask) or (mask is not None and mask.dim() == 4)
+
+    def given(self) -> torch.Tensor | None:
+        """What was given over the keys in use, without what follows from `first_query` and `window`.
+
+        Returns:
+            4-D, broadcastable to ``[B, H, n, S]``, bool (True attends) or additive; None where nothing was.
+        """
+        return self._given_block(slice(0, self.query_length), slice(0, self.keys_in_use))
+
     def dense(self) -> torch.Tensor | None:
         """The whole mask over the keys in use."""
         return self.block(slice(0, self.query_length), slice(0, self.keys_in_use))
@@ -49,6 +83,12 @@ class VisibleKeys:
         Returns:
             Broadcastable to ``[B, H, rows, keys]``, bool (True attends) or additive; None where all is visible.
         """
+        given, placed = self._given_block(rows, keys), self._placed_block(rows, keys)
+        if given is None or placed is None:
+            return placed if given is None else given
+        return given & placed
+
+    def _given_block(self, rows: slice, keys: slice) -> torch.Tensor | None:
         mask = self.attention_mask
         if isinstance(mask, BlockMask):
             batch, heads = mask.shape[:2]
@@ -56,17 +96,12 @@ class VisibleKeys:
             return whole[:, :, rows, keys]
         if mask is not None and mask.dim() == 4:
             return mask[..., rows, keys] if mask.shape[-2] > 1 else mask[..., keys]
-        causal = self._causal_block(rows, keys)
-        if mask is None:
-            return causal
-        padding = mask[:, None, None, keys].bool()
-        return padding if causal is None else causal & padding
+        return None if mask is None else mask[:, None, None, keys].bool()
 
-    def _causal_block(self, rows: slice, keys: slice) -> torch.Tensor | None:
-        window = self.sliding_window if self.aligned_to_end else None
-        if not self.is_causal or (self.query_length == 1 and (window is None or self.kv_length <= window)):
+    def _placed_block(self, rows: slice, keys: slice) -> torch.Tensor | None:
+        first, window = self.first_query, self.window
+        if first is None:
             return None
-        first = self.kv_length - self.query_length if self.aligned_to_end else 0
         positions = torch.arange(rows.start + first, rows.stop + first, device=self.device)
         distance = positions[:, None] - torch.arange(keys.start, keys.stop, device=self.device)
         visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)

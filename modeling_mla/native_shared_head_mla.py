@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from .backends_mla import BACKENDS, AbsorbedShape, select_backend
+from .masks_mla import VisibleKeys
 from .native_classes_mla import (
     become,
     become_native,
@@ -63,6 +64,7 @@ def attend_shared_head(
         return function(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, s_aux=s_aux, **kwargs
         )
+    visible = VisibleKeys(attention_mask, query.shape[2], key.shape[2], query.device, is_causal=False)
     shape = AbsorbedShape(
         batch=query.shape[0],
         num_heads=query.shape[1],
@@ -72,10 +74,10 @@ def attend_shared_head(
         qk_rope_head_dim=0,
         dtype=query.dtype,
         device=query.device,
-        has_mask=attention_mask is not None,
+        has_mask=visible.hides_keys,
     )
     backend = select_backend(module.backend, shape)
-    context, lse = backend.attend(query, key[:, 0], key.shape[3], scaling, attention_mask, None)
+    context, lse = backend.attend(query, key[:, 0], key.shape[3], scaling, visible, None)
     if s_aux is not None:
         context = context * torch.sigmoid(lse - s_aux[:, None]).unsqueeze(-1).to(context.dtype)
     return context.transpose(1, 2).contiguous(), None

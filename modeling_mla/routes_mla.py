@@ -232,7 +232,7 @@ def attend_absorbed(
 
     ``s_aux [H]`` are attention sinks, one logit a head that takes its share of the softmax and has no value.
     """
-    latents, mask = latents[:, : visible.keys_in_use], visible.dense()
+    latents = latents[:, : visible.keys_in_use]
     weights = module.absorbed_weights(query)
     q_nope, q_rope = query.split([module.qk_nope_head_dim, module.qk_rope_head_dim], dim=-1)
     query = torch.cat((weights.latent_query(q_nope), q_rope), dim=-1)
@@ -245,11 +245,11 @@ def attend_absorbed(
         qk_rope_head_dim=module.qk_rope_head_dim,
         dtype=query.dtype,
         device=query.device,
-        has_mask=mask is not None,
+        has_mask=visible.hides_keys,
         softcap=softcap,
     )
     backend = select_backend(module.backend, shape)
-    context, lse = backend.attend(query, latents, module.kv_lora_rank, scaling, mask, softcap)
+    context, lse = backend.attend(query, latents, module.kv_lora_rank, scaling, visible, softcap)
     if s_aux is not None:
         context = context * torch.sigmoid(lse - s_aux[:, None]).unsqueeze(-1).to(context.dtype)
     return weights.values(context).transpose(1, 2)

@@ -49,21 +49,23 @@ def deepseek_pair(dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedModel]
     return theirs.to(dtype).eval(), ours.to(dtype).eval()
 
 
-def fill(model: PreTrainedModel, cache: DynamicCache, context: int) -> None:
+def fill(model: PreTrainedModel, cache: DynamicCache, context: int, batch: int = 1) -> None:
     """Writes ``context`` random tokens into every layer, in the shapes that the model's own forward wrote one token."""
-    token = torch.zeros((1, 1), dtype=torch.long)
+    token = torch.zeros((batch, 1), dtype=torch.long, device=model.device)
     with torch.no_grad():
         model(token, **cache_argument(cache))
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(model.device).manual_seed(1)
     for index, layer in enumerate(cache.layers):
         shapes = [(*states.shape[:2], context - 1, states.shape[-1]) for states in (layer.keys, layer.values)]
-        keys, values = (torch.randn(shape, generator=generator).to(model.dtype) for shape in shapes)
+        keys, values = (
+            torch.randn(shape, generator=generator, device=model.device).to(model.dtype) for shape in shapes
+        )
         cache.update(keys, values, index)
 
 
-def step(model: PreTrainedModel, cache: DynamicCache) -> Callable[[], torch.Tensor]:
+def step(model: PreTrainedModel, cache: DynamicCache, batch: int = 1) -> Callable[[], torch.Tensor]:
     """A function that decodes one token and takes it back."""
-    token = torch.ones((1, 1), dtype=torch.long)
+    token = torch.ones((batch, 1), dtype=torch.long, device=model.device)
 
     @torch.no_grad()
     def run() -> torch.Tensor:

@@ -64,8 +64,8 @@ class Comparison:
 
 
 def _rows_that_see(mask: torch.Tensor | None, shape: torch.Size) -> torch.Tensor:
-    """``[B, n, 1 or H, 1]``, 0 for queries without a key (left padding), whose output means nothing."""
+    """``[B, n, 1 or H, 1]``, or 1 for all; 0 for queries without a key (left padding), whose output means nothing."""
     if mask is None:
-        return torch.ones(1, dtype=torch.bool)
+        return torch.ones((), dtype=torch.bool)
     attends = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
     return attends.any(-1).transpose(1, 2).unsqueeze(-1)

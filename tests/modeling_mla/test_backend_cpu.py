@@ -6,6 +6,7 @@ import torch
 from modeling_mla.backend_cpu_mla import CpuBackend
 from modeling_mla.backend_torch_mla import TorchBackend
 from modeling_mla.backends_mla import AbsorbedShape, select_backend
+from modeling_mla.masks_mla import VisibleKeys
 
 
 def shape(**changes) -> AbsorbedShape:
@@ -30,13 +31,14 @@ def test_equals_the_plain_backend(threads, kv_length, query_length):
     torch.manual_seed(kv_length)
     query = torch.randn(2, 3, query_length, 24)
     latents = torch.randn(2, kv_length + 64, 24)[:, :kv_length]
+    everything = VisibleKeys(None, query_length, kv_length, torch.device("cpu"), is_causal=False)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        actual = CpuBackend().attend(query, latents, 16, 0.3, None, None)
+        actual = CpuBackend().attend(query, latents, 16, 0.3, everything, None)
     finally:
         torch.set_num_threads(before)
-    expected = TorchBackend().attend(query.double(), latents.double(), 16, 0.3, None, None)
+    expected = TorchBackend().attend(query.double(), latents.double(), 16, 0.3, everything, None)
     for own, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(own.double(), other, rtol=1e-5, atol=1e-5)
 

@@ -7,6 +7,7 @@ from tiny import assert_close
 from modeling_mla import backend_torch_mla
 from modeling_mla.backend_torch_mla import TorchBackend, float32_products, merge_attended
 from modeling_mla.backends_mla import BACKENDS, AbsorbedShape, select_backend
+from modeling_mla.masks_mla import VisibleKeys
 
 BATCH, HEADS, QUERIES, KEYS, RANK, WIDTH = 2, 3, 4, 50, 5, 8
 
@@ -21,13 +22,17 @@ def masks() -> dict[str, torch.Tensor | None]:
     nothing[0, :, 1] = False
     return {
         "none": None,
-        "causal": causal,
+        "causal": causal[None, None],
         "padding": padding,
         "both": causal & padding,
         "additive": additive,
         "bias": per_head,
         "one row sees nothing": nothing,
     }
+
+
+def under(mask: torch.Tensor | None, queries: int = QUERIES, keys: int = KEYS) -> VisibleKeys:
+    return VisibleKeys(mask, queries, keys, torch.device("cpu"), is_causal=False)
 
 
 def softmax_attention(query, latents, scale, mask, softcap):
@@ -56,7 +61,7 @@ def test_equals_softmax(tensors, mask, softcap, block, monkeypatch):
         monkeypatch.setattr(backend_torch_mla, "_MIN_BLOCK", block)
     query, latents = tensors
     expected, expected_lse = softmax_attention(query, latents, 0.3, masks()[mask], softcap)
-    context, lse = TorchBackend().attend(query, latents, RANK, 0.3, masks()[mask], softcap)
+    context, lse = TorchBackend().attend(query, latents, RANK, 0.3, under(masks()[mask]), softcap)
     assert_close(context, expected, 1e-12)
     assert_close(lse, expected_lse, 1e-12)
 
@@ -68,10 +73,10 @@ def test_half_precision_has_float32_scores(dtype, limit, block, monkeypatch):
     if block is not None:
         monkeypatch.setattr(backend_torch_mla, "_BLOCK_SCORES", 0)
         monkeypatch.setattr(backend_torch_mla, "_MIN_BLOCK", block)
-    rank, width, scale = 128, 160, 0.25
+    rank, width, scale, visible = 128, 160, 0.25, under(None, 1, 1500)
     query, latents = torch.randn(1, 4, 1, width).to(dtype), torch.randn(1, 1500, width).to(dtype)
-    expected_context, expected_lse = TorchBackend().attend(query.double(), latents.double(), rank, scale, None, None)
-    context, lse = TorchBackend().attend(query, latents, rank, scale, None, None)
+    expected_context, expected_lse = TorchBackend().attend(query.double(), latents.double(), rank, scale, visible, None)
+    context, lse = TorchBackend().attend(query, latents, rank, scale, visible, None)
     assert context.dtype == dtype
     assert lse.dtype == torch.float32
     assert (context.double() - expected_context).norm() < limit * expected_context.norm()

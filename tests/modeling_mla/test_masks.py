@@ -63,3 +63,34 @@ def test_flash_masks_are_aligned_to_the_end(queries, window, padded):
         expected = expected & padding[:, None, None].bool()
     mask = torch.ones(()) if mask is None else mask
     assert torch.equal(mask.bool().expand(2, 1, queries, 9), expected)
+
+
+def test_kernels_get_what_a_mask_would_be_made_of():
+    """No mask between queries and keys exists unless Transformers made one."""
+    padding = torch.ones(2, 9, dtype=torch.long)
+    keys = VisibleKeys(padding, 3, 9, CPU, sliding_window=4, aligned_to_end=True)
+    assert (keys.first_query, keys.window, keys.given().shape) == (6, 4, (2, 1, 1, 9))
+    keys = VisibleKeys(None, 3, 9, CPU, aligned_to_end=True)
+    assert (keys.first_query, keys.window, keys.given()) == (6, None, None)
+    keys = VisibleKeys(None, 3, 9, CPU)
+    assert (keys.first_query, keys.keys_in_use, keys.given()) == (0, 3, None)
+    whole = torch.rand(2, 1, 3, 9) > 0.5
+    keys = VisibleKeys(whole, 3, 9, CPU, sliding_window=4)
+    assert (keys.first_query, keys.window) == (None, None)
+    assert torch.equal(keys.given(), whole)
+
+
+@pytest.mark.parametrize(
+    ("keys", "hides"),
+    [
+        (VisibleKeys(None, 1, 9, CPU), False),
+        (VisibleKeys(None, 3, 9, CPU, is_causal=False), False),
+        (VisibleKeys(None, 3, 9, CPU), True),
+        (VisibleKeys(None, 1, 9, CPU, sliding_window=9, aligned_to_end=True), False),
+        (VisibleKeys(None, 1, 9, CPU, sliding_window=8, aligned_to_end=True), True),
+        (VisibleKeys(torch.ones(2, 9), 1, 9, CPU, aligned_to_end=True), True),
+    ],
+)
+def test_whether_keys_are_hidden(keys, hides):
+    assert keys.hides_keys is hides
+    assert (keys.dense() is not None) is hides
