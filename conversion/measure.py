@@ -13,6 +13,7 @@ from .checkpoint.location import locate
 from .errors import CalibrationError
 from .progress import counting
 from .recall import SAMPLES, Recall, measure_recall
+from .reference import check_reference
 from .sources import SourceModel
 from .tasks import evaluate_tasks
 from .verify import Verification, held_out_windows, text_windows, verify_checkpoint, window_length
@@ -68,6 +69,7 @@ def measure(
         texts = {name: text_windows(text, name, tokenizer, length, windows) for name, text in contents.items()}
     else:
         texts = held_out_windows(tokenizer, length, windows)
+    check_reference(source)
     verification = verify_checkpoint(folder, source, texts, progress)
     found, scores = None, {}
     if recall or tasks:

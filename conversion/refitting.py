@@ -12,6 +12,7 @@ from .checkpoint.measurements import BLOCK, HiddenStates
 from .layers import AttentionWeights, MLAWeights
 from .methods.attention import converted_output, source_output
 from .methods.base import LayerInputs, LayerRefit
+from .scores import relative_error
 from .sources import SourceModel
 
 SHARE = 0.75
@@ -71,9 +72,7 @@ class Refitting:
         geometry, inputs = source.geometry(layer), source.attention_input(module, first)[0]
         wanted = source_output(geometry, source_weights, inputs)
         found = converted_output(geometry, weights, inputs)
-        error, size = (found - wanted).square().sum(), wanted.square().sum()
-        # A dead layer gives nothing that an error could be relative to.
-        return weights, float(error / size if size else error)
+        return weights, relative_error(found, wanted)
 
     def _states(self, layer: int, block: int) -> Tensor:
         """Hidden states ``[n, S, D]`` of the converted model before the layer."""

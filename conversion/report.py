@@ -135,7 +135,7 @@ def _summary_table(verification: Verification) -> Table:
     table.add_row(f"attention output error, worst layer ({worst})", "", f"{v.layer_errors[worst]:.4f}")
     table.add_row("largest logit difference", "", f"{v.max_abs_logit_error:.2e}")
     if v.whole_model is None:
-        table.caption = f"Routes, cached decoding and greedy tokens were left out: {v.left_out}."
+        table.caption = f"Left out is what only a whole model shows (routes, decoding, greedy tokens): {v.left_out}."
     else:
         equal = round(v.whole_model.greedy_match * v.whole_model.greedy_tokens)
         table.add_row(f"equal greedy tokens of {v.whole_model.greedy_tokens}", "", str(equal))

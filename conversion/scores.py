@@ -93,9 +93,9 @@ class Scores:
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:
-    """The squared error relative to the squared norm of ``wanted``; of nothing but zeros, 0 where all are found."""
-    error, energy = (states.double().square().sum() for states in (found - wanted, wanted))
-    return float(error / energy) if energy > 0 or error > 0 else 0.0
+    """The squared error relative to the squared norm of ``wanted``; where that is 0, the squared error itself."""
+    error, energy = (float(states.double().square().sum()) for states in (found - wanted, wanted))
+    return error / energy if energy else error
 
 
 @fast_float32()

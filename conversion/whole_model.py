@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 import torch
+from rich.filesize import decimal
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel
 
@@ -50,9 +51,9 @@ def reason_to_leave_out(model: PreTrainedModel, allowed: int | None) -> str | No
     parameters = sum(parameter.numel() for parameter in model.parameters())
     needed, available = parameters * torch.float32.itemsize, psutil.virtual_memory().available
     if needed > available:
-        return f"it needs {needed / 1e9:.1f} GB of memory, and {available / 1e9:.1f} GB are available"
+        return f"it takes {decimal(needed)} of memory, and {decimal(available)} are available"
     if allowed is not None and needed > allowed:
-        return f"it needs {needed / 1e9:.1f} GB of memory, the conversion {allowed / 1e9:.1f} GB; mla verify does it"
+        return f"it takes {decimal(needed)} of memory, and the conversion {decimal(allowed)}; mla verify does it"
     return None
 
 

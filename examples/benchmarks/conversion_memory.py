@@ -1,10 +1,10 @@
-"""Peak memory of a conversion over model depth and calibration size.
+"""Peak memory of a conversion over model size and calibration size.
 
 It grows with a layer and a shard, not with the text. Every conversion runs in a process of its own, on a random model
-with the tokenizer of MODEL. Peaks are of resident memory, in MiB: before the final verification, which loads source and
-converted model whole, and with it.
+with the tokenizer of MODEL. Peaks are of resident memory, in MiB: before the final verification, and with it.
 
     python examples/benchmarks/conversion_memory.py MODEL --calibration text.txt
+    python examples/benchmarks/conversion_memory.py MODEL --hidden 2048 --depths 16 --tokens 16384
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress, TaskID
 from rows import print_rows
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from conversion.checkpoint.location import locate
 from conversion.convert import run_plan
@@ -29,7 +29,7 @@ from conversion.plan import make_plan
 from conversion.recipe import make_recipe
 from conversion.sources import open_source
 
-BODY = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "num_key_value_heads": 4}
+HEAD_DIM = 64
 
 
 class PeakProgress(Progress):
@@ -50,34 +50,47 @@ def peak_mebibytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
-def save_model(tokenizer_of: str, layers: int, folder: Path) -> None:
-    """A random Llama in bfloat16."""
+def save_model(tokenizer_of: str, hidden: int, layers: int, folder: Path) -> None:
+    """A random Llama in bfloat16: an MLP three times as wide, heads of 64, half as many for keys and values."""
     tokenizer = locate(tokenizer_of).tokenizer()
-    config = LlamaConfig(**BODY, vocab_size=len(tokenizer), num_hidden_layers=layers, tie_word_embeddings=True)
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_attention_heads=hidden // HEAD_DIM,
+        num_key_value_heads=hidden // HEAD_DIM // 2,
+        num_hidden_layers=layers,
+        vocab_size=len(tokenizer),
+        tie_word_embeddings=True,
+    )
     torch.manual_seed(0)
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def convert(folder: Path, layers: int, tokens: int, calibration: str | None) -> dict[str, Any]:
+def convert(folder: Path, hidden: int, layers: int, tokens: int, calibration: str | None) -> dict[str, Any]:
     """One row, of this process."""
     source = open_source(str(folder))
     recipe = make_recipe(
         source=str(folder), output=folder / f"{tokens}", cache="50%", tokens=tokens, calibration=calibration
     )
     plan, progress = make_plan(recipe, source), PeakProgress()
-    run_plan(plan, source, progress)
+    verification = run_plan(plan, source, progress).report.verification
+    before, after = progress.peaks["writing"], peak_mebibytes()
     return {
+        "hidden": hidden,
         "layers": layers,
         "parameters (M)": round(plan.parameters / 1e6, 1),
         "tokens": tokens,
-        "converting (MiB)": progress.peaks["writing"],
-        "with verification (MiB)": peak_mebibytes(),
+        "converting (MiB)": before,
+        "with verification (MiB)": after,
+        "ratio": round(after / before, 2),
+        "loaded whole": verification.whole_model is not None,
     }
 
 
 def main(
     model: Annotated[str, typer.Argument(help="Whose tokenizer to use.")],
+    hidden: Annotated[int, typer.Option(help="Width of the model, a multiple of 128.")] = 512,
     depths: Annotated[str, typer.Option(help="Layers, separated by commas.")] = "4,16",
     tokens: Annotated[str, typer.Option(help="Of calibration text, separated by commas.")] = "16384,65536,180224",
     calibration: Annotated[str | None, typer.Option(help="As for mla convert. [default: a shipped mix]")] = None,
@@ -90,9 +103,9 @@ def main(
     with tempfile.TemporaryDirectory() as folder, single as processes:
         for layers in map(int, depths.split(",")):
             source = Path(folder, str(layers))
-            processes.submit(save_model, model, layers, source).result()
+            processes.submit(save_model, model, hidden, layers, source).result()
             rows += [
-                processes.submit(convert, source, layers, int(count), calibration).result()
+                processes.submit(convert, source, hidden, layers, int(count), calibration).result()
                 for count in tokens.split(",")
             ]
     print_rows(rows, as_json)

@@ -111,6 +111,11 @@ def test_every_text_is_named(folder: Path, tmp_path: Path) -> None:
     assert [domain["text"] for domain in found["domains"]] == ["one.txt", "two.txt"]
 
 
+def test_both_prints_of_prose_are_reported(folder: Path) -> None:
+    texts = [domain["text"] for domain in verify(folder)["domains"]]
+    assert {"held-out prose", "held-out tokenised prose"} <= set(texts)
+
+
 TASK = """
 task: offline_choice
 dataset_path: json
