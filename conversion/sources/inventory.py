@@ -13,11 +13,13 @@ from ..errors import SourceError
 _HEADS = ("score.", "classifier.", "qa_outputs.", "v_head.")
 _PACKED = (".scales", ".qweight", ".qzeros", ".weight_scale", ".weight_scale_inv", ".weight_packed", ".absmax", ".SCB")
 _FLOAT = "give the checkpoint in bfloat16, float16 or float32"
+_CACHED_BY = ("attention_chunk_size", "kv_sharing_modes", "layer_types", "sliding_window")
+"""Fields by which the caches of Transformers choose what a layer keeps, of whatever model."""
 
 
 def refuse_unfit(name: str, config: PreTrainedConfig, head_dim: int) -> None:
     """Raises `SourceError` where the configuration of the checkpoint ``name`` means weights that are packed or no
-    floats, or heads that are no attention's."""
+    floats, heads that are no attention's, or caches that are not its attention's."""
     for field in ("quantization_config", "quantization"):
         said = getattr(config, field, None)
         if said is not None:
@@ -27,6 +29,12 @@ def refuse_unfit(name: str, config: PreTrainedConfig, head_dim: int) -> None:
     if config.dtype is not None and config.dtype not in FLOATS.values():
         dtype = str(config.dtype).removeprefix("torch.")
         raise SourceError(f"the configuration of {name} has dtype {dtype}; only {', '.join(FLOATS)} are converted.")
+    for field in _CACHED_BY:
+        if getattr(config, field, None) is not None and not hasattr(type(config), field):
+            raise SourceError(
+                f"{name} has {field}, which its model ({config.model_type}) ignores, though caches do not; remove it "
+                "from the configuration, or name the model that it is in model_type."
+            )
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     if heads % kv_heads:
         raise SourceError(f"{name} has {heads} heads, no multiple of its {kv_heads} key/value heads.")

@@ -21,7 +21,7 @@ Mutation = Callable[[random.Random, Path, Path], str]
 INDEX = "model.safetensors.index.json"
 STRANGE: tuple[Any, ...] = (
     0, -1, 1, 2, 3, 7, 258, 2**31, 2**63, 2**64, 1.5, 1e308, float("nan"), float("inf"), "", "x", "64", "auto", None,
-    True, False, [], {}, [1, 2], ["x"], [None], {"x": 1}, "../outside/model.safetensors", "x" * 5000, "a\0b", "\ud800",
+    True, False, [], {}, [1, 2], ["x"], [None], {"x": 1}, "x" * 5000, "a\0b", "\ud800",
 )  # fmt: skip
 _VALUES = (float("nan"), float("inf"), 3e38, -3e38, 1e30, 1e-40, 0.0)
 _DTYPES = (torch.int32, torch.int8, torch.uint8, torch.bool, torch.float16, torch.bfloat16, torch.float64)
