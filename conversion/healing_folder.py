@@ -55,6 +55,11 @@ class HealingFolder(PartialOutput[HealingProgress]):
         """See `PartialOutput.begin`."""
         self.training.mkdir()
 
+    @property
+    def is_idle(self) -> bool:
+        """See `PartialOutput.is_idle`."""
+        return super().is_idle and not any(self.training.iterdir())
+
     def finish_training(self, healed: Healed, trained: dict[str, Tensor]) -> None:
         """Keeps what was trained, by its name in the checkpoint."""
         write_tensors(self.path / _TRAINED, trained)

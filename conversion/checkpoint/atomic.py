@@ -22,6 +22,10 @@ os.umask(_UMASK)
 """Reading it means setting it. Files of safetensors are otherwise their owner's alone."""
 
 
+_NOTHING = 2**16
+"""Bytes; with fewer free a disk is full. PyTorch says of that nothing but that positions in its file are unexpected."""
+
+
 @contextmanager
 def refusing_full_disk(path: Path) -> Iterator[None]:
     """Raises `OutputError` where anything that writes ``path``, or into it, finds the disk full."""
@@ -30,7 +34,7 @@ def refusing_full_disk(path: Path) -> Iterator[None]:
     except ConversionError:
         raise
     except Exception as error:
-        if not _is_of_full_disk(error):
+        if not _is_of_full_disk(error) and _free(path) >= _NOTHING:
             raise
         raise OutputError(f"no space left while writing {path}; free some and run the same command again.") from error
 
@@ -84,13 +88,17 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
 def require_space(folder: Path, needed: int) -> None:
     """Raises `OutputError` where the disk of ``folder``, which may not exist yet, has fewer than ``needed`` bytes."""
-    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
+    free = _free(folder)
     if free < needed:
         raise OutputError(
-            f"the conversion needs {decimal(needed)} in {existing}, where {decimal(free)} are free; "
+            f"the conversion takes {decimal(needed)} in {folder}, where {decimal(free)} are free; "
             "free some or choose another output folder."
         )
+
+
+def _free(path: Path) -> int:
+    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    return shutil.disk_usage(existing).free
 
 
 @contextmanager

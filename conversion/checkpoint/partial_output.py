@@ -58,8 +58,8 @@ class PartialOutput(LockedFolder, Generic[AnyJournal]):
 
     def __exit__(self, *exception: object) -> None:
         error = exception[1] if exception else None
-        idle = self.progress == self._nothing_done
-        if isinstance(error, ConversionError) and (idle or not isinstance(error, OutputError | JournalError)):
+        refused = isinstance(error, ConversionError) and not isinstance(error, OutputError | JournalError)
+        if refused or (isinstance(error, ConversionError) and self.is_idle):
             shutil.rmtree(self.path, ignore_errors=True)
         super().__exit__()
 
@@ -85,6 +85,11 @@ class PartialOutput(LockedFolder, Generic[AnyJournal]):
         except BaseException:
             shutil.rmtree(self.path, ignore_errors=True)
             raise
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is done that a later run could go on from."""
+        return self.progress == self._nothing_done
 
     @abstractmethod
     def begin(self) -> None:

@@ -176,7 +176,7 @@ def test_no_space_is_found_before_anything_is_written(
 ) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage(10, 9, 1))
-    assert_refused(mla("convert", source, output, "--method", "exact"), "needs", "free some")
+    assert_refused(mla("convert", source, output, "--method", "exact"), "takes", "1 byte are free", "free some")
     assert list(output.parent.iterdir()) == []
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
 
@@ -269,6 +270,29 @@ def test_the_clock_goes_on_where_it_stopped(monkeypatch: pytest.MonkeyPatch) -> 
     assert (control.should_save, control.should_evaluate, control.should_training_stop) == (True, True, True)
     state.stateful_callbacks["Pace"] = pace.state()
     assert pace.is_over(state)
+
+
+def test_disk_that_fills_up_leaves_a_resumable_run(
+    checkpoints: dict[str, Path], tmp_path: Path, unbroken: tuple[dict, dict[str, bytes]]
+) -> None:
+    settings, expected = unbroken
+    usage, saved, original = namedtuple("usage", "total used free"), [], torch.save
+
+    def full(*arguments: object, **named: object) -> None:
+        saved.append(1)
+        if len(saved) > 20:
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 32")
+        original(*arguments, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.save", full)
+        patch.setattr("shutil.disk_usage", lambda _: usage(10, 10, 0))
+        with pytest.raises(OutputError, match=r"no space left .*run the same command again"):
+            run(checkpoints, tmp_path / "healed", **settings)
+    assert [path.name for path in tmp_path.iterdir()] == [".healed.partial"]
+    assert list((tmp_path / ".healed.partial" / "training").iterdir())
+    run(checkpoints, tmp_path / "healed", **settings)
+    assert contents(tmp_path / "healed") == expected
 
 
 def test_interruption_says_that_heal_goes_on(
