@@ -170,14 +170,13 @@ def _check_range(name: str, source: SourceModel, written: torch.dtype | None) ->
     if not tensor.numel():
         return
     largest = max(abs(float(value)) for value in tensor.aminmax())
-    limits = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, written or torch.float32)}
-    for dtype, limit in limits.items():
-        if not largest <= limit:
-            kind = str(dtype).removeprefix("torch.")
-            raise SourceError(
-                f"{name} of {source.location.model} holds {largest:.3g}, which is not finite in {kind}; give sound "
-                "weights, or another --dtype."
-            )
+    where = f"{name} of {source.location.model} holds {largest:.3g}"
+    # Norms and statistics square what it makes.
+    if not largest <= torch.finfo(torch.float32).max ** 0.5:
+        raise SourceError(f"{where}, which, or whose square, is not finite in float32; give sound weights.")
+    if written is not None and largest > torch.finfo(written).max:
+        kind = str(written).removeprefix("torch.")
+        raise SourceError(f"{where}, which is not finite in {kind}; choose another --dtype.")
 
 
 def _require_finite(values: Tensor, where: str, source: SourceModel) -> None:
