@@ -61,7 +61,14 @@ def built_with(body_class: type[nn.Module], **replacements: type) -> Callable:
 
 
 def add_latent_cache(model: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """The arguments of a base model's ``forward``, with a `LatentCache` where its body would make a stock one."""
+    """The arguments of a base model's ``forward``, with a `LatentCache` where its body would make a stock one.
+
+    A cache under the name of a later release gets the name of the installed one, whose body would know nothing of it.
+    """
+    newest = CACHE_NAMES[0]
+    # Pages, which releases before 5.24 pass under that name, are none of the body's either.
+    if newest != CACHE_NAME and isinstance(kwargs.get(newest), Cache):
+        kwargs = {name: value for name, value in kwargs.items() if name != newest} | {CACHE_NAME: kwargs[newest]}
     use_cache = kwargs.get("use_cache")
     use_cache = model.config.use_cache if use_cache is None else use_cache
     checkpointing = getattr(model, "gradient_checkpointing", False) and model.training

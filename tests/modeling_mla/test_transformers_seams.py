@@ -83,14 +83,16 @@ def test_another_thread_builds_stock_models_meanwhile():
     assert not failures
 
 
-def test_a_cache_is_taken_under_the_name_of_before(recwarn):
+@pytest.mark.parametrize("name", seams.CACHE_NAMES)
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_cache_is_taken_under_the_name_of_any_release(name, whole, recwarn):
     model, ids = tiny_model(), random_ids(1, 9)
-    cache = LatentCache(config=model.config)
+    cache, run = LatentCache(config=model.config), model if whole else model.model
     with torch.no_grad():
-        expected = model(ids).logits
-        model(ids[:, :6], past_key_values=cache)
+        expected = run(ids)[0]
+        run(ids[:, :6], **{name: cache})
         assert cache.get_seq_length() == 6
-        assert torch.allclose(model(ids[:, 6:], past_key_values=cache).logits, expected[:, 6:])
+        assert torch.allclose(run(ids[:, 6:], **{name: cache})[0], expected[:, 6:])
     assert all("is deprecated" in str(warning.message) for warning in recwarn)
 
 
