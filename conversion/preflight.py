@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 import modeling_mla
 
-from .checkpoint.atomic import require_space
+from .checkpoint.atomic import refusing_full_disk, require_space
 from .checkpoint.partial_output import require_absent
 from .checkpoint.paths import require_free
 from .default_texts import template_failure
@@ -101,7 +101,7 @@ def _try_small_files(plan: ConversionPlan, source: SourceModel, tokenizer: PreTr
         with torch.device("meta"):
             # It changes its configuration.
             getattr(modeling_mla, f"{source.mla_name}ForCausalLM")(deepcopy(config))
-        with TemporaryDirectory() as folder:
+        with TemporaryDirectory() as folder, refusing_full_disk(Path(folder)):
             config.save_pretrained(folder)
             source.location.generation_config(source.config).save_pretrained(folder)
             tokenizer.save_pretrained(folder)

@@ -129,7 +129,7 @@ def test_largest_seed_seeds_every_layer(source: Path, tmp_path: Path) -> None:
 
 def test_room_is_told_in_fitting_units(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
-    with pytest.raises(OutputError, match=r"needs 2\.5 MB in .*1\.0 kB are free"):
+    with pytest.raises(OutputError, match=r"takes 2\.5 MB in .*1\.0 kB are free"):
         require_space(tmp_path, 2_500_000)
 
 

@@ -32,7 +32,7 @@ def test_exact(smollm2: Path, tmp_path: Path) -> None:
     found = convert(smollm2, tmp_path / "out", method="exact").report.verification
     assert found.max_abs_logit_error < 2e-3
     assert found.perplexity == pytest.approx(found.perplexity_source, abs=0.01)
-    assert found.greedy_match == 1.0
+    assert found.whole_model.greedy_match == 1.0
     assert found.cache_bytes_per_token == found.cache_bytes_per_token_source == LAYERS * ELEMENTS * 4
 
 

@@ -75,8 +75,8 @@ def test_compressed_checkpoint_is_whole(family: str, tmp_path: Path) -> None:
     verification = conversion.report.verification
     before, after = verification.cache_bytes_per_token_source, verification.cache_bytes_per_token
     assert 0.55 <= after / before <= 0.6
-    assert verification.route_error < 1e-4
-    assert verification.decode_error < 1e-4
+    assert verification.whole_model.route_error < 1e-4
+    assert verification.whole_model.decode_error < 1e-4
     assert max(conversion.report.errors) < 0.2, "share of the attention output that is lost"
 
     model = load(conversion.output)
