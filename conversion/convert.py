@@ -29,7 +29,7 @@ from .errors import SourceError
 from .layers import AttentionWeights, LayerBudget, MLAWeights
 from .methods import Method, get_method
 from .methods.base import INTERMEDIATE, TwoPassMethod
-from .plan import VERIFIED_WINDOWS, ConversionPlan, make_plan
+from .plan import PROCESS_BYTES, VERIFIED_WINDOWS, ConversionPlan, make_plan
 from .preflight import check_ids, preflight
 from .products import fast_float32
 from .progress import counting, silent_progress
@@ -291,7 +291,9 @@ class _Run:
 
     def _verify(self, tokenizer: PreTrainedTokenizerBase) -> Verification:
         texts = held_out_windows(tokenizer, window_length(self.source), VERIFIED_WINDOWS)
-        return verify_checkpoint(self.work.checkpoint, self.source, texts, self.progress, self.plan.memory_bytes)
+        # A whole model may take as much as the conversion did.
+        allowed = self.plan.memory_bytes - PROCESS_BYTES
+        return verify_checkpoint(self.work.checkpoint, self.source, texts, self.progress, allowed)
 
 
 __all__ = ["Conversion", "make_plan", "run_plan"]

@@ -10,7 +10,7 @@ from typing import Any
 from rich.progress import Progress
 
 from .checkpoint.location import locate
-from .errors import CalibrationError
+from .errors import CalibrationError, VerificationError, blaming
 from .progress import counting
 from .recall import SAMPLES, Recall, measure_recall
 from .reference import check_reference
@@ -70,7 +70,9 @@ def measure(
     else:
         texts = held_out_windows(tokenizer, length, windows)
     check_reference(source)
-    verification = verify_checkpoint(folder, source, texts, progress)
+    # A damaged checkpoint may fail anywhere.
+    with blaming(VerificationError, f"{folder} cannot be compared with {source.location.model}"):
+        verification = verify_checkpoint(folder, source, texts, progress)
     found, scores = None, {}
     if recall or tasks:
         models = {"source": load_model(source.location), "converted": load_model(locate(str(folder)))}

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from .activations import stream_dtype
 from .checkpoint.measurements import BLOCK
+from .checkpoint.writer import MAX_SHARD_BYTES
 from .errors import BudgetError
 from .layers import AttentionGeometry, LayerBudget
 from .methods import Method, get_method
@@ -23,7 +24,7 @@ from .verify import window_length
 
 DEFAULT_COMPRESSION = "50%"
 
-_PROCESS_BYTES = 1100 * 10**6
+PROCESS_BYTES = 1100 * 10**6
 """The interpreter with PyTorch and Transformers, and what its allocator holds back."""
 SERVED_ROTARY_DIMS = (64, 32)
 """Widths of a rotary key that kernels of serving engines take; the narrower one is padded with zeros."""
@@ -121,7 +122,8 @@ def make_plan(recipe: Recipe, source: SourceModel) -> ConversionPlan:
     refitted = len(refitted_windows(windows))
     block_bytes = BLOCK * window * max(hidden, geometries[0].num_heads * geometries[0].head_dim) * 4
     statistics_bytes = (1 + twice) * 8 * (hidden + 1) ** 2 if windows else 0
-    logits_bytes = 4 * window * source.config.vocab_size * 4
+    shard_bytes = min(MAX_SHARD_BYTES, parameters * dtype.itemsize)
+    layer_bytes = 8 * layer_parameters + 4 * block_bytes + 4 * sizes[source.embedding]
     return ConversionPlan(
         recipe=recipe,
         family=source.model_type,
@@ -135,7 +137,7 @@ def make_plan(recipe: Recipe, source: SourceModel) -> ConversionPlan:
         disk_bytes=int(1.5 * parameters * dtype.itemsize)
         + source.num_layers * (stream_bytes + statistics_bytes)
         + 3 * refitted * block_bytes // BLOCK,
-        memory_bytes=_PROCESS_BYTES + max(2 * parameters * 4 + logits_bytes, 8 * layer_parameters + 4 * block_bytes),
+        memory_bytes=PROCESS_BYTES + max(2 * shard_bytes, layer_bytes),
         seconds=_seconds(
             parameters, window * hidden * source.num_layers, (1 + twice) * windows * window, refitted * window, window
         ),

@@ -104,8 +104,7 @@ def verify_checkpoint(
                 "from, or convert it again."
             )
     model = _without_weights(folder, config)
-    with blaming(VerificationError, f"{folder} cannot be read"):
-        tensors, unchanged = check_tensors(folder, model, source)
+    tensors, unchanged = check_tensors(folder, model, source)
     left_out = reason_to_leave_out(model, allowed_bytes)
     windows = sum(map(len, texts.values()))
     first = next(iter(texts.values()))[0]
@@ -113,10 +112,9 @@ def verify_checkpoint(
     with counting(progress, "verifying", steps) as step:
         reference = StreamedModel(source, source.meta_model, lambda: source.tensors)
         converted = StreamedModel(source, model, lambda: SafetensorsReader(folder))
-        with blaming(VerificationError, f"{folder} and {source.location.name} cannot be run side by side"):
-            scores, layer_errors = compare_models(reference, converted, source.num_layers, texts, step)
-            _refuse_not_finite(scores, layer_errors, source.location.name, folder)
-            whole = check_whole_model(location, source.location, first, step) if left_out is None else None
+        scores, layer_errors = compare_models(reference, converted, source.num_layers, texts, step)
+        _refuse_not_finite(scores, layer_errors, source.location.name, folder)
+        whole = check_whole_model(location, source.location, first, step) if left_out is None else None
     dtype = config.dtype or torch.float32
     domains = tuple(score.result(name, *texts[name].shape) for name, score in scores.items())
     return Verification(

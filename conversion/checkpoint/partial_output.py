@@ -107,7 +107,8 @@ class PartialOutput(LockedFolder, Generic[AnyJournal]):
             raise OutputError(
                 f"{self.output} cannot be written ({error.strerror}); move it away and run the same command again."
             ) from error
-        shutil.rmtree(self.path)
+        # What cannot be deleted now is by the next run.
+        shutil.rmtree(self.path, ignore_errors=True)
 
     def _read(self, journal: Path) -> AnyJournal:
         try:
@@ -144,7 +145,7 @@ def require_absent(output: Path) -> None:
         return
     left = beside(output)
     if (left / _JOURNAL).is_file() and not (left / _CHECKPOINT).exists():
-        with suppress(Timeout), folder_lock(left) as lock:
+        with suppress(Timeout, OSError), folder_lock(left) as lock:
             shutil.rmtree(left, ignore_errors=True)
             Path(lock.lock_file).unlink(missing_ok=True)
     raise OutputError(f"{output} exists already; choose another output, or move it away.")
