@@ -28,11 +28,11 @@ from .checkpoint.writer import ShardWriter
 from .distillation import Pace, last_state, make_trainer
 from .errors import CalibrationError, ConversionError, SourceError
 from .healing_folder import Healed, HealingFolder
+from .loading import load_model
 from .progress import counting
 from .reference import check_reference
 from .sources import SourceModel, open_source
 from .trained_parameters import round_as_stored, trainable_names, unfrozen, with_adapters
-from .whole_model import load_model
 
 WINDOW = 512
 VALIDATION_WINDOWS = 8

@@ -11,13 +11,13 @@ from rich.progress import Progress
 
 from .checkpoint.location import locate
 from .errors import CalibrationError, VerificationError, blaming
+from .loading import load_model
 from .progress import counting
 from .recall import SAMPLES, Recall, measure_recall
 from .reference import check_reference
 from .sources import SourceModel
 from .tasks import evaluate_tasks
 from .verify import Verification, held_out_windows, text_windows, verify_checkpoint, window_length
-from .whole_model import load_model
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -17,37 +17,41 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .errors import SourceError, blaming
+from .loading import load_model
 from .sources import SourceModel
-from .whole_model import load_model, reason_to_leave_out
 
 
 def check_reference(source: SourceModel) -> None:
     """Compares every tensor bit for bit, one in memory at a time.
 
-    Transformers loads a GGUF whole or not at all, so one that does not fit into memory is not compared; its tensors are
-    read by Transformers' own code in either case.
+    A GGUF is one file, whose tensors are read by Transformers' own code; Transformers loads it whole or not at all, so
+    it is compared where it is loaded anyway.
 
     Raises:
         SourceError: Transformers cannot load the source, or loads other tensors than are converted.
     """
-    placement: dict[str, object] = {}
-    with tempfile.TemporaryDirectory() as offloaded:
-        if source.location.gguf_file is None:
-            placement = {"device_map": {"": "disk"}, "offload_folder": offloaded}
-        elif reason_to_leave_out(source.meta_model, None) is not None:
-            return
-        unseen = set(source.stored_names())
+    # Missing and damaged files are named better by our own reader.
+    source.stored_names()
+    if source.location.gguf_file is not None:
+        return
+    with tempfile.TemporaryDirectory() as folder:
         with _quiet():
-            model = load_model(source.location, **placement)
+            model = load_model(source.location, device_map={"": "disk"}, offload_folder=folder)
         with blaming(SourceError, f"Transformers does not load all of {source.location.model}"):
-            for name, loaded in _tensors(model):
-                # A head that is tied to the embedding need not be stored.
-                if name in unseen:
-                    unseen.remove(name)
-                    converted = source.tensors.tensor(name).float()
-                    # What is not finite is refused where it is written.
-                    if not torch.equal(loaded.nan_to_num(), converted.nan_to_num()):
-                        raise _other_model(source, name)
+            refuse_other_tensors(source, _tensors(model))
+
+
+def refuse_other_tensors(source: SourceModel, loaded: Iterable[tuple[str, Tensor]]) -> None:
+    """Raises `SourceError` where Transformers has loaded other tensors, in float32, than are converted."""
+    unseen = set(source.stored_names())
+    for name, tensor in loaded:
+        # A head that is tied to the embedding need not be stored.
+        if name in unseen:
+            unseen.remove(name)
+            converted = source.tensors.tensor(name).float()
+            # What is not finite is refused where it is written.
+            if not torch.equal(tensor.nan_to_num(), converted.nan_to_num()):
+                raise _other_model(source, name)
     if unseen:
         raise _other_model(source, min(unseen))
 

@@ -20,12 +20,13 @@ from .checkpoint.reader import SafetensorsReader
 from .compare import compare_models
 from .default_texts import evaluation_texts
 from .errors import CalibrationError, SourceError, VerificationError, blaming
+from .loading import reason_to_leave_out
 from .products import fast_float32
 from .progress import counting
 from .scores import Score, Scores
 from .sources import SourceModel, is_mla
 from .streamed_model import StreamedModel
-from .whole_model import STEPS, WholeModel, check_whole_model, reason_to_leave_out
+from .whole_model import STEPS, WholeModel, check_whole_model
 
 WINDOW = 1024
 _CHARACTERS_PER_TOKEN = 16
@@ -114,7 +115,7 @@ def verify_checkpoint(
         converted = StreamedModel(source, model, lambda: SafetensorsReader(folder))
         scores, layer_errors = compare_models(reference, converted, source.num_layers, texts, step)
         _refuse_not_finite(scores, layer_errors, source.location.name, folder)
-        whole = check_whole_model(location, source.location, first, step) if left_out is None else None
+        whole = check_whole_model(location, source, first, step) if left_out is None else None
     dtype = config.dtype or torch.float32
     domains = tuple(score.result(name, *texts[name].shape) for name, score in scores.items())
     return Verification(

@@ -7,19 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-import psutil
 import torch
-from rich.filesize import decimal
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from modeling_mla.transformers_seams_mla import cache_argument, cache_of
 
 from .checkpoint.location import Location
 from .checkpoint.reader import SafetensorsReader
-from .errors import SourceError, VerificationError, first_line
+from .errors import VerificationError
+from .loading import load_model
+from .reference import refuse_other_tensors
+from .sources import SourceModel
 
 GREEDY_TOKENS = 64
 PROMPT_TOKENS = 32
@@ -41,24 +41,8 @@ class WholeModel:
     decode_error: float
 
 
-def reason_to_leave_out(model: PreTrainedModel, allowed: int | None) -> str | None:
-    """Why a model of this size is not loaded whole, or None where it fits.
-
-    Args:
-        model: on any device.
-        allowed: bytes that it may take; None for as many as are available.
-    """
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    needed, available = parameters * torch.float32.itemsize, psutil.virtual_memory().available
-    if needed > available:
-        return f"it takes {decimal(needed)} of memory, and {decimal(available)} are available"
-    if allowed is not None and needed > allowed:
-        return f"it takes {decimal(needed)} of memory, and the conversion {decimal(allowed)}; mla verify does it"
-    return None
-
-
 @torch.inference_mode()
-def check_whole_model(converted: Location, source: Location, window: Tensor, step: Callable[[], None]) -> WholeModel:
+def check_whole_model(converted: Location, source: SourceModel, window: Tensor, step: Callable[[], None]) -> WholeModel:
     """Loads one model after the other.
 
     Args:
@@ -68,7 +52,7 @@ def check_whole_model(converted: Location, source: Location, window: Tensor, ste
     Raises:
         VerificationError: a tensor is loaded with other values than are stored, the two routes differ, or decoding
             from the cache differs from a full forward pass.
-        SourceError: one of the models cannot be loaded.
+        SourceError: one of the models cannot be loaded, or the source has other tensors than were converted.
     """
     prompt = window[None, : min(PROMPT_TOKENS, len(window) // 2)]
     new_tokens = min(GREEDY_TOKENS, len(window) - prompt.shape[1])
@@ -78,31 +62,13 @@ def check_whole_model(converted: Location, source: Location, window: Tensor, ste
     step()
     found = greedy(model, prompt, new_tokens)
     step()
+    # One at a time is in memory.
     del model
-    expected = greedy(load_model(source), prompt, new_tokens)
+    reference = load_model(source.location)
+    refuse_other_tensors(source, reference.named_parameters())
+    expected = greedy(reference, prompt, new_tokens)
     step()
     return WholeModel(leading_match(expected, found), new_tokens, route_error, decode_error)
-
-
-def load_model(location: Location, **placement: Any) -> PreTrainedModel:
-    """The model in float32, as any user of Transformers loads it.
-
-    Args:
-        placement: what else ``from_pretrained`` is told, of devices.
-
-    Raises:
-        SourceError: it cannot be loaded.
-    """
-    arguments = location.arguments | {"config": location.config()} | placement
-    if location.gguf_file is not None:
-        # Otherwise weights stay packed where Transformers finds kernels for them.
-        arguments["quantization_config"] = GgufConfig(dequantize=True)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(**arguments, dtype=torch.float32, trust_remote_code=False)
-    except Exception as error:
-        # Transformers and its parsers raise many kinds; every one means that no user could load it.
-        raise SourceError(f"{location.model} cannot be loaded by Transformers: {first_line(error)}") from error
-    return model.eval()
 
 
 def check_loaded(location: Location, model: PreTrainedModel) -> None:

@@ -27,6 +27,7 @@ from conversion.checkpoint.atomic import write_text
 from conversion.checkpoint.location import locate
 from conversion.convert import run_plan
 from conversion.errors import BudgetError
+from conversion.loading import load_model
 from conversion.methods import METHODS
 from conversion.plan import make_plan
 from conversion.progress import counting, shown_progress
@@ -34,7 +35,6 @@ from conversion.recipe import DEFAULT_TOKENS, make_recipe
 from conversion.scores import perplexity
 from conversion.sources import SourceModel, open_source
 from conversion.verify import text_windows, window_length
-from conversion.whole_model import load_model
 
 BUDGETS = "100%,75%,50%,37.5%,25%,12.5%"
 PACKAGES = ("modeling-mla", "torch", "transformers")

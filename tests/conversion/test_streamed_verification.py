@@ -129,3 +129,12 @@ def test_whole_models_are_loaded_where_they_fit(
         assert re.fullmatch(reason, found.left_out)
         assert "greedy_match" not in found.as_json()
         assert f"(routes, decoding, greedy tokens): {found.left_out}." in " ".join(shown.getvalue().split())
+
+
+def test_a_conversion_tells_what_it_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 10**3}))
+    conversion = convert(save_source(tmp_path / "source"), tmp_path / "out", method="exact")
+    reason = conversion.report.verification.left_out
+    assert reason is not None
+    for file in ("README.md", "conversion.json", "conversion.txt"):
+        assert reason in " ".join((conversion.output / file).read_text().split()), file
