@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
-if TYPE_CHECKING:
-    from .backends_mla import AbsorbedShape
-    from .masks_mla import VisibleKeys
+from .backend_base_mla import AbsorbedShape
+from .masks_mla import VisibleKeys
 
 _MIN_LENGTH = 512
 """Below this context two matrix products are as fast."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
-if TYPE_CHECKING:
-    from .masks_mla import VisibleKeys
+from .backend_base_mla import AbsorbedShape
+from .masks_mla import VisibleKeys
+from .scores_mla import capped_and_masked, float32_products
+from .softmax_merge_mla import finite_lse, merge_attended
 
 _BLOCK_SCORES = 1 << 18
 """Scores that are held at once for one sequence: more leave a processor's caches and take memory."""
@@ -23,7 +23,7 @@ class TorchBackend:
 
     name = "torch"
 
-    def supports(self, shape: object) -> str | None:
+    def supports(self, shape: AbsorbedShape) -> str | None:
         return None
 
     def attend(
@@ -51,19 +51,6 @@ class TorchBackend:
         return context, lse
 
 
-def float32_products(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """``[n, d] x [d, S] -> [n, S]`` or ``[B, n, d] x [B, d, S] -> [B, n, S]``, in float32 or, as the factors, wider.
-
-    PyTorch sums products of 16-bit numbers in float32, and then rounds the sum to 16 bits: an error of a percent behind
-    a softmax. What the rounding took is asked for in a second product, whose sum starts from what is known.
-    """
-    product, add_product = (torch.mm, torch.addmm) if rows.dim() == 2 else (torch.bmm, torch.baddbmm)
-    if rows.itemsize > 2:
-        return product(rows, columns)
-    rounded = product(rows, columns).detach()
-    return rounded.float() + add_product(rounded, rows, columns, beta=-1).float()
-
-
 def _widens(tensor: torch.Tensor) -> bool:
     """Whether products are taken in float32: few processors multiply in float16, and PyTorch's loop for the others is
     several times slower than with a copy of the latents."""
@@ -73,22 +60,6 @@ def _widens(tensor: torch.Tensor) -> bool:
 def _block_length(rows: torch.Tensor) -> int:
     """Keys that are taken at once by ``rows [m, r + d_r]``."""
     return _MIN_BLOCK if _widens(rows) else max(_BLOCK_SCORES // rows.shape[0], _MIN_BLOCK)
-
-
-def _scores(
-    rows: torch.Tensor,
-    latents: torch.Tensor,
-    scale: float,
-    mask: torch.Tensor | None,
-    softcap: float | None,
-) -> torch.Tensor:
-    scores = float32_products(rows, latents.t()) * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if mask is None:
-        return scores
-    mask = mask.reshape(rows.shape[0], -1)
-    return scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
 
 
 def _attend_block(
@@ -102,9 +73,10 @@ def _attend_block(
     """All scores of one sequence at once: ``rows [H*n, r + d_r]``, ``latents [S, r + d_r]``, ``mask [H, n, S]``."""
     if _widens(rows):
         rows, latents = rows.float(), latents.float()
-    scores = _scores(rows, latents, scale, mask, softcap)
+    mask = None if mask is None else mask.reshape(rows.shape[0], -1)
+    scores = capped_and_masked(float32_products(rows, latents.t()) * scale, mask, softcap)
     lse = torch.logsumexp(scores, dim=-1)
-    weights = torch.exp(scores - _finite(lse).unsqueeze(-1))
+    weights = torch.exp(scores - finite_lse(lse).unsqueeze(-1))
     return torch.mm(weights.to(rows.dtype), latents[:, :kv_lora_rank]), lse
 
 
@@ -127,26 +99,3 @@ def _attend_blocks(
         attended, own_lse = _attend_block(rows, latents[part], kv_lora_rank, scale, own_mask, softcap)
         context, lse = merge_attended(context, lse, attended.to(precision), own_lse)
     return context.to(rows.dtype), lse
-
-
-def merge_attended(
-    first: torch.Tensor, first_lse: torch.Tensor, second: torch.Tensor, second_lse: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention to two disjoint sets of keys from attention to each.
-
-    Args:
-        first, second: ``[..., d]``, normalised outputs.
-        first_lse, second_lse: ``[...]``, log-sum-exp of the scores of each, ``-inf`` where nothing was visible.
-
-    Returns:
-        The output over both sets, and its log-sum-exp.
-    """
-    lse = torch.logaddexp(first_lse, second_lse)
-    finite = _finite(lse)
-    first = first * torch.exp(first_lse - finite).unsqueeze(-1)
-    return first + second * torch.exp(second_lse - finite).unsqueeze(-1), lse
-
-
-def _finite(lse: torch.Tensor) -> torch.Tensor:
-    """A row that sees nothing (left padding) has no softmax; with this its output is zero, not NaN."""
-    return lse.masked_fill(lse == float("-inf"), 0.0)

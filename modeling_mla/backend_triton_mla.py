@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:
-    from .backends_mla import AbsorbedShape
-    from .masks_mla import VisibleKeys
+from .backend_base_mla import AbsorbedShape
+from .masks_mla import VisibleKeys
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MAX_RANK = 512

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from .backend_torch_mla import float32_products, merge_attended
+from .scores_mla import capped_and_masked, float32_products
+from .softmax_merge_mla import finite_lse, merge_attended
 
 EXPANDED_LIMIT = 1 << 29
 """Bytes of expanded keys and values above which a long context is taken piece by piece: 512 MiB."""
@@ -58,13 +59,9 @@ def attend_in_pieces(
             if mask is not None and mask.dtype == torch.bool and not mask.any():
                 continue
             scores = float32_products(query[:, :, rows].flatten(0, 1), key.mT.flatten(0, 1)) * scaling
-            scores = scores.unflatten(0, (batch, heads))
-            if softcap is not None:
-                scores = softcap * torch.tanh(scores / softcap)
-            if mask is not None:
-                scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+            scores = capped_and_masked(scores.unflatten(0, (batch, heads)), mask, softcap)
             own_lse = torch.logsumexp(scores, dim=-1)
-            weights = torch.exp(scores - own_lse.masked_fill(own_lse == float("-inf"), 0.0).unsqueeze(-1))
+            weights = torch.exp(scores - finite_lse(own_lse).unsqueeze(-1))
             attended = torch.matmul(weights.to(value.dtype), value).to(precision)
             context[:, :, rows], lse[:, :, rows] = merge_attended(
                 context[:, :, rows], lse[:, :, rows], attended, own_lse

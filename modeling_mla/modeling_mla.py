@@ -18,9 +18,9 @@ from transformers import (
     StaticCache,
 )
 
-from .attention_mla import LatentAttention
 from .cache_mla import LatentCache
 from .cache_static_mla import StaticLatentCache
+from .latent_attention_mla import LatentAttention
 from .paged_mla import LatentBatchingManager
 from .peft_mla import register_peft_targets
 from .transformers_seams_mla import (

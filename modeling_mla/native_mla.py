@@ -15,8 +15,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .attention_mla import ALL_ATTENTION_FUNCTIONS, LatentAttention, expand_latents
+from .attention_mla import ALL_ATTENTION_FUNCTIONS
 from .backends_mla import BACKENDS
+from .latent_attention_mla import LatentAttention, expand_latents
 from .modeling_mla import MLAPreTrainedMixin, add_latent_cache
 from .native_classes_mla import (
     become,

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .backends_mla import BACKENDS, AbsorbedShape, select_backend
+from .backend_base_mla import AbsorbedShape
+from .backends_mla import BACKENDS, select_backend
 from .masks_mla import VisibleKeys
 from .native_classes_mla import (
     become,

@@ -8,35 +8,22 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from .absorbed_weights_mla import derived_rows, why_no_matrix
-from .backends_mla import AbsorbedShape, select_backend
+from .attention_functions_mla import eager_attention_forward, is_flash, is_latent_aware
+from .backend_base_mla import AbsorbedShape
+from .backends_mla import select_backend
 from .chunked_mla import EXPANDED_LIMIT, attend_in_pieces, expanded_bytes
+from .latent_attention_mla import LatentAttention
 from .masks_mla import VisibleKeys
 from .peft_mla import refuse_adapters_by_position
 from .transformers_seams_mla import AttentionInterface, PagedAttentionCache, tells_rows_apart
 
-if TYPE_CHECKING:
-    from .attention_mla import LatentAttention
-
-_LATENT_AWARE = ("eager", "sdpa", "flex_attention", "flash_attention_", "paged|", "kernels-community/")
 _EXPANDED_ONLY = ("cu_seq_lens_q", "indices", "position_bias")
 """Arguments of attention functions that only the expanded route honours."""
-
-
-def is_latent_aware(attn_implementation: str | None) -> bool:
-    """Whether attention under this name takes latents; engines and functions of a user's own get expanded tensors."""
-    return attn_implementation is None or attn_implementation.startswith(_LATENT_AWARE)
-
-
-def is_flash(attn_implementation: str | None) -> bool:
-    """Whether Transformers treats a name as flash attention: 2-D masks, packed rows by their positions."""
-    return attn_implementation is not None and "flash" in attn_implementation
 
 
 class MLAttentionInterface(AttentionInterface):
@@ -51,30 +38,6 @@ class MLAttentionInterface(AttentionInterface):
         if not is_latent_aware(attn_implementation):
             return function
         return functools.partial(attend_latents, function, attn_implementation)
-
-
-def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    softcap: float | None = None,
-    **kwargs,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Plain attention over expanded ``[B, H, S, d]`` tensors; also returns the weights ``[B, H, n, S]``."""
-    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    # float32 at least, as everywhere in Transformers, but never less than the model's own precision.
-    precision = torch.promote_types(query.dtype, torch.float32)
-    weights = nn.functional.softmax(scores, dim=-1, dtype=precision).to(query.dtype)
-    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
 def absorbed_is_cheaper(

@@ -26,7 +26,8 @@ from rows import print_rows
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
 
 from modeling_mla import LatentCache, StaticLatentCache, disable_absorbed_attention, enable_absorbed_attention
-from modeling_mla.backends_mla import BACKENDS, AbsorbedShape
+from modeling_mla.backend_base_mla import AbsorbedShape
+from modeling_mla.backends_mla import BACKENDS
 from modeling_mla.masks_mla import VisibleKeys
 from modeling_mla.transformers_seams_mla import cache_argument
 

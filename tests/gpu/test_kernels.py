@@ -7,8 +7,9 @@ import pytest
 import torch
 from decode_cases import KINDS, Case, check
 
+from modeling_mla.backend_base_mla import AbsorbedShape
 from modeling_mla.backend_triton_mla import TritonBackend
-from modeling_mla.backends_mla import AbsorbedShape, select_backend
+from modeling_mla.backends_mla import select_backend
 from modeling_mla.masks_mla import VisibleKeys
 
 CUDA = torch.device("cuda", 0)

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from modeling_mla.backend_base_mla import AbsorbedShape
 from modeling_mla.backend_cpu_mla import CpuBackend
 from modeling_mla.backend_torch_mla import TorchBackend
-from modeling_mla.backends_mla import AbsorbedShape, select_backend
+from modeling_mla.backends_mla import select_backend
 from modeling_mla.masks_mla import VisibleKeys
 
 

@@ -5,9 +5,12 @@ import torch
 from tiny import assert_close
 
 from modeling_mla import backend_torch_mla
-from modeling_mla.backend_torch_mla import TorchBackend, float32_products, merge_attended
-from modeling_mla.backends_mla import BACKENDS, AbsorbedShape, select_backend
+from modeling_mla.backend_base_mla import AbsorbedShape
+from modeling_mla.backend_torch_mla import TorchBackend
+from modeling_mla.backends_mla import BACKENDS, select_backend
 from modeling_mla.masks_mla import VisibleKeys
+from modeling_mla.scores_mla import float32_products
+from modeling_mla.softmax_merge_mla import merge_attended
 
 BATCH, HEADS, QUERIES, KEYS, RANK, WIDTH = 2, 3, 4, 50, 5, 8
 

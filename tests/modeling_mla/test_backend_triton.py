@@ -14,8 +14,9 @@ from decode_cases import KINDS, Case, check
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from modeling_mla.backend_base_mla import AbsorbedShape
 from modeling_mla.backend_triton_mla import TritonBackend
-from modeling_mla.backends_mla import AbsorbedShape, select_backend
+from modeling_mla.backends_mla import select_backend
 
 CPU = torch.device("cpu")
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")

@@ -1,0 +1,42 @@
+"""Transformers' attention functions by their names, and the plain one that every body defines for itself."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+_LATENT_AWARE = ("eager", "sdpa", "flex_attention", "flash_attention_", "paged|", "kernels-community/")
+
+
+def is_latent_aware(attn_implementation: str | None) -> bool:
+    """Whether attention under this name takes latents; engines and functions of a user's own get expanded tensors."""
+    return attn_implementation is None or attn_implementation.startswith(_LATENT_AWARE)
+
+
+def is_flash(attn_implementation: str | None) -> bool:
+    """Whether Transformers treats a name as flash attention: 2-D masks, packed rows by their positions."""
+    return attn_implementation is not None and "flash" in attn_implementation
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plain attention over expanded ``[B, H, S, d]`` tensors; also returns the weights ``[B, H, n, S]``."""
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    # float32 at least, as everywhere in Transformers, but never less than the model's own precision.
+    precision = torch.promote_types(query.dtype, torch.float32)
+    weights = nn.functional.softmax(scores, dim=-1, dtype=precision).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights

@@ -1,0 +1,62 @@
+"""What a backend for absorbed attention is given, and what it gives.
+
+A backend knows tensors, nothing of the model: multi-query attention over the latents themselves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from .masks_mla import VisibleKeys
+
+
+@dataclass(frozen=True)
+class AbsorbedShape:
+    """What a backend decides by, before any tensor is touched."""
+
+    batch: int
+    num_heads: int
+    query_length: int
+    kv_length: int
+    kv_lora_rank: int
+    qk_rope_head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+    has_mask: bool
+    softcap: float | None = None
+
+
+class AbsorbedBackend(Protocol):
+    """One provider of absorbed attention."""
+
+    name: str
+
+    def supports(self, shape: AbsorbedShape) -> str | None:
+        """None where it can serve the shape on this machine, else the reason why not."""
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        latents: torch.Tensor,
+        kv_lora_rank: int,
+        scale: float,
+        visible: VisibleKeys,
+        softcap: float | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attends from every head to the one latent head.
+
+        Args:
+            query: ``[B, H, n, r + d_r]``, the absorbed query beside the rotary query.
+            latents: ``[B, S, r + d_r]``, the latents beside the rotary keys; rows may be strided, channels are dense.
+            kv_lora_rank: r, how many of the channels are the value as well.
+            scale: of the scores.
+            visible: which of the S keys each query sees, as a mask or as what one would be made of.
+            softcap: scores become ``softcap * tanh(scores / softcap)`` before the mask.
+
+        Returns:
+            The context ``[B, H, n, r]`` in the query's dtype, and the log-sum-exp of the scores ``[B, H, n]`` in
+            float32 or wider (natural logarithm; ``-inf`` where nothing is visible).
+        """

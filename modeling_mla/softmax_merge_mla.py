@@ -1,0 +1,28 @@
+"""Attention to several sets of keys, merged from attention to each by the log-sum-exp of its scores."""
+
+from __future__ import annotations
+
+import torch
+
+
+def merge_attended(
+    first: torch.Tensor, first_lse: torch.Tensor, second: torch.Tensor, second_lse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention to two disjoint sets of keys from attention to each.
+
+    Args:
+        first, second: ``[..., d]``, normalised outputs.
+        first_lse, second_lse: ``[...]``, log-sum-exp of the scores of each, ``-inf`` where nothing was visible.
+
+    Returns:
+        The output over both sets, and its log-sum-exp.
+    """
+    lse = torch.logaddexp(first_lse, second_lse)
+    finite = finite_lse(lse)
+    first = first * torch.exp(first_lse - finite).unsqueeze(-1)
+    return first + second * torch.exp(second_lse - finite).unsqueeze(-1), lse
+
+
+def finite_lse(lse: torch.Tensor) -> torch.Tensor:
+    """A row that sees nothing (left padding) has no softmax; with this its output is zero, not NaN."""
+    return lse.masked_fill(lse == float("-inf"), 0.0)
