@@ -18,11 +18,11 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging
 
-from conversion.convert import Conversion, make_plan, run_plan
 from conversion.errors import ConversionError
+from conversion.pipeline.conversion import Conversion, make_plan, run_plan
 from conversion.progress import shown_progress
 from conversion.recipe import make_recipe
-from conversion.report import JSON_NAME
+from conversion.reporting.report import JSON_NAME
 from conversion.sources import open_source
 
 PROMPT = "What is the capital of France?"

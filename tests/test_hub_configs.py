@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 from conversion.checkpoint.location import Location
 from conversion.cli import app
 from conversion.errors import SourceError
-from conversion.memory import cache_memory, read_config
-from conversion.plan import make_plan
+from conversion.planning.plan import make_plan
 from conversion.recipe import read_recipe
+from conversion.reporting.cache_size import cache_memory, read_config
 from conversion.sources import SOURCES, source_of
 from modeling_mla import LlamaMLAConfig, LlamaMLAForCausalLM
 

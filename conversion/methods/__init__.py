@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..errors import ConversionError
-from .attention_aware import AttentionAwareMethod
+from .attention_aware.method import AttentionAwareMethod
 from .base import LayerRefit, LayerStatistics, Method
 from .exact import ExactMethod
 from .mha2mla import MHA2MLAMethod

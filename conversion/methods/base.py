@@ -71,7 +71,7 @@ class Method(ABC):
     lossless: ClassVar[bool] = False
     """Whether the converted layer gives what the source's does, up to rounding."""
     allocates: ClassVar[bool] = False
-    """Whether :meth:`allocate` moves ranks, for which the damage of every layer is measured first."""
+    """Whether :meth:`allocate` moves ranks, for which the sensitivity to every layer is measured first."""
 
     @abstractmethod
     def smallest(self, geometry: AttentionGeometry) -> LayerBudget:
@@ -101,14 +101,14 @@ class Method(ABC):
         budgets: Sequence[LayerBudget],
         statistics: Sequence[dict[str, Tensor]],
         weights: Sequence[AttentionWeights],
-        damage: Sequence[float],
+        sensitivity: Sequence[float],
     ) -> list[LayerBudget]:
         """May move ranks between layers at an equal total; the default keeps the plan.
 
         Args:
             statistics: loaded on access, as weights may be: look at one layer after the other, and once.
-            damage: by layer, nats a token: KL to the source of the model in which only this layer is converted, at its
-                budget of ``budgets`` and without a refit.
+            sensitivity: by layer, nats a token: KL to the source of the model in which only this layer is converted,
+                at its budget of ``budgets`` and without a refit.
         """
         return list(budgets)
 
@@ -127,16 +127,22 @@ class Method(ABC):
         return None
 
 
-INTERMEDIATE = "intermediate."
-"""What the names of the second measuring pass begin with, among the statistics of a `TwoPassMethod`."""
-
-
 class TwoPassMethod(Method):
     """A method that measures twice: on the source, then on an intermediate model made from what that found.
 
-    Both passes use the accumulators of :meth:`Method.statistics`. :meth:`Method.factorise` gets the sums of the first
-    under their names and those of the second under ``INTERMEDIATE + name``.
+    Both passes use the accumulators of :meth:`Method.statistics`.
     """
+
+    @abstractmethod
+    def factorise(
+        self,
+        geometry: AttentionGeometry,
+        weights: AttentionWeights,
+        statistics: dict[str, Tensor] | None,
+        budget: LayerBudget,
+        second: dict[str, Tensor] | None = None,
+    ) -> MLAWeights:
+        """See `Method.factorise`; ``second`` are the sums of the second pass."""
 
     @abstractmethod
     def intermediate(

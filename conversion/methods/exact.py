@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ..errors import BudgetError
+from ..forward.heads import value_bias_through_output
 from ..layers import AttentionGeometry, AttentionWeights, LayerBudget, MLAWeights
 from .base import Method
-from .heads import value_bias_through_output
 
 
 class ExactMethod(Method):

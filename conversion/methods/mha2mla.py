@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from ..errors import BudgetError, SourceError
+from ..forward.attention import source_heads
+from ..forward.heads import augmented_rows, value_bias_through_output
 from ..layers import AttentionGeometry, AttentionWeights, LayerBudget, MLAWeights
-from .attention import source_heads
+from .attention_statistics import pair_energy
 from .base import LayerStatistics, Method
-from .heads import augmented_rows, value_bias_through_output
-from .statistics import pair_energy
 
 ROTARY_SHARE = 4
 """One in so many rotary channels of a head stays rotated, as in most of the authors' models."""

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ..errors import BudgetError
+from ..forward.heads import augmented_rows
 from ..layers import AttentionGeometry, AttentionWeights, LayerBudget, MLAWeights, encoder_input
-from .base import INTERMEDIATE, LayerStatistics, TwoPassMethod
-from .heads import augmented_rows
+from .base import LayerStatistics, TwoPassMethod
 from .rotary_pca import RotaryKey, as_pairs, from_pairs, rotary_queries
 
 FOLD_PER_COLLAPSE = 2
@@ -90,10 +90,12 @@ class TransMLAMethod(TwoPassMethod):
         weights: AttentionWeights,
         statistics: dict[str, Tensor] | None,
         budget: LayerBudget,
+        second: dict[str, Tensor] | None = None,
     ) -> MLAWeights:
-        """See `Method.factorise`."""
+        """See `TwoPassMethod.factorise`."""
         assert statistics is not None, "TransMLA needs second moments"
-        return _factorise(geometry, weights, statistics["moment"], statistics[INTERMEDIATE + "moment"], budget)
+        assert second is not None, "TransMLA needs those of a second pass"
+        return _factorise(geometry, weights, statistics["moment"], second["moment"], budget)
 
     def intermediate(
         self,

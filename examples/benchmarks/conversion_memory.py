@@ -24,8 +24,8 @@ from rows import print_rows
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from conversion.checkpoint.location import locate
-from conversion.convert import run_plan
-from conversion.plan import make_plan
+from conversion.pipeline.conversion import run_plan
+from conversion.planning.plan import make_plan
 from conversion.recipe import make_recipe
 from conversion.sources import open_source
 

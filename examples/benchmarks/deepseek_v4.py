@@ -19,7 +19,7 @@ from native import HUB_CONFIGS, side_by_side
 from rows import print_rows
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from conversion.memory import cache_memory, read_config
+from conversion.reporting.cache_size import cache_memory, read_config
 from modeling_mla.native_shared_head_mla import disable_shared_head_attention, enable_shared_head_attention
 from modeling_mla.transformers_seams_mla import cache_argument
 

@@ -25,16 +25,17 @@ from rich.progress import Progress
 
 from conversion.checkpoint.atomic import write_text
 from conversion.checkpoint.location import locate
-from conversion.convert import run_plan
 from conversion.errors import BudgetError
-from conversion.loading import load_model
+from conversion.evaluation.loading import load_model
+from conversion.evaluation.scores import perplexity
+from conversion.evaluation.verify import text_windows
 from conversion.methods import METHODS
-from conversion.plan import make_plan
+from conversion.pipeline.conversion import run_plan
+from conversion.planning.plan import make_plan
+from conversion.planning.text_use import window_length
 from conversion.progress import counting, shown_progress
 from conversion.recipe import DEFAULT_TOKENS, make_recipe
-from conversion.scores import perplexity
 from conversion.sources import SourceModel, open_source
-from conversion.verify import text_windows, window_length
 
 BUDGETS = "100%,75%,50%,37.5%,25%,12.5%"
 PACKAGES = ("modeling-mla", "torch", "transformers")

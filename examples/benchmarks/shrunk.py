@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from conversion.memory import read_config
+from conversion.reporting.cache_size import read_config
 
 _SHRUNK = {
     "num_hidden_layers": 2,

@@ -12,15 +12,15 @@ from safetensors.torch import load_file, save_file
 from tiny_families import FAMILIES, save_family
 from tiny_source import convert, save_source, write_text
 
-from conversion.agreement import refuse_contradiction
 from conversion.checkpoint.reader import SafetensorsReader
 from conversion.errors import SourceError, VerificationError
+from conversion.evaluation.agreement import refuse_contradiction
+from conversion.evaluation.reference import check_reference
+from conversion.evaluation.verify import Verification
 from conversion.layers import MLAWeights
-from conversion.methods.attention_aware import AttentionAwareMethod
+from conversion.methods.attention_aware.method import AttentionAwareMethod
 from conversion.methods.exact import ExactMethod
-from conversion.reference import check_reference
 from conversion.sources import open_source
-from conversion.verify import Verification
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,11 @@ from tiny_source import byte_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from conversion import calibration, default_texts
-from conversion.calibration import load_windows
-from conversion.default_texts import calibration_documents, evaluation_texts, turns
 from conversion.errors import CalibrationError
+from conversion.text import default_mix as default_texts
+from conversion.text import windows as calibration
+from conversion.text.default_mix import calibration_documents, evaluation_texts, turns
+from conversion.text.windows import load_windows
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,12 @@ import pytest
 import torch
 from tiny_source import save_source
 
-from conversion.default_texts import evaluation_texts, template_failure, turns
-from conversion.plan import make_plan
-from conversion.preflight import preflight
+from conversion.pipeline.inputs import open_inputs
+from conversion.planning.plan import make_plan
 from conversion.progress import silent_progress
 from conversion.recipe import make_recipe
 from conversion.sources import open_source
+from conversion.text.default_mix import evaluation_texts, template_failure, turns
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_template_that_does_not_render_leaves_conversations_out(template: str, s
     notes: list[str] = []
     progress.console.print = lambda text, **_: notes.append(text)
     made = make_recipe(source=str(source), output=source.parent / "out", method="exact")
-    preflight(make_plan(made, opened), opened, source.parent / ".out.partial", progress)
+    open_inputs(make_plan(made, opened), opened, progress)
     (note,) = notes
     assert note.startswith("note: the chat template")
     assert REFUSALS[template] in note

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 from tiny_source import LAYERS, convert, save_source, write_text
 
-from conversion.checkpoint.journal import WorkFolder
 from conversion.errors import (
     BudgetError,
     CalibrationError,
@@ -23,6 +22,8 @@ from conversion.errors import (
     SourceError,
     VerificationError,
 )
+from conversion.pipeline.conversion import STAGES
+from conversion.pipeline.work.journal import WorkFolder
 
 RECIPE = {"cache": "50%", "tokens": 256}
 
@@ -90,12 +91,12 @@ def test_same_bytes_after_a_kill(unbroken: tuple[Path, dict[str, bytes], int], t
     folder, expected, _ = unbroken
     script = (
         "import os, signal, sys\n"
-        "from conversion.checkpoint.journal import WorkFolder\n"
+        "from conversion.pipeline.work.journal import WorkFolder\n"
         "from conversion.cli import main\n"
         "original = WorkFolder.save\n"
         "def save(self):\n"
         "    original(self)\n"
-        "    if self.progress.converted == 1: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    if self.journal.converted == 1: os.kill(os.getpid(), signal.SIGKILL)\n"
         "WorkFolder.save = save\n"
         "main()\n"
     )
@@ -121,7 +122,7 @@ def test_the_work_done_is_not_done_again(
     def measured_again(*_: object) -> None:
         raise AssertionError("statistics were taken again")
 
-    monkeypatch.setattr("conversion.methods.attention_aware.AttentionAwareMethod.statistics", measured_again)
+    monkeypatch.setattr("conversion.methods.attention_aware.method.AttentionAwareMethod.statistics", measured_again)
     assert convert(folder / "source", tmp_path / "out", **arguments).output.is_dir()
 
 
@@ -131,7 +132,7 @@ def half_done(unbroken: tuple[Path, dict[str, bytes], int], tmp_path: Path) -> C
     folder, _, _ = unbroken
     arguments = {"calibration": str(folder / "text.txt"), **RECIPE}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(WorkFolder, "save", stop_at(3, before=False))
+        patch.setattr(WorkFolder, "save", stop_at(4, before=False))
         with pytest.raises(KeyboardInterrupt):
             convert(folder / "source", tmp_path / "out", **arguments)
     return lambda **changed: convert(folder / "source", tmp_path / "out", **(arguments | changed))
@@ -251,7 +252,7 @@ def test_unfinished_work_beside_an_output_is_kept(half_done: Callable[..., objec
 
 
 @pytest.mark.parametrize("kind", [SourceError, BudgetError, CalibrationError, VerificationError])
-@pytest.mark.parametrize("moment", ["_measure", "_allocate", "_convert", "_verify"])
+@pytest.mark.parametrize("moment", ["preflight", "measure", "allocate", "convert_layers", "verify", "report"])
 def test_a_refusal_leaves_nothing(
     kind: type[ConversionError],
     moment: str,
@@ -259,10 +260,13 @@ def test_a_refusal_leaves_nothing(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def refuse(*_: object) -> None:
+    def refuse(_: object) -> None:
         raise kind("refused")
 
-    monkeypatch.setattr(f"conversion.convert._Run.{moment}", refuse)
+    refuse.__name__ = moment
+    stages = [refuse if stage.__name__ == moment else stage for stage in STAGES]
+    assert refuse in stages
+    monkeypatch.setattr("conversion.pipeline.conversion.STAGES", stages)
     with pytest.raises(kind):
         convert(unbroken[0] / "source", tmp_path / "out", calibration=str(unbroken[0] / "text.txt"), **RECIPE)
     assert list(tmp_path.iterdir()) == []
@@ -293,10 +297,10 @@ def no_space_in_rust(*_: object, **__: object) -> None:
         ("transformers.PreTrainedConfig.save_pretrained", no_space),
         ("transformers.GenerationConfig.save_pretrained", no_space),
         ("transformers.PreTrainedTokenizerFast.save_pretrained", no_space_in_rust),
-        ("conversion.convert.write_report", no_space),
-        ("conversion.convert.write_card", no_space),
-        ("conversion.checkpoint.measurements.write_text", no_space),
-        ("conversion.checkpoint.measurements.write_tensors", no_space_in_rust),
+        ("conversion.pipeline.stages.report.write_report", no_space),
+        ("conversion.pipeline.stages.report.write_card", no_space),
+        ("conversion.pipeline.work.measurements.write_text", no_space),
+        ("conversion.pipeline.work.measurements.write_tensors", no_space_in_rust),
         ("pathlib.Path.rename", no_space),
     ],
 )

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from tiny_source import convert, save_source, write_text
 from transformers import AutoConfig
 
+from conversion.methods.attention_aware.value_ridge import ridge_towards
 from conversion.methods.rotary_pca import shared_rotary_key
 from conversion.methods.transmla import balanced_latent
-from conversion.methods.value_ridge import ridge_towards
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj")
 

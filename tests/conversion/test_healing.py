@@ -16,13 +16,15 @@ from tiny_source import CONTEXT, convert, write_text
 from transformers import TrainerControl, TrainerState
 from typer.testing import CliRunner
 
-from conversion import trained_parameters
 from conversion.cli import app
-from conversion.distillation import SAVES, DistillationTrainer, Pace
 from conversion.errors import CalibrationError, ConversionError, JournalError, OutputError, SourceError
-from conversion.healing import Healed, HealingRecipe, heal
+from conversion.evaluation.scores import kl_divergence
+from conversion.healing import trained_parameters
+from conversion.healing.heal import Healed, heal
+from conversion.healing.pace import SAVES, Pace
+from conversion.healing.recipe import HealingRecipe
+from conversion.healing.trainer import DistillationTrainer
 from conversion.progress import silent_progress
-from conversion.scores import kl_divergence
 
 
 @pytest.fixture(scope="module")
@@ -227,11 +229,11 @@ def test_what_was_trained_is_not_trained_again(
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    for moment in ("conversion.healing._write", "conversion.healing._write_report"):
+    for moment in ("conversion.healing.heal._write", "conversion.healing.heal._write_report"):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(moment, stop)
             if moment.endswith("report"):
-                patch.setattr("conversion.healing.make_trainer", stop)
+                patch.setattr("conversion.healing.heal.make_trainer", stop)
             with pytest.raises(KeyboardInterrupt):
                 run(checkpoints, tmp_path / "healed", **settings)
     run(checkpoints, tmp_path / "healed", **settings)
@@ -245,7 +247,7 @@ def test_other_settings_do_not_go_on_from_it(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("conversion.healing._write", stop)
+        patch.setattr("conversion.healing.heal._write", stop)
         with pytest.raises(KeyboardInterrupt):
             run(checkpoints, tmp_path / "healed", steps=2)
     for changed in ({"steps": 3}, {"seed": 1}, {"lora_rank": 2}, {"steps": None, "minutes": 1}):
@@ -255,7 +257,7 @@ def test_other_settings_do_not_go_on_from_it(
 
 def test_the_clock_goes_on_where_it_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr("conversion.distillation.time.monotonic", lambda: now)
+    monkeypatch.setattr("conversion.healing.pace.time.monotonic", lambda: now)
     shown: list[int] = []
     pace = Pace(None, 60.0, shown.append)
     stored = {"Pace": {"args": {}, "attributes": {"seconds": 50.0, "saved": 10}}}
@@ -301,7 +303,7 @@ def test_interruption_says_that_heal_goes_on(
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("conversion.healing.make_trainer", stop)
+    monkeypatch.setattr("conversion.healing.heal.make_trainer", stop)
     command = ["heal", checkpoints["llama_mla"], "--teacher", checkpoints["llama"], "--data", checkpoints["text"]]
     command += ["--steps", 2, "--out", tmp_path / "healed"]
     stopped = CliRunner().invoke(app, [str(argument) for argument in command])

@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 from conversion.cli import app
 from conversion.errors import ConversionError
-from conversion.recall import copy_prompt, measure_recall, needle_prompt
-from conversion.tasks import evaluate_tasks
+from conversion.evaluation.recall import copy_prompt, measure_recall, needle_prompt
+from conversion.evaluation.tasks import evaluate_tasks
 
 LONG = 256
 

@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 
 from conversion.cli import app
 from conversion.errors import OutputError, SourceError
-from conversion.inspection import inspect_model
-from conversion.memory import cache_memory, read_config
-from conversion.memory_report import MemoryReport
-from conversion.plots import plot_cache
+from conversion.reporting.cache_report import MemoryReport
+from conversion.reporting.cache_size import cache_memory, read_config
+from conversion.reporting.inspection import inspect_model
+from conversion.reporting.plots import plot_cache
 from conversion.sources import open_source
 from modeling_mla import LlamaMLAConfig
 

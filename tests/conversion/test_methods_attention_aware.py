@@ -6,9 +6,9 @@ import torch
 from tiny_source import convert, save_source, write_text
 
 from conversion.errors import BudgetError
+from conversion.forward.attention import converted_contexts, converted_output, source_output
 from conversion.layers import LayerBudget
 from conversion.methods import get_method
-from conversion.methods.attention import converted_contexts, converted_output, source_output
 from conversion.methods.base import LayerInputs
 
 METHOD = get_method("attention_aware")

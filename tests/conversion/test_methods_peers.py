@@ -13,8 +13,8 @@ from torch import Tensor
 
 from conversion.errors import BudgetError, SourceError
 from conversion.layers import AttentionGeometry, AttentionWeights, LayerBudget, MLAWeights
-from conversion.methods import get_method
-from conversion.methods.base import INTERMEDIATE
+from conversion.methods import Method, get_method
+from conversion.methods.base import TwoPassMethod
 from conversion.methods.mha2mla import strongest_pairs, weight_svd
 from conversion.methods.rotary_pca import as_pairs
 from conversion.methods.transmla import balanced_latent, concentrated_key
@@ -31,13 +31,21 @@ SOURCES = {
 }
 
 
-def measured(method, geometry: AttentionGeometry, weights: AttentionWeights) -> dict[str, Tensor]:
+def factorised(
+    method: Method, geometry: AttentionGeometry, weights: AttentionWeights, budget: LayerBudget
+) -> MLAWeights:
+    """Converted by statistics of random inputs; a second pass finds the same."""
+    sums = measured(method, geometry, weights)
+    second = (sums,) if isinstance(method, TwoPassMethod) else ()
+    return method.factorise(geometry, weights, sums, budget, *second)
+
+
+def measured(method: Method, geometry: AttentionGeometry, weights: AttentionWeights) -> dict[str, Tensor]:
     inputs = torch.randn(4, 24, geometry.hidden_size, generator=torch.Generator().manual_seed(2))
     single = AttentionWeights(**{name: None if t is None else t.float() for name, t in vars(weights).items()})
     statistics = method.statistics(geometry, single, seed=1)
     statistics.update(inputs, inputs)
-    sums = statistics.tensors()
-    return sums | {INTERMEDIATE + name: tensor for name, tensor in sums.items()}
+    return statistics.tensors()
 
 
 def turned_partly(
@@ -76,16 +84,16 @@ def turned_partly(
 @pytest.mark.parametrize("collapse", [1, 2])
 def test_transmla_at_full_rank_is_the_partial_rope_model(options: dict, collapse: int) -> None:
     geometry, weights = naive.random_layer(**options)
-    statistics = measured(TRANSMLA, geometry, weights)
     rotary = geometry.rotary_dim // collapse
     budget = LayerBudget(geometry.cache_elements - rotary, rotary)
-    converted = TRANSMLA.factorise(geometry, weights, statistics, budget)
+    converted = factorised(TRANSMLA, geometry, weights, budget)
 
     pairs = geometry.rotary_dim // 2
     zeros = torch.zeros(geometry.num_kv_heads, geometry.head_dim, 1, dtype=torch.float64)
     bias = zeros if weights.k_bias is None else weights.k_bias.view_as(zeros)
     keys = torch.cat((weights.k.view(geometry.num_kv_heads, geometry.head_dim, -1), bias), dim=2)
-    kept, lost = concentrated_key(as_pairs(keys, pairs), statistics["moment"], geometry.inv_freq, rotary // 2)
+    moment = measured(TRANSMLA, geometry, weights)["moment"]
+    kept, lost = concentrated_key(as_pairs(keys, pairs), moment, geometry.inv_freq, rotary // 2)
     decoder = torch.cat((kept.decoder, lost.decoder), dim=2).flatten(0, 1)
     frequencies = torch.cat((kept.inv_freq, lost.inv_freq))
     inputs = torch.randn(7, geometry.hidden_size, dtype=torch.float64)
@@ -143,7 +151,7 @@ def test_transmla_splits_as_its_authors_best() -> None:
 def test_mha2mla_is_lossless_at_full_size(options: dict) -> None:
     geometry, weights = naive.random_layer(**options)
     budget = MHA2MLA.split(geometry, geometry.cache_elements)
-    converted = MHA2MLA.factorise(geometry, weights, measured(MHA2MLA, geometry, weights), budget)
+    converted = factorised(MHA2MLA, geometry, weights, budget)
     inputs = torch.randn(7, geometry.hidden_size, dtype=torch.float64)
     torch.testing.assert_close(
         naive.converted_output(geometry, converted, inputs),
@@ -225,11 +233,10 @@ def converted_shape(weights: MLAWeights) -> tuple[int, int]:
 @pytest.mark.parametrize("method", [TRANSMLA, MHA2MLA], ids=lambda method: method.name)
 def test_caches_what_it_was_asked_to(method) -> None:
     geometry, weights = naive.random_layer()
-    statistics = measured(method, geometry, weights)
     for elements in (12, 16, 24, 32):
         budget = method.split(geometry, elements)
         assert budget.cache_elements == elements
-        assert converted_shape(method.factorise(geometry, weights, statistics, budget)) == (
+        assert converted_shape(factorised(method, geometry, weights, budget)) == (
             elements,
             budget.qk_rope_head_dim,
         )

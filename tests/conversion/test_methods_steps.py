@@ -4,9 +4,7 @@ import naive_attention as naive
 import pytest
 import torch
 
-from conversion.methods import get_method
-from conversion.methods.allocation import allocate_ranks, near_median
-from conversion.methods.attention import (
+from conversion.forward.attention import (
     attended,
     causal_softmax,
     converted_output,
@@ -14,7 +12,23 @@ from conversion.methods.attention import (
     source_heads,
     source_output,
 )
-from conversion.methods.joint_latent import centred, joint_latent, latent_spectrum, latent_targets, metric_roots
+from conversion.methods import get_method
+from conversion.methods.attention_aware.allocation import allocate_ranks, near_median
+from conversion.methods.attention_aware.joint_latent import (
+    centred,
+    joint_latent,
+    latent_spectrum,
+    latent_targets,
+    metric_roots,
+)
+from conversion.methods.attention_aware.value_ridge import SHRINKAGE, ridge_towards
+from conversion.methods.attention_statistics import (
+    AttentionStatistics,
+    output_sensitivity,
+    pair_energy,
+    rotation_moments,
+    sample_rows,
+)
 from conversion.methods.rotary_pca import (
     as_pairs,
     from_pairs,
@@ -24,14 +38,6 @@ from conversion.methods.rotary_pca import (
     shared_rotary_key,
     unexplained_energy,
 )
-from conversion.methods.statistics import (
-    AttentionStatistics,
-    output_sensitivity,
-    pair_energy,
-    rotation_moments,
-    sample_rows,
-)
-from conversion.methods.value_ridge import SHRINKAGE, ridge_towards
 
 
 def window(length=9, **options):

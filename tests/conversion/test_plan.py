@@ -11,7 +11,7 @@ from tiny_source import LAYERS, save_source
 
 from conversion.errors import BudgetError
 from conversion.layers import AttentionGeometry, LayerBudget
-from conversion.plan import ConversionPlan, make_plan
+from conversion.planning.plan import ConversionPlan, make_plan
 from conversion.recipe import cache_elements, make_recipe
 from conversion.sources import open_source
 

@@ -15,7 +15,8 @@ from tiny_source import save_source, write_text
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from conversion.errors import CalibrationError, SourceError
-from conversion.preflight import check_ids, check_weights
+from conversion.pipeline.inputs import check_ids
+from conversion.pipeline.stages.preflight import check_weights
 from conversion.sources import open_source
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
@@ -101,7 +102,7 @@ def test_weight_beyond_the_type_that_is_asked_for(source: Path) -> None:
 
 
 def test_text_on_which_the_source_overflows(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("conversion.preflight.check_weights", lambda *_: None)
+    monkeypatch.setattr("conversion.pipeline.stages.preflight.check_weights", lambda *_: None)
     edit_tensors(source, lambda tensors: tensors["model.layers.0.mlp.up_proj.weight"].fill_(1e38))
     result = attempt(source, "--calibration", write_text(source.parent / "text.txt"), "--tokens", 256)
     assert_refused(result, "layer 1", "calibration text", "not finite")

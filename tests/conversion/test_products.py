@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conversion import products
+from conversion.forward import products
 
 MATMUL = torch.backends.mkldnn.matmul
 

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer import Typer
 from typer.testing import CliRunner, Result
 
+from conversion.evaluation.scores import perplexity
 from conversion.methods.transmla import TransMLAMethod
-from conversion.scores import perplexity
 
 _BENCHMARKS = Path(__file__).parents[2] / "examples" / "benchmarks"
 

@@ -6,11 +6,11 @@ from tiny_families import FAMILIES, save_family
 from tiny_source import CONTEXT, LAYERS, byte_tokenizer, convert, write_text
 from transformers import AutoModelForCausalLM
 
-from conversion.calibration import load_windows
-from conversion.checkpoint.measurements import HiddenStates
-from conversion.methods.attention_aware import AttentionAwareMethod
-from conversion.methods.value_ridge import ValueRidge
-from conversion.refitting import refitted_windows
+from conversion.forward.hidden_states import HiddenStates
+from conversion.methods.attention_aware.method import AttentionAwareMethod
+from conversion.methods.attention_aware.value_ridge import ValueRidge
+from conversion.pipeline.refit import refitted_windows
+from conversion.text.windows import load_windows
 
 
 @torch.no_grad()
@@ -18,8 +18,8 @@ from conversion.refitting import refitted_windows
 def test_it_reads_the_converted_model_beside_the_source(family, tmp_path, monkeypatch):
     seen, kept = [], set()
     # Fewer windows in a file than there are, so that the refit's windows come from several.
-    monkeypatch.setattr("conversion.activations.BLOCK", 2)
-    monkeypatch.setattr("conversion.refitting.BLOCK", 2)
+    monkeypatch.setattr("conversion.forward.residual_stream.BLOCK", 2)
+    monkeypatch.setattr("conversion.pipeline.refit.BLOCK", 2)
 
     class Watched(ValueRidge):
         def __init__(self, *args):

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from tiny_source import LAYERS, convert, save_source, write_text
 
-from conversion.checkpoint.measurements import SharedMeasurements
 from conversion.errors import JournalError
-from conversion.methods.attention_aware import AttentionAwareMethod
+from conversion.methods.attention_aware.method import AttentionAwareMethod
+from conversion.pipeline.work.measurements import SharedMeasurements
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -14,14 +14,14 @@ from tiny_source import CONTEXT, LAYERS, byte_tokenizer, convert, save_source, w
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from conversion.calibration import load_windows
-from conversion.checkpoint.journal import WorkFolder
-from conversion.checkpoint.measurements import SharedMeasurements
 from conversion.layers import LayerBudget, encoder_input
 from conversion.methods import get_method
-from conversion.methods.base import INTERMEDIATE, TwoPassMethod
+from conversion.methods.base import TwoPassMethod
 from conversion.methods.transmla import TransMLAMethod
+from conversion.pipeline.work.journal import WorkFolder
+from conversion.pipeline.work.measurements import SharedMeasurements
 from conversion.sources import open_source
+from conversion.text.windows import load_windows
 
 RECIPE = {"method": "transmla", "cache": "50%", "tokens": 256}
 
@@ -57,14 +57,14 @@ def test_it_reads_the_model_that_lost_its_rotations(family: str, tmp_path: Path)
 
 def test_the_latent_follows_the_second_pass_and_the_rotary_key_the_first() -> None:
     method = get_method("transmla")
+    assert isinstance(method, TwoPassMethod)
     geometry, weights = naive.random_layer()
     draw = torch.Generator().manual_seed(5)
     data = torch.randn(3, 50, geometry.hidden_size + 1, generator=draw, dtype=torch.float64)
     first, second, other = (window.T @ window for window in data)
 
     def cached(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-        statistics = {"moment": first, f"{INTERMEDIATE}moment": second}
-        converted = method.factorise(geometry, weights, statistics, LayerBudget(6, 8))
+        converted = method.factorise(geometry, weights, {"moment": first}, LayerBudget(6, 8), {"moment": second})
         latent, rotary = converted.kv_a_proj_with_mqa.split((6, 8))
         return latent, rotary
 
@@ -84,8 +84,8 @@ def test_the_intermediate_layer_is_the_method_at_full_rank() -> None:
     for width in (8, 4):
         intermediate = method.intermediate(geometry, weights, statistics, width)
         budget = LayerBudget(geometry.cache_elements - width, width)
-        second = {f"{INTERMEDIATE}moment": torch.eye(geometry.hidden_size + 1)}
-        converted = method.factorise(geometry, weights, statistics | second, budget)
+        second = {"moment": torch.eye(geometry.hidden_size + 1)}
+        converted = method.factorise(geometry, weights, statistics, budget, second)
         found, expected = (naive.converted_output(geometry, layer, inputs) for layer in (intermediate, converted))
         torch.testing.assert_close(found, expected)
 
@@ -136,7 +136,7 @@ def test_same_bytes_after_an_interruption_between_conversions(folder: Path, tmp_
 
     def stop_after_the_first_layer(self: WorkFolder) -> None:
         original(self)
-        if self.progress.converted == 1:
+        if self.journal.converted == 1:
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:

@@ -19,8 +19,8 @@ LAYERS = 30
 
 @pytest.fixture(autouse=True)
 def _little_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("conversion.convert.VERIFIED_WINDOWS", 1)
-    monkeypatch.setattr("conversion.verify.WINDOW", 256)
+    monkeypatch.setattr("conversion.pipeline.stages.verify.VERIFIED_WINDOWS", 1)
+    monkeypatch.setattr("conversion.planning.text_use.WINDOW", 256)
 
 
 @pytest.fixture

@@ -14,13 +14,13 @@ from tiny_source import CONTEXT, LAYERS, convert, save_source
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from conversion import compare, whole_model
 from conversion.checkpoint.reader import SafetensorsReader
+from conversion.evaluation import compare, whole_model
+from conversion.evaluation.verify import verify_checkpoint
+from conversion.forward.streamed_model import StreamedModel
 from conversion.progress import silent_progress
-from conversion.report import verification_tables
+from conversion.reporting.report import verification_tables
 from conversion.sources import open_source
-from conversion.streamed_model import StreamedModel
-from conversion.verify import verify_checkpoint
 
 
 def windows(count: int = 3) -> torch.Tensor:

@@ -14,14 +14,14 @@ from safetensors.torch import load_file, save_file
 from tiny_source import CONTEXT, byte_tokenizer, convert, save_source, write_text
 from transformers import AutoModelForCausalLM
 
-from conversion.default_texts import evaluation_texts
 from conversion.errors import CalibrationError, VerificationError
+from conversion.evaluation.verify import Verification, held_out_windows, text_windows, verify_checkpoint
+from conversion.evaluation.whole_model import check_routes, greedy, leading_match
 from conversion.exporters import export_checkpoint
 from conversion.progress import silent_progress
-from conversion.report import verification_tables
+from conversion.reporting.report import verification_tables
 from conversion.sources import open_source
-from conversion.verify import Verification, held_out_windows, text_windows, verify_checkpoint
-from conversion.whole_model import check_routes, greedy, leading_match
+from conversion.text.default_mix import evaluation_texts
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from conversion.convert import Conversion, make_plan, run_plan
+from conversion.pipeline.conversion import Conversion, make_plan, run_plan
 from conversion.recipe import make_recipe
 from conversion.sources import open_source
 

@@ -1,0 +1,74 @@
+"""Arguments and options that more than one command takes, each described once."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Model = Annotated[
+    str, typer.Argument(help="A folder, a .gguf file, a folder with one, or a Hub id (name\\[@revision]).")
+]
+Output = Annotated[Path, typer.Argument(help="Folder of the new checkpoint; must not exist.")]
+Seed = Annotated[int, typer.Option(help="Of all sampling.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+
+
+def _of_recipe(
+    *,
+    method: Annotated[
+        str,
+        typer.Option(help="exact; attention_aware, which compresses; transmla or mha2mla, as their papers have it."),
+    ] = "attention_aware",
+    cache: Annotated[
+        str | None,
+        typer.Option(
+            help="50% of the source's, 192 (values a token and layer), or 11520B (bytes a token; KB, KiB). "
+            "\\[default: half, or all for an exact method]"
+        ),
+    ] = None,
+    kv_lora_rank: Annotated[int | None, typer.Option(help="Pins the latent's width in every layer.")] = None,
+    qk_rope_head_dim: Annotated[int | None, typer.Option(help="Pins the rotary key's width in every layer.")] = None,
+    uniform: Annotated[
+        bool, typer.Option("--uniform", help="Equal ranks and a rotary key of 64 or 32: what serving kernels take.")
+    ] = False,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            help="A text file, or a data set as name\\[@configuration]\\[:split\\[:column]]. \\[default: a shipped mix]"
+        ),
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(help="Of calibration text.")] = None,
+    seed: Seed = 0,
+    dtype: Annotated[str | None, typer.Option(help="Of the weights written. \\[default: the source's]")] = None,
+    statistics: Annotated[
+        Path | None, typer.Option(help="A folder that keeps what is measured on the text, for other budgets.")
+    ] = None,
+) -> None:
+    """The options of a recipe, beside its source and its output."""
+
+
+def taking_recipe(command: Callable[..., None]) -> Callable[..., None]:
+    """Adds the options of a recipe to a command, which gets those that were given as the dictionary ``options``."""
+    shared = inspect.signature(_of_recipe, eval_str=True).parameters
+    own = inspect.signature(command, eval_str=True)
+
+    @functools.wraps(command)
+    def run(**arguments: Any) -> None:
+        options = {name: arguments.pop(name) for name in shared}
+        given = {name: value for name, value in options.items() if value != shared[name].default}
+        command(**arguments, options=given)
+
+    parameters = [parameter for name, parameter in own.parameters.items() if name != "options"]
+    required = [parameter for parameter in parameters if parameter.default is parameter.empty]
+    optional = [parameter for parameter in parameters if parameter.default is not parameter.empty]
+    keyword_only = [parameter.replace(kind=parameter.KEYWORD_ONLY) for parameter in optional]
+    run.__signature__ = own.replace(  # type: ignore[attr-defined]
+        parameters=[*required, *shared.values(), *keyword_only]
+    )
+    return run

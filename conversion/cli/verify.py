@@ -1,0 +1,45 @@
+"""``mla verify``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..checkpoint.paths import expanded
+from ..progress import shown_progress
+from .options import AsJson, Seed
+from .output import show_either
+
+
+def verify(
+    output: Annotated[Path, typer.Argument(help="The converted checkpoint.")],
+    against: Annotated[str, typer.Option(help="The model that it was made from.")],
+    text: Annotated[
+        list[Path] | None, typer.Option(help="A text file; may be repeated. \\[default: held-out texts]")
+    ] = None,
+    windows: Annotated[int, typer.Option(min=1, help="At most so many of each text, from its start.")] = 32,
+    context: Annotated[int | None, typer.Option(min=2, help="Tokens in a window. \\[default: 1024]")] = None,
+    recall: Annotated[bool, typer.Option("--recall", help="Needle in a haystack and copying, at the context.")] = False,
+    tasks: Annotated[str | None, typer.Option(help="Tasks of lm-eval, by name, separated by commas.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Questions of each task. \\[default: all]")] = None,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Compares a converted checkpoint with its source."""
+    from ..evaluation.measures import Measures, measure
+    from ..reporting.report import recall_table, task_table, verification_tables
+    from ..sources import open_source
+    from ..text.windows import read_text
+
+    contents = {file.name: read_text(expanded(file)) for file in text or ()}
+    asked = Measures(windows, context, recall=recall, tasks=tasks.split(",") if tasks else [], limit=limit, seed=seed)
+    with shown_progress() as progress:
+        found = measure(expanded(output), open_source(against), contents, asked, progress)
+    tables = verification_tables(found.verification)
+    if found.recall is not None:
+        tables.append(recall_table(found.recall))
+    if found.tasks:
+        tables.append(task_table(found.tasks))
+    show_either(found.as_json(), tables, as_json=as_json)

@@ -1,0 +1,67 @@
+"""Every tensor of a converted checkpoint is there, is finite, and is the source's where no conversion touches it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from ..checkpoint.reader import SafetensorsReader, TensorReader
+from ..errors import VerificationError
+from ..sources import SourceModel
+
+
+def check_tensors(folder: Path, model: PreTrainedModel, source: SourceModel) -> tuple[int, int]:
+    """Accounts for every tensor of a checkpoint.
+
+    Args:
+        model: of its configuration, on the meta device: what tensors there must be.
+
+    Returns:
+        How many there are, and how many are the source's bit for bit.
+
+    Raises:
+        VerificationError: one is missing, unknown, misshapen, not finite, or not the source's though no conversion
+            touches it.
+        SourceError: one cannot be read, or is of a type that holds no weights.
+    """
+    reader, expected = SafetensorsReader(folder), model.state_dict()
+    tied = set(model._tied_weights_keys or ()) if model.config.tie_word_embeddings else set()
+    unknown = sorted(set(reader.names) - set(expected))
+    missing = sorted(set(expected) - set(reader.names) - tied)
+    if unknown or missing:
+        found = f"lacks {missing[0]}" if missing else f"holds unknown {unknown[0]}"
+        raise VerificationError(f"{folder} {found}; convert the model again.")
+    for name in reader.names:
+        wanted = tuple(expected[name].shape)
+        if reader.shape(name) != wanted:
+            raise VerificationError(
+                f"{name} of {folder} is {reader.shape(name)}, but its configuration means {wanted}; "
+                "convert the model again."
+            )
+        reader.dtype(name)
+        if not torch.isfinite(reader.tensor(name)).all():
+            raise VerificationError(f"{name} of {folder} is not finite; convert the model again.")
+    unchanged = 0
+    for name in passed_through(source):
+        if not kept(name, reader, source):
+            raise VerificationError(
+                f"{name} of {folder} is not the source's, though only attention is converted; give the model that it "
+                "was made from, or convert it again."
+            )
+        unchanged += reader.dtype(name) == source.tensors.dtype(name)
+    return len(reader.names), unchanged
+
+
+def passed_through(source: SourceModel) -> list[str]:
+    """The tensors of a source that every conversion keeps under their names."""
+    return [name for name in source.stored_names() if source.replaced(name) is None]
+
+
+def kept(name: str, reader: TensorReader, source: SourceModel) -> bool:
+    """Whether a converted checkpoint has a tensor of the source, rounded to the type that it is stored in."""
+    if name not in reader.names or reader.shape(name) != source.tensors.shape(name):
+        return False
+    stored = reader.tensor(name)
+    return torch.equal(source.tensors.tensor(name).to(stored.dtype), stored)

@@ -1,0 +1,62 @@
+"""Does a verification agree with what the method of a conversion promises? What contradicts it is not published."""
+
+from __future__ import annotations
+
+import torch
+
+from ..errors import VerificationError
+from .verify import Verification
+
+EXACT_LAYER_ERROR = 1e-5
+EXACT_KL = 1e-4
+"""Nats a token. Another order of float32 sums changes far less than both, a wrong tensor far more."""
+ROUNDED_LAYER_ERROR = 4
+ROUNDED_KL = 64
+"""Times the squared precision of the type that weights were rounded to; ten times what models show."""
+WORST_LAYER_ERROR = 16
+"""Of a compressed layer, whose output is then off by four times its own norm. Zeros would be off by once."""
+WORST_PERPLEXITY = 4
+"""Times the source's, of a compressed model whose source is itself no better than an even guess."""
+
+
+def refuse_contradiction(
+    verification: Verification, *, lossless: bool, rounded_to: torch.dtype | None, vocabulary: int
+) -> None:
+    """Refuses a checkpoint that its method should not have made.
+
+    Args:
+        lossless: the method changes the form of a model alone. Others compress it, and leave more than an even guess
+            among all tokens.
+        rounded_to: the type of the weights where some are not stored as they were computed.
+        vocabulary: tokens.
+
+    Raises:
+        VerificationError: what was found is above what the method may leave.
+    """
+    if lossless:
+        squared = 0.0 if rounded_to is None else torch.finfo(rounded_to).eps ** 2
+        layer_limit = max(EXACT_LAYER_ERROR, ROUNDED_LAYER_ERROR * squared)
+        kl_limit = max(EXACT_KL, ROUNDED_KL * squared)
+        advice = "report this source as one that is converted wrongly"
+        if rounded_to is not None:
+            advice = f"keep the source's type instead of {str(rounded_to).removeprefix('torch.')}, or {advice}"
+        for domain in verification.domains:
+            _refuse_above(kl_limit, domain.kl, f"the KL to the source on {domain.text}, in nats a token,", advice)
+    else:
+        layer_limit, advice = WORST_LAYER_ERROR, "ask for a larger cache, or calibrate on more text"
+        perplexity_limit = max(vocabulary, WORST_PERPLEXITY * verification.perplexity_source)
+        _refuse_above(perplexity_limit, verification.perplexity, "the perplexity", advice)
+    for layer, error in enumerate(verification.layer_errors):
+        _refuse_above(layer_limit, error, f"the relative squared error of layer {layer}'s attention output", advice)
+
+
+def _refuse_above(limit: float, found: float, what: str, advice: str) -> None:
+    if not found <= limit:
+        raise VerificationError(
+            f"{what} is {_shown(found)}, above the {_shown(limit)} that the method may leave; nothing is published: "
+            f"{advice}."
+        )
+
+
+def _shown(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"

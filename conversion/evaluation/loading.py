@@ -1,0 +1,50 @@
+"""Loads models as any user of Transformers does, where they fit into memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import psutil
+import torch
+from rich.filesize import decimal
+from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel
+
+from ..checkpoint.location import Location
+from ..errors import SourceError, first_line
+
+
+def load_model(location: Location, **placement: Any) -> PreTrainedModel:
+    """The model in float32, as any user of Transformers loads it.
+
+    Args:
+        placement: what else ``from_pretrained`` is told, of devices.
+
+    Raises:
+        SourceError: it cannot be loaded.
+    """
+    arguments = location.arguments | {"config": location.config()} | placement
+    if location.gguf_file is not None:
+        # Otherwise weights stay packed where Transformers finds kernels for them.
+        arguments["quantization_config"] = GgufConfig(dequantize=True)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(**arguments, dtype=torch.float32, trust_remote_code=False)
+    except Exception as error:
+        # Transformers and its parsers raise many kinds; every one means that no user could load it.
+        raise SourceError(f"{location.model} cannot be loaded by Transformers: {first_line(error)}") from error
+    return model.eval()
+
+
+def reason_to_leave_out(model: PreTrainedModel, allowed: int | None) -> str | None:
+    """Why a model of this size is not loaded whole, or None where it fits.
+
+    Args:
+        model: on any device.
+        allowed: bytes that it may take; None for as many as are available.
+    """
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    needed, available = parameters * torch.float32.itemsize, psutil.virtual_memory().available
+    if needed > available:
+        return f"it takes {decimal(needed)} of memory, and {decimal(available)} are available"
+    if allowed is not None and needed > allowed:
+        return f"it takes {decimal(needed)} of memory, and the conversion {decimal(allowed)}; mla verify does it"
+    return None

@@ -1,0 +1,95 @@
+"""``mla verify``: the verification of a checkpoint, and the measures beyond it that the user asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.progress import Progress
+
+from ..checkpoint.location import locate
+from ..errors import CalibrationError, VerificationError, blaming
+from ..planning.text_use import window_length
+from ..progress import counting
+from ..sources import SourceModel
+from .loading import load_model
+from .recall import SAMPLES, Recall, measure_recall
+from .reference import check_reference
+from .tasks import evaluate_tasks
+from .verify import Verification, held_out_windows, text_windows, verify_checkpoint
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What the user asks for.
+
+    Args:
+        windows: at most so many of each text.
+        context: tokens in a window; None for 1024.
+        recall: also measure what both models find again at that context.
+        tasks, limit: of lm-eval, see `evaluate_tasks`.
+        seed: of what recall and tasks sample.
+    """
+
+    windows: int
+    context: int | None = None
+    recall: bool = False
+    tasks: Sequence[str] = ()
+    limit: int | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was found; ``recall`` and ``tasks`` where they were asked for."""
+
+    verification: Verification
+    recall: Recall | None
+    tasks: dict[str, dict[str, dict[str, float]]]
+
+    def as_json(self) -> dict[str, Any]:
+        """The verification's figures, and the others under their names."""
+        found = self.verification.as_json()
+        if self.recall is not None:
+            found["recall"] = self.recall.as_json()
+        return found | ({"tasks": self.tasks} if self.tasks else {})
+
+
+def measure(
+    folder: Path,
+    source: SourceModel,
+    contents: Mapping[str, str],
+    asked: Measures,
+    progress: Progress,
+) -> Measured:
+    """Compares the checkpoint in ``folder`` with its source.
+
+    Args:
+        contents: texts by name; none for the held-out ones.
+
+    Raises:
+        ConversionError: see `verify_checkpoint`, `measure_recall` and `evaluate_tasks`.
+    """
+    length, longest = asked.context or window_length(source), source.config.max_position_embeddings
+    if length > longest:
+        raise CalibrationError(f"a context of {length} tokens is beyond the model's {longest}; give a shorter one.")
+    tokenizer = source.location.tokenizer()
+    if contents:
+        texts = {name: text_windows(text, name, tokenizer, length, asked.windows) for name, text in contents.items()}
+    else:
+        texts = held_out_windows(tokenizer, length, asked.windows)
+    check_reference(source)
+    # A damaged checkpoint may fail anywhere.
+    with blaming(VerificationError, f"{folder} cannot be compared with {source.location.model}"):
+        verification = verify_checkpoint(folder, source, texts, progress)
+    found, scores = None, {}
+    if asked.recall or asked.tasks:
+        models = {"source": load_model(source.location), "converted": load_model(locate(str(folder)))}
+        if asked.recall:
+            with counting(progress, "recall", 2 * SAMPLES) as step:
+                found = measure_recall(models["source"], models["converted"], tokenizer, length, asked.seed, step)
+        if asked.tasks:
+            scores = evaluate_tasks(models, tokenizer, asked.tasks, asked.limit, asked.seed)
+    return Measured(verification, found, scores)

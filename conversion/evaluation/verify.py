@@ -1,0 +1,182 @@
+"""Is a converted checkpoint complete, consistent with itself, and how close to its source?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import Progress
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..checkpoint.location import locate
+from ..checkpoint.reader import SafetensorsReader
+from ..errors import CalibrationError, SourceError, VerificationError, blaming
+from ..forward.products import fast_float32
+from ..forward.streamed_model import StreamedModel
+from ..progress import counting
+from ..sources import SourceModel, is_mla
+from ..text.default_mix import evaluation_texts
+from .accounting import check_tensors
+from .compare import compare_models
+from .loading import reason_to_leave_out
+from .scores import Score, Scores
+from .whole_model import STEPS, WholeModel, check_whole_model
+
+_CHARACTERS_PER_TOKEN = 16
+"""Upper estimate: no more of a long text is tokenised than is needed."""
+FAR_OFF = 2.5
+"""A text whose KL is so many times that of the closest one is reported: the calibration lacked its kind."""
+_SMALL_KL = 0.01
+"""Nats a token, below which no text is far off."""
+_BODY = ("num_hidden_layers", "hidden_size", "vocab_size")
+"""What a model and the one that it was made from have in common, before any tensor is read."""
+
+
+@dataclass(frozen=True)
+class Verification(Score):
+    """What was measured, in float32: the score over all texts, and more.
+
+    ``domains`` are the scores of each text; ``layer_errors`` the relative squared error of each layer's attention
+    output where both models read the source's hidden states. ``whole_model`` is None where the models were not loaded
+    whole, and ``left_out`` then says why.
+    """
+
+    domains: tuple[Score, ...]
+    layer_errors: tuple[float, ...]
+    whole_model: WholeModel | None
+    left_out: str | None
+    tensors: int
+    tensors_unchanged: int
+    cache_bytes_per_token_source: int
+    cache_bytes_per_token: int
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values; those of the whole models beside the others."""
+        found = super().as_json()
+        whole = found.pop("whole_model") or {}
+        return found | whole | {"far_off": [domain.text for domain in self.far_off]}
+
+    @property
+    def far_off(self) -> tuple[Score, ...]:
+        """The texts on which the converted model is much farther from its source than on the best one."""
+        limit = max(FAR_OFF * min(domain.kl for domain in self.domains), _SMALL_KL)
+        return tuple(domain for domain in self.domains if domain.kl > limit)
+
+
+@fast_float32()
+def verify_checkpoint(
+    folder: Path,
+    source: SourceModel,
+    texts: Mapping[str, Tensor],
+    progress: Progress,
+    allowed_bytes: int | None = None,
+) -> Verification:
+    """Verifies the checkpoint in ``folder`` against the model that it was made from.
+
+    Both run side by side, one layer of either in memory. Where a whole model fits, what only it can show follows.
+
+    Args:
+        texts: token ids ``[N, S]`` of the windows of each text to measure on, all of one length, by its name for the
+            report.
+        allowed_bytes: of memory for a whole model; None for what is available.
+
+    Raises:
+        VerificationError: a tensor is missing, unknown, misshapen or not finite; the checkpoint cannot be run, or
+            gives logits that are not finite; the two routes differ; decoding from the cache differs from a full
+            forward pass.
+        SourceError: one of the two models cannot be loaded, or ``folder`` holds none with a latent cache.
+    """
+    location = locate(str(folder))
+    config = location.config()
+    if not is_mla(config):
+        raise SourceError(f"{folder} is a {config.model_type} model without a latent cache; give a converted one.")
+    for field in _BODY:
+        found, wanted = getattr(config, field), getattr(source.config, field)
+        if found != wanted:
+            raise VerificationError(
+                f"{field} of {folder} is {found}, of {source.location.model} {wanted}; give the model that it was made "
+                "from, or convert it again."
+            )
+    model = _without_weights(folder, config)
+    tensors, unchanged = check_tensors(folder, model, source)
+    left_out = reason_to_leave_out(model, allowed_bytes)
+    windows = sum(map(len, texts.values()))
+    first = next(iter(texts.values()))[0]
+    steps = windows * source.num_layers + (STEPS if left_out is None else 0)
+    with counting(progress, "verifying", steps) as step:
+        reference = StreamedModel(source, source.meta_model, lambda: source.tensors)
+        converted = StreamedModel(source, model, lambda: SafetensorsReader(folder))
+        scores, layer_errors = compare_models(reference, converted, source.num_layers, texts, step)
+        _refuse_not_finite(scores, layer_errors, source.location.name, folder)
+        whole = check_whole_model(location, source, first, step) if left_out is None else None
+    dtype = config.dtype or torch.float32
+    domains = tuple(score.result(name, *texts[name].shape) for name, score in scores.items())
+    return Verification(
+        **sum(scores.values(), Scores()).result(", ".join(texts), windows, len(first)).as_json(),
+        domains=domains,
+        layer_errors=layer_errors,
+        whole_model=whole,
+        left_out=left_out,
+        tensors=tensors,
+        tensors_unchanged=unchanged,
+        cache_bytes_per_token_source=source.cache_bytes_per_token(dtype),
+        cache_bytes_per_token=config.cache_bytes_per_token(dtype),
+    )
+
+
+def _without_weights(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
+    with blaming(SourceError, f"the configuration of {folder} describes no model"), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+def _refuse_not_finite(scores: Mapping[str, Scores], layer_errors: Sequence[float], source: str, folder: Path) -> None:
+    for text, score in scores.items():
+        if not math.isfinite(score.nll_source):
+            raise SourceError(f"{source} gives logits that are not finite on {text}; nothing can be compared with it.")
+        if not math.isfinite(score.nll + score.kl + score.worst):
+            raise VerificationError(
+                f"{folder} gives logits that are not finite on {text}; convert with a larger cache."
+            )
+    for layer, error in enumerate(layer_errors):
+        if not math.isfinite(error):
+            raise VerificationError(
+                f"the attention of layer {layer} of {folder} gives what is not finite; convert with a larger cache."
+            )
+
+
+def text_windows(text: str, text_name: str, tokenizer: PreTrainedTokenizerBase, length: int, count: int) -> Tensor:
+    """The first ``count`` windows ``[<= count, length]`` of a text tokenised once, without special tokens.
+
+    Raises:
+        CalibrationError: the text is shorter than one window.
+    """
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    complete = min(count, len(ids) // length)
+    if complete == 0:
+        raise CalibrationError(
+            f"{text_name} has {len(ids)} tokens, fewer than one window of {length}; give a longer text."
+        )
+    return torch.tensor(ids[: complete * length]).view(complete, length)
+
+
+def held_out_windows(tokenizer: PreTrainedTokenizerBase, length: int, count: int) -> dict[str, Tensor]:
+    """At least ``count`` windows, as many of every default domain, from text that no default calibration reads.
+
+    A domain whose text is shorter than one window is left out.
+    """
+    texts = evaluation_texts(tokenizer)
+    share = -(-count // len(texts))
+    longest = share * length * _CHARACTERS_PER_TOKEN
+    found = {}
+    for name, text in texts.items():
+        with suppress(CalibrationError):
+            found[f"held-out {name}"] = text_windows(text[:longest], name, tokenizer, length, share)
+    if not found:
+        raise CalibrationError(f"no held-out text has {length} tokens; give a text of your own, or a shorter context.")
+    return found

@@ -1,0 +1,134 @@
+"""What only a whole model shows: both routes agree, decoding agrees with a full pass, greedy text is the source's.
+
+Models are loaded as any user of Transformers loads them, one after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from modeling_mla.transformers_seams_mla import cache_argument, cache_of
+
+from ..checkpoint.location import Location
+from ..checkpoint.reader import SafetensorsReader
+from ..errors import VerificationError
+from ..sources import SourceModel
+from .loading import load_model
+from .reference import refuse_other_tensors
+
+GREEDY_TOKENS = 64
+PROMPT_TOKENS = 32
+DECODED_TOKENS = 8
+"""Decoded one by one in the check of the cache."""
+ROUTE_TOLERANCE = 1e-3
+"""Between routes, and between decoding and a full forward pass, relative to the largest logit, in float32."""
+STEPS = 3
+
+
+@dataclass(frozen=True)
+class WholeModel:
+    """``greedy_match`` is the share of the greedy tokens before the first one that differs; ``route_error`` and
+    ``decode_error`` are relative to the largest logit."""
+
+    greedy_match: float
+    greedy_tokens: int
+    route_error: float
+    decode_error: float
+
+
+@torch.inference_mode()
+def check_whole_model(converted: Location, source: SourceModel, window: Tensor, step: Callable[[], None]) -> WholeModel:
+    """Loads one model after the other.
+
+    Args:
+        window: token ids ``[S]``.
+        step: called ``STEPS`` times.
+
+    Raises:
+        VerificationError: a tensor is loaded with other values than are stored, the two routes differ, or decoding
+            from the cache differs from a full forward pass.
+        SourceError: one of the models cannot be loaded, or the source has other tensors than were converted.
+    """
+    prompt = window[None, : min(PROMPT_TOKENS, len(window) // 2)]
+    new_tokens = min(GREEDY_TOKENS, len(window) - prompt.shape[1])
+    model = load_model(converted)
+    check_loaded(converted, model)
+    route_error, decode_error = check_routes(model, window)
+    step()
+    found = greedy(model, prompt, new_tokens)
+    step()
+    # One at a time is in memory.
+    del model
+    reference = load_model(source.location)
+    refuse_other_tensors(source, reference.named_parameters())
+    expected = greedy(reference, prompt, new_tokens)
+    step()
+    return WholeModel(leading_match(expected, found), new_tokens, route_error, decode_error)
+
+
+def check_loaded(location: Location, model: PreTrainedModel) -> None:
+    """Raises `VerificationError` where ``model`` has a tensor with other values than are stored."""
+    reader, loaded = SafetensorsReader(location.folder), model.state_dict()
+    for name in reader.names:
+        if name not in loaded or not torch.equal(reader.tensor(name).float(), loaded[name]):
+            raise VerificationError(f"{name} of {location.model} is loaded with other values than are stored.")
+
+
+def check_routes(model: PreTrainedModel, window: Tensor) -> tuple[float, float]:
+    """Compares the absorbed with the expanded route, and decoding from the cache with a full forward pass.
+
+    Args:
+        window: token ids ``[S]``.
+
+    Returns:
+        The largest differences of the logits, relative to the largest logit.
+
+    Raises:
+        VerificationError: a difference is above `ROUTE_TOLERANCE`.
+    """
+    ids = window[None, : PROMPT_TOKENS + DECODED_TOKENS]
+    prefix = ids.shape[1] - min(DECODED_TOKENS, ids.shape[1] - 1)
+    logits = {}
+    for route in ("expanded", "absorbed"):
+        model.set_attention_route(route)
+        logits[route] = model(ids).logits
+    model.set_attention_route("auto")
+    scale = logits["expanded"].abs().max()
+    step = model(ids[:, :prefix], use_cache=True)
+    decoded = [step.logits[:, -1:]]
+    for position in range(prefix, ids.shape[1]):
+        step = model(ids[:, position : position + 1], **cache_argument(cache_of(step)), use_cache=True)
+        decoded.append(step.logits)
+    full = logits["expanded"][:, prefix - 1 :]
+    route_error = float((logits["absorbed"] - logits["expanded"]).abs().max() / scale)
+    decode_error = float((torch.cat(decoded, dim=1) - full).abs().max() / scale)
+    for what, error in (("absorbed and expanded attention", route_error), ("decoding and a full pass", decode_error)):
+        if not error <= ROUTE_TOLERANCE:
+            raise VerificationError(
+                f"{what} differ by {error:.1e} of the largest logit; at most {ROUTE_TOLERANCE:.0e} is rounding."
+            )
+    return route_error, decode_error
+
+
+def greedy(model: PreTrainedModel, prompt: Tensor, count: int) -> Tensor:
+    """``[count]`` greedy continuation tokens, the end token excluded so that there are always ``count``."""
+    generated = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        do_sample=False,
+        num_beams=1,
+        min_new_tokens=count,
+        max_new_tokens=count,
+    )
+    return generated[0, prompt.shape[1] :]
+
+
+def leading_match(expected: Tensor, found: Tensor) -> float:
+    """The share of tokens before the first difference."""
+    differing = (expected != found).nonzero()
+    return 1.0 if len(differing) == 0 else float(differing[0, 0]) / len(expected)

@@ -1,0 +1,97 @@
+"""The calibration text on its way through the source model or a converted one, one layer at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ..layers import MLAWeights
+from ..sources import SourceModel
+from .attention import converted_output
+from .hidden_states import BLOCK, HiddenStates
+
+Observer = Callable[[Tensor, Tensor], None]
+"""Called with a window's attention input and residual stream, ``[1, S, D]`` each, float32."""
+
+
+def stream_dtype(source: SourceModel) -> torch.dtype:
+    """What hidden states are kept in between layers: bfloat16 where the model itself would keep them so."""
+    return torch.bfloat16 if source.dtype == torch.bfloat16 else torch.float32
+
+
+def run_converted(
+    source: SourceModel, layer: int, module: nn.Module, hidden_states: Tensor, weights: MLAWeights
+) -> Tensor:
+    """A decoder layer of the source with its attention converted, over windows that start at position 0.
+
+    Args:
+        module: the source's, of `SourceModel.decoder_layer`.
+        hidden_states: ``[B, S, D]``, that enter the layer.
+        weights: of its attention, in the type of the hidden states.
+
+    Returns:
+        ``[B, S, D]``.
+    """
+    geometry, inputs = source.geometry(layer), source.attention_input(module, hidden_states)
+    output = torch.stack([converted_output(geometry, weights, window) for window in inputs])
+    return source.run_layer(layer, module, hidden_states, output)
+
+
+class ResidualStream:
+    """Hidden states of all windows, those that enter each layer in files.
+
+    The first pass over the layers makes them; the last reads them again instead of running the model twice. A few
+    windows at a time are in memory.
+
+    Args:
+        windows: token ids ``[N, S]``.
+    """
+
+    def __init__(self, source: SourceModel, windows: Tensor, kept: HiddenStates) -> None:
+        self._source, self._kept = source, kept
+        self._blocks = windows.split(BLOCK)
+        self.windows = len(windows)
+
+    def entering(self, layer: int, indices: Tensor) -> Tensor:
+        """The hidden states ``[n, S, D]``, float32, of the windows ``indices [n]``, ascending, before a layer that an
+        earlier call of `observe_and_advance` has reached."""
+        of_block = indices // BLOCK
+        return torch.cat(
+            [
+                self._entering(layer, block)[indices[of_block == block] % BLOCK].float()
+                for block in of_block.unique().tolist()
+            ]
+        )
+
+    def _entering(self, layer: int, block: int) -> Tensor:
+        if layer == 0:
+            return self._source.embed(self._blocks[block]).to(stream_dtype(self._source))
+        return self._kept.read_block(layer, block)
+
+    @torch.inference_mode()
+    def observe_and_advance(
+        self, layer: int, observer: Observer, step: Callable[[], None], converted: MLAWeights | None = None
+    ) -> None:
+        """Shows every window before ``layer`` to ``observer`` and moves it through, then calls ``step``.
+
+        Args:
+            converted: takes the place of the layer's attention.
+        """
+        module = self._source.decoder_layer(layer)
+        last = layer + 1 == self._source.num_layers
+        for block in range(len(self._blocks)):
+            states = self._entering(layer, block)
+            for window in states.split(1):
+                residual = window.float()
+                observer(self._source.attention_input(module, residual), residual)
+                if not last:
+                    window.copy_(
+                        self._source.run_layer(layer, module, residual)
+                        if converted is None
+                        else run_converted(self._source, layer, module, residual, converted)
+                    )
+                step()
+            if not last:
+                self._kept.write_block(layer + 1, block, states)

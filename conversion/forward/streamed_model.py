@@ -1,0 +1,135 @@
+"""A causal model of Transformers that reads its weights when they are used, one decoder layer at a time.
+
+Whatever surrounds the layers (embedding, masks, angles, final norm, head) is the model's own code too: its ``forward``
+runs with other layers in place of its own, which note what they are called with, or give what the layers gave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..checkpoint.reader import TensorReader
+from ..sources import SourceModel
+
+_HEAD_VALUES = 2**24
+"""Of the output projection, which are in float32 at a time."""
+
+
+class StreamedModel:
+    """Computes in float32, as the model would if it were loaded whole.
+
+    Args:
+        family: names the layers, the embedding and the head.
+        model: on the meta device; what it needs is put into it and taken out again.
+        open_weights: gives the reader of its tensors. It is called for every part, so that a reader which maps files
+            into memory may be let go.
+    """
+
+    def __init__(self, family: SourceModel, model: PreTrainedModel, open_weights: Callable[[], TensorReader]) -> None:
+        self._family, self._model, self._open = family, model.eval(), open_weights
+        body: Any = model.base_model
+        # On the meta device its frequencies have no values.
+        body.rotary_emb = type(body.rotary_emb)(body.config)
+        self._layers = [model.get_submodule(self._prefix(layer)[:-1]) for layer in range(family.num_layers)]
+        self._calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+
+    def enter(self, windows: Tensor) -> list[Tensor]:
+        """The hidden states ``[1, S, D]`` that enter layer 0, of each of the windows of token ids ``[N, S]``."""
+        entering: list[Tensor] = []
+
+        def note(layer: int, states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if layer == 0:
+                entering.append(states)
+            self._calls[layer] = (args, kwargs)
+            return states
+
+        # The rows of the tokens that occur, and the tokens by their place among these.
+        tokens, places = windows.unique(return_inverse=True)
+        embedding = self._model.get_input_embeddings()
+        embedding.weight = _frozen(self._open().tensor(self._family.embedding)[tokens].float())
+        with self._final_norm(), self._other_layers(note):
+            for row in places:
+                self._model.base_model(row[None], use_cache=False, return_dict=True)
+        embedding.to("meta")
+        return entering
+
+    @contextmanager
+    def layer(self, layer: int) -> Iterator[Callable[[Tensor], Tensor]]:
+        """One decoder layer, ``[1, S, D]`` to ``[1, S, D]``, for windows of the length that `enter` has seen last."""
+        module = self._layers[layer]
+        args, kwargs = self._calls[layer]
+        with self._loaded(module, self._prefix(layer)):
+            yield lambda states: module(states, *args, **kwargs)
+
+    def attention(self, layer: int) -> nn.Module:
+        """The attention of a layer, whose weights are there within `layer`."""
+        return self._layers[layer].get_submodule(self._family.attention_prefix[:-1])
+
+    @contextmanager
+    def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """What makes logits ``[n, V]`` of hidden states ``[1, n, D]`` that leave the last layer."""
+        weights, family = self._open(), self._family
+        original = self._model.get_output_embeddings()
+        stored = weights.tensor(family.head if family.head in weights.names else family.embedding)
+        self._model.set_output_embeddings(_StoredLinear(stored))
+
+        def logits(states: Tensor) -> Tensor:
+            with self._other_layers(lambda *_, **__: states):
+                return self._model(inputs_embeds=states, use_cache=False, return_dict=True).logits[0]
+
+        try:
+            with self._final_norm():
+                yield logits
+        finally:
+            self._model.set_output_embeddings(original)
+
+    def _prefix(self, layer: int) -> str:
+        return self._family.layer_prefix.format(layer=layer)
+
+    def _final_norm(self):
+        name = self._family.final_norm
+        return self._loaded(self._model.get_submodule(name), f"{name}.")
+
+    @contextmanager
+    def _loaded(self, module: nn.Module, prefix: str) -> Iterator[None]:
+        weights = self._open()
+        values = {name: weights.tensor(prefix + name).float() for name in module.state_dict()}
+        module.load_state_dict(values, assign=True)
+        module.requires_grad_(False)
+        try:
+            yield
+        finally:
+            module.to("meta")
+
+    @contextmanager
+    def _other_layers(self, forward: Callable[..., Tensor]) -> Iterator[None]:
+        """Within it every layer does ``forward``, which is given its index first."""
+        for index, layer in enumerate(self._layers):
+            layer.forward = lambda *args, index=index, **kwargs: forward(index, *args, **kwargs)
+        try:
+            yield
+        finally:
+            for layer in self._layers:
+                del layer.forward
+
+
+class _StoredLinear(nn.Module):
+    """A linear map without bias whose weight ``[V, D]`` stays as it is stored: a vocabulary in float32 is large."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = _frozen(weight)
+
+    def forward(self, states: Tensor) -> Tensor:
+        rows = self.weight.split(max(1, _HEAD_VALUES // self.weight.shape[1]))
+        return torch.cat([nn.functional.linear(states, part.float()) for part in rows], dim=-1)
+
+
+def _frozen(weight: Tensor) -> nn.Parameter:
+    return nn.Parameter(weight, requires_grad=False)

@@ -1,0 +1,235 @@
+"""Attention-aware conversion: the closed-form recipe that measures every loss by what attention outputs.
+
+1. Statistics of the source on text (`statistics`): which tokens, scores and query directions move the output.
+2. A shared rotary key (`rotary_pca`): complex components over the kv heads, chosen by what a constant cannot explain.
+3. What lost its rotation keeps its mean rotation, for every query head and pair a complex constant.
+4. One latent (`joint_latent`) for those keys and the values together.
+5. Ranks by layer (`allocation`), by what the loss of each layer alone does to the model's predictions.
+6. The output projection refitted (`value_ridge`), one layer after the other, in the model converted so far.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...errors import BudgetError
+from ...forward.heads import augmented_rows, repeat_groups
+from ...layers import AttentionGeometry, AttentionWeights, LayerBudget, MLAWeights
+from ..attention_statistics import AttentionStatistics, output_gram, pair_energy
+from ..base import LayerRefit, Method
+from ..rotary_pca import (
+    RotaryKey,
+    as_pairs,
+    from_pairs,
+    mean_rotation,
+    mean_rotation_matrix,
+    rotary_queries,
+    shared_rotary_key,
+    unexplained_energy,
+)
+from .allocation import allocate_ranks, near_median
+from .joint_latent import JointLatent, joint_latent, latent_spectrum, latent_targets
+from .value_ridge import ValueRidge
+
+KEY_GAIN = 2.5
+"""Keys against values in the joint latent. Above 1 because an error in a score meets all later tokens."""
+FOLD_BELOW = 0.5
+"""Of the source's cache: below it two neighbouring frequencies may share a rotary component."""
+SMALLEST_RANK = 16
+RATE_SPREAD = (0.5, 3.0)
+"""Limits of a layer's sensitivity to what its latent loses, relative to the median layer: measured on little text."""
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """One layer's weights, with the bias as a last column (``x~ = [x, 1]``), beside its statistics; all float64."""
+
+    query: Tensor
+    """``[H, d, D+1]``"""
+    key: Tensor
+    """``[n_kv, d, D+1]``"""
+    value: Tensor
+    """``[n_kv, d, D+1]``"""
+    moment: Tensor
+    """``[D+1, D+1]``"""
+    mean: Tensor
+    """``[D+1]``, of ``x~``"""
+    mean_rotation: Tensor
+    """``R_h [H, d, d]``: what stands for the rotation of a head's keys where they lose it"""
+    rotary_weight: Tensor
+    """``[n_kv, pairs]``: energy that the mean rotation leaves unexplained"""
+    key_metric: Tensor
+    """``M_K [n_kv, d, d] = sum_h R_h^T Q_h R_h``: second moments of the queries as they meet un-rotated keys"""
+    value_metric: Tensor
+    """``M_V [n_kv, d, d]``: through ``o_proj``"""
+
+    @classmethod
+    def of(cls, geometry: AttentionGeometry, weights: AttentionWeights, statistics: dict[str, Tensor]) -> _Measured:
+        d, kv = geometry.head_dim, geometry.num_kv_heads
+
+        def over_group(per_head: Tensor) -> Tensor:
+            return per_head.unflatten(0, (kv, geometry.num_groups)).sum(1)
+
+        tokens = float(statistics["mean"][-1])
+        query_moment = statistics["query_moment"].double() / (tokens * d)
+        energy = pair_energy_of_moment(geometry, query_moment)
+        rho = mean_rotation(statistics["rotation"].double() / (tokens * d), energy)
+        rotation = mean_rotation_matrix(rho, d)
+        gram = statistics["attention_squared"].double()[:, None, None] * output_gram(geometry, weights.o.double())
+        return cls(
+            query=augmented_rows(weights.q, weights.q_bias, d),
+            key=augmented_rows(weights.k, weights.k_bias, d),
+            value=augmented_rows(weights.v, weights.v_bias, d),
+            moment=statistics["moment"].double(),
+            mean=statistics["mean"].double() / tokens,
+            mean_rotation=rotation,
+            rotary_weight=over_group(unexplained_energy(energy, rho)),
+            key_metric=over_group(rotation.mT @ query_moment @ rotation),
+            value_metric=over_group(gram) / tokens,
+        )
+
+
+def pair_energy_of_moment(geometry: AttentionGeometry, moment: Tensor) -> Tensor:
+    """``sum w |q_f|^2`` of the rotary pairs from ``sum w q q^T``: ``[..., d, d] -> [..., pairs]``."""
+    return pair_energy(geometry, moment.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt())
+
+
+class AttentionAwareMethod(Method):
+    """See the module."""
+
+    name = "attention_aware"
+    source = "this project"
+    needs_calibration = True
+    allocates = True
+
+    def smallest(self, geometry: AttentionGeometry) -> LayerBudget:
+        return LayerBudget(kv_lora_rank=SMALLEST_RANK, qk_rope_head_dim=2 if geometry.rotary_dim else 0)
+
+    def largest(self, geometry: AttentionGeometry) -> LayerBudget:
+        """Beyond it nothing is lost that more rank could keep: every pair rotated, keys and values at full rank."""
+        rotary = geometry.num_kv_heads * geometry.rotary_dim
+        return LayerBudget(kv_lora_rank=geometry.cache_elements - rotary, qk_rope_head_dim=rotary)
+
+    def split(self, geometry: AttentionGeometry, cache_elements: int) -> LayerBudget:
+        """Half of the rotary channels' share of the source's cache; all of it at the full size, two thirds at 1/8.
+
+        The shares at 1/2, 1/4 and 1/8 are the best of those tried on held-out text.
+        """
+        smallest, largest = self.smallest(geometry), self.largest(geometry)
+        if not smallest.cache_elements <= cache_elements <= largest.cache_elements:
+            raise BudgetError(
+                f"method {self.name} cannot cache {cache_elements} values a token and layer; the limits of this layer "
+                f"are {smallest.cache_elements} to {largest.cache_elements}."
+            )
+        kept = cache_elements / geometry.cache_elements
+        growth = max(0.0, 2 * kept - 1) ** 3 + max(0.0, 2 - 8 * kept) / 3
+        share = largest.qk_rope_head_dim / geometry.cache_elements * (1 + growth) / 2
+        rotary = max(2 * round(cache_elements * share / 2), smallest.qk_rope_head_dim)
+        rotary = min(rotary, (cache_elements - smallest.kv_lora_rank) // 2 * 2)
+        return LayerBudget(kv_lora_rank=cache_elements - rotary, qk_rope_head_dim=rotary)
+
+    def statistics(self, geometry: AttentionGeometry, weights: AttentionWeights, seed: int) -> AttentionStatistics:
+        return AttentionStatistics(geometry, weights, seed)
+
+    def allocate(
+        self,
+        geometries: Sequence[AttentionGeometry],
+        budgets: Sequence[LayerBudget],
+        statistics: Sequence[dict[str, Tensor]],
+        weights: Sequence[AttentionWeights],
+        sensitivity: Sequence[float],
+    ) -> list[LayerBudget]:
+        """Moves ranks to where the next one saves most, if what the predictions lose goes with what the latent does.
+
+        What it loses is the tail of the layer's spectrum; its unit is fixed by the sensitivity at the planned rank.
+        """
+        spectra, rates = [], []
+        layers = zip(geometries, budgets, statistics, weights, sensitivity, strict=True)
+        for geometry, budget, sums, layer, change in layers:
+            measured = _Measured.of(geometry, layer, sums)
+            targets, _ = self._targets(measured, self._rotary_key(geometry, measured, budget), geometry)
+            spectrum, _ = latent_spectrum(targets, measured.moment)
+            # In units of the residual stream: there layers compare, and rates can be held near their median.
+            spectrum = spectrum / (sums["mean"][-1] * (sums["log_power"] / sums["mean"][-1]).exp())
+            spectra.append(spectrum)
+            rates.append(max(change, 0.0) / float(spectrum[budget.kv_lora_rank :].sum().clamp_min(1e-30)))
+        largest = max(geometry.cache_elements - geometry.head_dim for geometry in geometries)
+        total = sum(budget.kv_lora_rank for budget in budgets)
+        smallest = min(SMALLEST_RANK, min(budget.kv_lora_rank for budget in budgets))
+        gains = [rate * spectrum for rate, spectrum in zip(near_median(rates, RATE_SPREAD), spectra, strict=True)]
+        ranks = allocate_ranks(gains, total, smallest, largest)
+        return [LayerBudget(rank, budget.qk_rope_head_dim) for rank, budget in zip(ranks, budgets, strict=True)]
+
+    def factorise(
+        self,
+        geometry: AttentionGeometry,
+        weights: AttentionWeights,
+        statistics: dict[str, Tensor] | None,
+        budget: LayerBudget,
+    ) -> MLAWeights:
+        """See `Method.factorise`."""
+        assert statistics is not None, "the attention-aware method needs statistics"
+        measured = _Measured.of(geometry, weights, statistics)
+        rotary = self._rotary_key(geometry, measured, budget)
+        targets, plain_units = self._targets(measured, rotary, geometry)
+        latent = joint_latent(targets, plain_units, measured.moment, budget.kv_lora_rank)
+        return _assemble(geometry, weights, measured, rotary, latent)
+
+    def refit(self, geometry: AttentionGeometry, weights: AttentionWeights, converted: MLAWeights) -> LayerRefit:
+        return ValueRidge(geometry, weights, converted)
+
+    def _rotary_key(self, geometry: AttentionGeometry, measured: _Measured, budget: LayerBudget) -> RotaryKey:
+        fold = 2 if budget.cache_elements < FOLD_BELOW * geometry.cache_elements else 1
+        keys = as_pairs(measured.key, geometry.rotary_dim // 2)
+        return shared_rotary_key(
+            keys,
+            measured.moment,
+            measured.rotary_weight,
+            geometry.inv_freq,
+            components=budget.qk_rope_head_dim // 2,
+            fold=fold,
+        )
+
+    def _targets(self, measured: _Measured, rotary: RotaryKey, geometry: AttentionGeometry) -> tuple[Tensor, Tensor]:
+        pairs = geometry.rotary_dim // 2
+        remainder = as_pairs(measured.key, pairs) - rotary.decoder @ rotary.encoder
+        unrotated = from_pairs(geometry.attention_factor**2 * remainder)
+        keys = torch.cat((unrotated, measured.key[:, geometry.rotary_dim :]), dim=1)
+        return latent_targets(keys, measured.value, measured.key_metric, measured.value_metric, KEY_GAIN)
+
+
+def _assemble(
+    geometry: AttentionGeometry, weights: AttentionWeights, measured: _Measured, rotary: RotaryKey, latent: JointLatent
+) -> MLAWeights:
+    """Puts the parts in DeepSeek's layout; constants of keys drop out, those of values become the output bias."""
+    pairs, groups = geometry.rotary_dim // 2, geometry.num_groups
+    query = torch.cat((measured.query, rotary_queries(groups, as_pairs(measured.query, pairs), rotary)), dim=1)
+    query = query.flatten(0, 1)
+    rotary_rows = from_pairs(rotary.encoder)
+    up_key, up_value = (up.repeat_interleave(groups, dim=0) for up in (latent.up_key, latent.up_value))
+    up = torch.cat((measured.mean_rotation @ up_key, up_value), dim=1).flatten(0, 1)
+    down = latent.down[:, :-1]
+    lost = measured.value @ measured.mean - latent.up_value @ (down @ measured.mean[:-1])
+    output_bias = weights.o.double() @ repeat_groups(geometry, lost.flatten())
+    if weights.o_bias is not None:
+        output_bias = output_bias + weights.o_bias.double()
+    key_bias = None
+    if weights.k_bias is not None:
+        key_bias = torch.cat((down.new_zeros(len(down)), rotary_rows[:, -1]))
+    dtype = weights.q.dtype
+    return MLAWeights(
+        q_proj=query[:, :-1].to(dtype),
+        kv_a_proj_with_mqa=torch.cat((down, rotary_rows[:, :-1])).to(dtype),
+        kv_b_proj=up.to(dtype),
+        o_proj=weights.o,
+        inv_freq=rotary.inv_freq,
+        qk_nope_head_dim=geometry.head_dim,
+        v_head_dim=geometry.head_dim,
+        q_proj_bias=None if weights.q_bias is None else query[:, -1].to(dtype),
+        kv_a_proj_with_mqa_bias=None if key_bias is None else key_bias.to(dtype),
+        o_proj_bias=output_bias.to(dtype),
+    )

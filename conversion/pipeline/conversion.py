@@ -1,0 +1,90 @@
+"""A conversion: its inputs, its stages, and what makes it another one than any before it."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from rich.progress import Progress
+from torch import Tensor
+
+from ..forward.products import fast_float32
+from ..planning.plan import ConversionPlan, make_plan
+from ..progress import silent_progress
+from ..reporting.report import Report
+from ..sources import SourceModel
+from .inputs import calibration_windows, open_inputs
+from .job import ConversionJob
+from .runner import run_stages
+from .stages.allocate import allocate
+from .stages.convert_layers import convert_layers
+from .stages.measure import measure
+from .stages.measure_again import measure_again
+from .stages.preflight import preflight
+from .stages.report import made_report, report
+from .stages.verify import verify
+from .stages.weigh import weigh
+from .stages.write import write
+from .work.journal import WorkFolder
+from .work.measurements import SharedMeasurements
+
+STAGES = (preflight, measure, weigh, allocate, measure_again, convert_layers, write, verify, report)
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A finished conversion: where it lies, and what its verification found."""
+
+    output: Path
+    report: Report
+
+
+@fast_float32()
+def run_plan(plan: ConversionPlan, source: SourceModel, progress: Progress | None = None) -> Conversion:
+    """Converts, verifies and publishes a checkpoint.
+
+    The output appears under its name when it is complete and verified. Until then everything is in ``.NAME.partial``
+    beside it; the same call goes on from there, and gives the same bytes as an unbroken one.
+
+    Args:
+        plan: of `make_plan`.
+        source: the same source.
+        progress: shows how far it is; by default nothing is shown.
+
+    Raises:
+        ConversionError: see its kinds in `conversion.errors`; nothing is published.
+    """
+    recipe, progress = plan.recipe, progress or silent_progress()
+    tokenizer = open_inputs(plan, source, progress)
+    windows = calibration_windows(plan, source, tokenizer)
+    work = WorkFolder(recipe.output, _identity(plan, source, windows))
+    measurements, locks = work.measurements, []
+    if recipe.statistics is not None and windows is not None:
+        identity = _contents(source, windows) | _versions() | {"method": recipe.method, "seed": str(recipe.seed)}
+        measurements = SharedMeasurements(recipe.statistics, identity)
+        locks.append(measurements)
+    job = ConversionJob(plan, source, tokenizer, windows, work, measurements, progress)
+    run_stages(job, STAGES, locks)
+    return Conversion(recipe.output, made_report(job))
+
+
+def _identity(plan: ConversionPlan, source: SourceModel, windows: Tensor | None) -> dict[str, str]:
+    """What makes a conversion another one: settings, contents of its inputs, versions of what computes."""
+    return plan.recipe.identity() | _contents(source, windows) | _versions()
+
+
+def _contents(source: SourceModel, windows: Tensor | None) -> dict[str, str]:
+    text = b"" if windows is None else windows.numpy().tobytes()
+    return {
+        "source files": source.location.fingerprint(),
+        "calibration tokens": hashlib.sha256(text).hexdigest()[:16],
+    }
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("modeling-mla", "torch", "transformers")}
+
+
+__all__ = ["Conversion", "make_plan", "run_plan"]

@@ -1,0 +1,91 @@
+"""One conversion in progress: what its stages read, and what more than one of them does with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from rich.progress import Progress
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ..forward.residual_stream import ResidualStream
+from ..layers import AttentionGeometry, AttentionWeights, LayerBudget, MLAWeights
+from ..methods import Method, get_method
+from ..methods.base import TwoPassMethod
+from ..planning.plan import ConversionPlan
+from ..sources import SourceModel
+from .work.journal import WorkFolder
+from .work.measurements import IntermediateMeasurements, Measurements
+
+
+@dataclass(frozen=True)
+class ConversionJob:
+    """What was asked for, what it is made from, and the folder in which it is made.
+
+    ``windows`` are the calibration text, token ids ``[N, S]``, None where the method needs none; ``measurements`` keep
+    what the method measures on it.
+    """
+
+    plan: ConversionPlan
+    source: SourceModel
+    tokenizer: PreTrainedTokenizerBase
+    windows: Tensor | None
+    work: WorkFolder
+    measurements: Measurements
+    progress: Progress
+
+    @cached_property
+    def method(self) -> Method:
+        """The factorisation that the recipe names."""
+        return get_method(self.plan.recipe.method)
+
+    @cached_property
+    def geometries(self) -> list[AttentionGeometry]:
+        """Of every source layer."""
+        return [self.source.geometry(layer) for layer in range(self.source.num_layers)]
+
+    @property
+    def moves_ranks(self) -> bool:
+        """Whether the final ranks differ from the plan's."""
+        recipe = self.plan.recipe
+        allocates = self.windows is not None and self.method.allocates
+        return allocates and recipe.kv_lora_rank is None and not recipe.uniform
+
+    @property
+    def budgets(self) -> list[LayerBudget]:
+        """The final ones, once they are allocated."""
+        return [LayerBudget(rank, rotary) for rank, rotary in self.work.journal.budgets]
+
+    def source_weights(self, layer: int) -> AttentionWeights:
+        """The attention of a source layer; in float32 for a method that measures, as statistics are taken so."""
+        return self.source.attention(layer, torch.float32 if self.windows is not None else None)
+
+    def stream(self, measurements: Measurements) -> ResidualStream:
+        """The calibration text on its way through the layers, hidden states kept beside ``measurements``."""
+        assert self.windows is not None
+        return ResidualStream(self.source, self.windows, measurements)
+
+    def factorise(self, layer: int, budget: LayerBudget, second: Measurements | None = None) -> MLAWeights:
+        """The converted layer; ``second`` holds what a `TwoPassMethod` has measured again."""
+        weights, statistics = self.source_weights(layer), None
+        if self.method.needs_calibration:
+            statistics = self.measurements.read_statistics(layer)
+        if isinstance(self.method, TwoPassMethod) and second is not None:
+            assert statistics is not None
+            again = second.read_statistics(layer)
+            return self.method.factorise(self.geometries[layer], weights, statistics, budget, again)
+        return self.method.factorise(self.geometries[layer], weights, statistics, budget)
+
+    @contextmanager
+    def second_measurements(self) -> Iterator[Measurements | None]:
+        """Where the second pass of a `TwoPassMethod` keeps what it measures, locked; None for another method."""
+        if self.windows is None or not isinstance(self.method, TwoPassMethod):
+            yield None
+            return
+        widths = [budget.qk_rope_head_dim for budget in self.budgets]
+        with IntermediateMeasurements(self.measurements, widths) as measurements:
+            yield measurements

@@ -1,0 +1,57 @@
+"""Measures every layer of the source on the calibration text: the statistics that the method asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from ...errors import SourceError
+from ...layers import MLAWeights
+from ...progress import counting
+from ..job import ConversionJob
+from ..work.measurements import Measurements
+
+_LAYER_SEEDS = 100_003
+"""Distance between the seeds of two conversions, so that their layers share none."""
+
+
+def measure(job: ConversionJob) -> None:
+    """Leaves the statistics of every layer, and the hidden states that enter it, in the job's measurements."""
+    if job.windows is not None:
+        measure_layers(job, "measuring", job.measurements, lambda _: None)
+
+
+def measure_layers(
+    job: ConversionJob, description: str, measurements: Measurements, converted: Callable[[int], MLAWeights | None]
+) -> None:
+    """Goes on from the first layer that ``measurements`` lack.
+
+    Args:
+        description: for the progress.
+        converted: what takes the place of a layer's attention behind its own statistics; None for nothing.
+
+    Raises:
+        SourceError: a layer computes values that are not finite.
+    """
+    assert job.windows is not None
+    stream, windows, done, total = (
+        job.stream(measurements),
+        len(job.windows),
+        measurements.measured,
+        len(job.geometries),
+    )
+    with counting(job.progress, description, total * windows, done * windows) as step:
+        for layer in range(done, total):
+            seed = job.plan.recipe.seed * _LAYER_SEEDS + layer
+            statistics = job.method.statistics(job.geometries[layer], job.source_weights(layer), seed)
+            assert statistics is not None
+            stream.observe_and_advance(layer, statistics.update, step, converted(layer))
+            sums = statistics.tensors()
+            if not all(torch.isfinite(values).all() for values in sums.values()):
+                raise SourceError(
+                    f"layer {layer} of {job.source.location.model} computes values on the calibration text that "
+                    "are not finite in float32; look for weights that are far too large."
+                )
+            measurements.write_statistics(layer, sums)
+            measurements.advance(layer + 1)

@@ -1,0 +1,97 @@
+"""The work folder of a conversion: what is done, so that a killed run goes on where it stopped.
+
+Every file in it is complete or absent. Statistics and hidden states are kept until their layer is converted.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import NonNegativeInt
+from safetensors import SafetensorError
+
+from ...errors import JournalError
+from ...evaluation.verify import Verification
+from ...forward.hidden_states import HiddenStates
+from ...layers import MLAWeights
+from .layer_store import read_layer, write_layer
+from .measurements import Measurements
+from .partial_output import PartialOutput, StagedJournal
+
+
+class ConversionJournal(StagedJournal):
+    """What the stages of a conversion have found, and how far the unfinished one is.
+
+    ``measured`` and ``converted`` count layers; ``sensitivity`` is the model's to each layer; ``budgets`` are the final
+    (kv_lora_rank, qk_rope_head_dim) by layer; ``errors`` the relative output error of each converted layer, ``shards``
+    the finished files of the checkpoint.
+    """
+
+    measured: NonNegativeInt = 0
+    sensitivity: list[float] = []
+    budgets: list[tuple[int, int]] = []
+    converted: NonNegativeInt = 0
+    errors: list[float | None] = []
+    shards: list[str] = []
+    verification: Verification | None = None
+
+
+class WorkFolder(PartialOutput[ConversionJournal]):
+    """See `PartialOutput`.
+
+    Args:
+        output: of the conversion.
+        identity: what makes it another one.
+    """
+
+    what = "conversion"
+
+    def __init__(self, output: Path, identity: dict[str, str]) -> None:
+        super().__init__(output, ConversionJournal(identity=identity))
+        self.converted_states = HiddenStates(self.path / "converted")
+        self.contexts = HiddenStates(self.path / "contexts")
+
+    def begin(self) -> None:
+        """See `PartialOutput.begin`."""
+        for states in (self.converted_states, self.contexts):
+            states.folder.mkdir()
+
+    @property
+    def measurements(self) -> Measurements:
+        """The conversion's own statistics and hidden states."""
+        return _OwnMeasurements(self)
+
+    def write_layer(self, layer: int, weights: MLAWeights) -> None:
+        write_layer(self._layer(layer), weights)
+
+    def read_layer(self, layer: int) -> MLAWeights:
+        try:
+            return read_layer(self._layer(layer))
+        except (OSError, SafetensorError, TypeError, ValueError) as error:
+            raise self._lost(self._layer(layer)) from error
+
+    def _lost(self, path: Path) -> JournalError:
+        return JournalError(f"{path} is missing or damaged, though the journal names it; delete {self.path}.")
+
+    def _layer(self, layer: int) -> Path:
+        return self.path / f"layer-{layer:05d}.safetensors"
+
+
+class _OwnMeasurements(Measurements):
+    """Kept in the work folder, each until its layer is converted."""
+
+    def __init__(self, work: WorkFolder) -> None:
+        super().__init__(work.path)
+        self._work = work
+
+    @property
+    def measured(self) -> int:
+        return self._work.journal.measured
+
+    def advance(self, measured: int) -> None:
+        self._work.journal.measured = measured
+        self._work.save()
+
+    def forget(self, layer: int) -> None:
+        """Deletes them; the journal has moved on."""
+        self.delete(layer)

@@ -1,0 +1,177 @@
+"""From a recipe and a source's configuration to ranks, sizes and costs: made first, shown, then executed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from ..errors import BudgetError
+from ..layers import AttentionGeometry, LayerBudget
+from ..methods import Method, get_method
+from ..methods.base import TwoPassMethod
+from ..recipe import Recipe, cache_elements
+from ..sources import SourceModel
+from .costs import estimate_costs
+from .text_use import TextUse
+
+DEFAULT_COMPRESSION = "50%"
+
+SERVED_ROTARY_DIMS = (64, 32)
+"""Widths of a rotary key that kernels of serving engines take; the narrower one is padded with zeros."""
+
+
+@dataclass(frozen=True)
+class ConversionPlan:
+    """What a conversion will do. Cache sizes are bytes a token over all layers, in ``dtype``.
+
+    ``layers`` are the budgets by layer; a method that measures the text may move ranks between layers at an equal
+    total. ``disk_bytes``, ``memory_bytes`` and ``seconds`` are estimates.
+    """
+
+    recipe: Recipe
+    family: str
+    layers: tuple[LayerBudget, ...]
+    dtype: torch.dtype
+    window: int
+    windows: int
+    parameters: int
+    source_cache_bytes: int
+    cache_bytes: int
+    disk_bytes: int
+    memory_bytes: int
+    seconds: float
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values, for ``--json`` and the report."""
+        return {
+            "recipe": self.recipe.model_dump(mode="json"),
+            "family": self.family,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "layers": [
+                {"kv_lora_rank": layer.kv_lora_rank, "qk_rope_head_dim": layer.qk_rope_head_dim}
+                for layer in self.layers
+            ],
+            "calibration_windows": self.windows,
+            "calibration_window": self.window,
+            "parameters": self.parameters,
+            "cache_bytes_per_token_source": self.source_cache_bytes,
+            "cache_bytes_per_token": self.cache_bytes,
+            "estimated_disk_bytes": self.disk_bytes,
+            "estimated_memory_bytes": self.memory_bytes,
+            "estimated_seconds": round(self.seconds, 1),
+        }
+
+    def table(self, title: str) -> Table:
+        """For the terminal."""
+        table = Table(title=title, show_header=False, title_justify="left")
+        ratio = self.cache_bytes / self.source_cache_bytes
+        sizes = sorted({(layer.kv_lora_rank, layer.qk_rope_head_dim) for layer in self.layers})
+        rows = {
+            "family": f"{self.family}, {len(self.layers)} layers, {self.parameters / 1e6:.1f}M parameters",
+            "method": self.recipe.method,
+            "latent + rotary key": ", ".join(f"{rank} + {rotary}" for rank, rotary in sizes),
+            "cache, bytes a token": f"{self.source_cache_bytes} → {self.cache_bytes} ({ratio:.1%})",
+            "weights written as": str(self.dtype).removeprefix("torch."),
+            "calibration": f"{self.windows} windows of {self.window} tokens" if self.windows else "none needed",
+            "expected": f"{self.seconds:.0f} s, {self.memory_bytes / 1e9:.1f} GB of memory, "
+            f"{self.disk_bytes / 1e9:.2f} GB of disk",
+        }
+        for name, value in rows.items():
+            table.add_row(name, value)
+        return table
+
+
+def make_plan(recipe: Recipe, source: SourceModel) -> ConversionPlan:
+    """Plans a conversion from the configuration alone.
+
+    Raises:
+        BudgetError: the budget is below the method's smallest or above the source's, or pinned ranks do not fit.
+        ConversionError: the method is unknown.
+    """
+    method = get_method(recipe.method)
+    geometries = [source.geometry(layer) for layer in range(source.num_layers)]
+    dtype = recipe.torch_dtype or source.dtype
+    budgets = _budgets(recipe, method, geometries, dtype.itemsize)
+    text = TextUse.of(source, recipe.tokens if method.needs_calibration else 0, twice=isinstance(method, TwoPassMethod))
+    costs = estimate_costs(source, dtype, text)
+    return ConversionPlan(
+        recipe=recipe,
+        family=source.model_type,
+        layers=tuple(budgets),
+        dtype=dtype,
+        window=text.window,
+        windows=text.windows,
+        parameters=costs.parameters,
+        source_cache_bytes=source.cache_bytes_per_token(dtype),
+        cache_bytes=sum(budget.cache_elements for budget in budgets) * dtype.itemsize,
+        disk_bytes=costs.disk_bytes,
+        memory_bytes=costs.memory_bytes,
+        seconds=costs.seconds,
+    )
+
+
+def _budgets(recipe: Recipe, method: Method, geometries: list[AttentionGeometry], itemsize: int) -> list[LayerBudget]:
+    rank, rotary = recipe.kv_lora_rank, recipe.qk_rope_head_dim
+    if rank is not None and rotary is not None and recipe.cache is None:
+        budgets = [LayerBudget(rank, rotary)] * len(geometries)
+    else:
+        fixed = all(method.smallest(geometry) == method.largest(geometry) for geometry in geometries)
+        cache = recipe.cache or ("100%" if fixed else DEFAULT_COMPRESSION)
+        budgets = [
+            _budget(recipe, method, geometry, elements, cache)
+            for geometry, elements in zip(geometries, cache_elements(cache, geometries, itemsize), strict=True)
+        ]
+    for layer, (geometry, budget) in enumerate(zip(geometries, budgets, strict=True)):
+        _check(method, geometry, budget, layer)
+    return budgets
+
+
+def _budget(recipe: Recipe, method: Method, geometry: AttentionGeometry, elements: int, cache: str) -> LayerBudget:
+    smallest = method.smallest(geometry).cache_elements
+    if elements < smallest:
+        share = -(-100 * smallest // geometry.cache_elements)
+        raise BudgetError(
+            f"a cache of {cache} is {elements} values a token and layer, below the {smallest} that method "
+            f"{method.name} needs; ask for {share}% or more{_or_compress(method, geometry)}."
+        )
+    rank, rotary = recipe.kv_lora_rank, recipe.qk_rope_head_dim
+    if rank is not None and rotary is not None and rank + rotary > elements:
+        raise BudgetError(
+            f"kv_lora_rank {rank} and qk_rope_head_dim {rotary} are {rank + rotary} values a token, more than the "
+            f"{elements} of a cache of {cache}; leave out one of the three."
+        )
+    if rank is None and rotary is None and not recipe.uniform:
+        return method.split(geometry, elements)
+    if rank is None and rotary is None:
+        # A third is about what the method gives the rotary key by itself.
+        wide, narrow = SERVED_ROTARY_DIMS
+        rotary = wide if elements >= 3 * wide else narrow
+    rotary = (elements - (rank or 0)) // 2 * 2 if rotary is None else rotary
+    rank = elements - rotary if rank is None else rank
+    largest = method.largest(geometry).qk_rope_head_dim
+    return LayerBudget(rank, min(rotary, largest) if recipe.qk_rope_head_dim is None else rotary)
+
+
+def _or_compress(method: Method, geometry: AttentionGeometry) -> str:
+    fixed = method.smallest(geometry) == method.largest(geometry)
+    return ", or compress with --method attention_aware" if fixed else ""
+
+
+def _check(method: Method, geometry: AttentionGeometry, budget: LayerBudget, layer: int) -> None:
+    smallest, largest = method.smallest(geometry), method.largest(geometry)
+    if not smallest.qk_rope_head_dim <= budget.qk_rope_head_dim <= largest.qk_rope_head_dim:
+        raise BudgetError(
+            f"qk_rope_head_dim {budget.qk_rope_head_dim} does not fit layer {layer}; method {method.name} takes "
+            f"{smallest.qk_rope_head_dim} to {largest.qk_rope_head_dim}."
+        )
+    limit = geometry.cache_elements - budget.qk_rope_head_dim
+    if not smallest.kv_lora_rank <= budget.kv_lora_rank <= limit:
+        raise BudgetError(
+            f"kv_lora_rank {budget.kv_lora_rank} does not fit layer {layer} beside qk_rope_head_dim "
+            f"{budget.qk_rope_head_dim}; method {method.name} takes {smallest.kv_lora_rank} to {limit}, for the "
+            f"source caches {geometry.cache_elements} values a token."
+        )
+    method.check(geometry, budget)

@@ -1,0 +1,96 @@
+"""What a model is, and what its cache costs, from its configuration alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+from transformers import PreTrainedConfig
+
+from ..checkpoint.location import locate
+from ..sources import SOURCES, source_of
+from .cache_size import cache_memory
+
+_SIZES = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "q_lora_rank", "num_key_value_heads")
+CONTEXTS = (4 * 1024, 32 * 1024, 128 * 1024, 256 * 1024)
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """``attention`` is ``"MLA"`` or what the source has; ``sizes`` are the fields that the cache depends on."""
+
+    model: str
+    family: str
+    attention: str
+    layers: int
+    hidden_size: int
+    heads: int
+    sizes: dict[str, Any]
+    dtype: str
+    cache_bytes_per_token: int
+
+    @property
+    def cache_bytes(self) -> dict[str, int]:
+        """By context length."""
+        return {f"{context // 1024}K": context * self.cache_bytes_per_token for context in CONTEXTS}
+
+    def as_json(self) -> dict[str, Any]:
+        return dict(vars(self)) | {"cache_bytes": self.cache_bytes}
+
+    def table(self) -> Table:
+        """For the terminal."""
+        table = Table(title=self.model, show_header=False, title_justify="left")
+        table.add_row("family", f"{self.family}, {self.layers} layers, hidden size {self.hidden_size}")
+        sizes = ", ".join(f"{name} {value}" for name, value in self.sizes.items())
+        table.add_row("attention", f"{self.attention}, {self.heads} heads, {sizes}")
+        table.add_row("cache, bytes a token", f"{self.cache_bytes_per_token} ({self.dtype})")
+        for context, size in self.cache_bytes.items():
+            table.add_row(f"cache at {context}", f"{size / 2**30:.2f} GiB")
+        return table
+
+
+def inspect_model(model: str) -> Inspection:
+    """Reads the configuration of a model, convertible or not.
+
+    Raises:
+        SourceError: it cannot be found or read, or its cache is not known.
+    """
+    location = locate(model, weights=False)
+    config = location.config()
+    if config.model_type not in SOURCES:
+        return _by_fields(model, config.get_text_config(decoder=True))
+    source = source_of(location, config)
+    geometry, dtype = source.geometry(0), source.dtype
+    kind = {1: "multi-query", geometry.num_heads: "multi-head"}.get(geometry.num_kv_heads, "grouped-query")
+    return Inspection(
+        model=model,
+        family=config.model_type,
+        attention=kind,
+        layers=source.num_layers,
+        hidden_size=geometry.hidden_size,
+        heads=geometry.num_heads,
+        sizes={"num_key_value_heads": geometry.num_kv_heads, "head_dim": geometry.head_dim},
+        dtype=str(dtype).removeprefix("torch."),
+        cache_bytes_per_token=source.cache_bytes_per_token(dtype),
+    )
+
+
+def _by_fields(model: str, config: PreTrainedConfig) -> Inspection:
+    memory = cache_memory(config)
+    layer = config.per_layer_config[0]
+    sizes = {name: getattr(layer, name) for name in _SIZES if getattr(layer, name, None) is not None}
+    ranks = getattr(config, "kv_lora_ranks", None)
+    if ranks is not None:
+        sizes["kv_lora_rank"] = f"{min(ranks)} to {max(ranks)}"
+    return Inspection(
+        model=model,
+        family=config.model_type,
+        attention=memory.attention,
+        layers=memory.layers,
+        hidden_size=config.hidden_size,
+        heads=memory.heads,
+        sizes=sizes,
+        dtype=str(memory.dtype).removeprefix("torch."),
+        cache_bytes_per_token=int(memory.bytes_per_token),
+    )

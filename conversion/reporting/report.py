@@ -1,0 +1,158 @@
+"""What a conversion did and found, as JSON and as text, beside the weights."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..checkpoint.atomic import write_json, write_text
+from ..checkpoint.location import Location
+from ..evaluation.recall import Recall
+from ..evaluation.verify import Verification
+from ..layers import LayerBudget
+from ..planning.plan import ConversionPlan
+
+JSON_NAME = "conversion.json"
+TEXT_NAME = "conversion.txt"
+_PACKAGES = ("modeling-mla", "torch", "transformers", "safetensors")
+
+
+@dataclass(frozen=True)
+class Report:
+    """A plan and its outcome.
+
+    ``errors`` are relative squared errors of each layer's attention output on the calibration text; None where
+    nothing was measured.
+    """
+
+    plan: ConversionPlan
+    location: Location
+    budgets: list[LayerBudget]
+    errors: list[float | None]
+    verification: Verification
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values; nothing in it depends on when or how fast the conversion ran."""
+        plan = self.plan.as_json()
+        recipe = plan.pop("recipe") | {"source": self.location.name, "revision": self.location.revision}
+        recipe["calibration"] = calibration_name(recipe["calibration"])
+        del recipe["output"], recipe["statistics"]
+        layers = [
+            {
+                "kv_lora_rank": budget.kv_lora_rank,
+                "qk_rope_head_dim": budget.qk_rope_head_dim,
+                "attention_output_error": error,
+            }
+            for budget, error in zip(self.budgets, self.errors, strict=True)
+        ]
+        estimates = [name for name in plan if name.startswith("estimated_")]
+        return {
+            "recipe": recipe,
+            "plan": {name: value for name, value in plan.items() if name not in (*estimates, "layers")},
+            "layers": layers,
+            "verification": self.verification.as_json(),
+            "versions": {name: version(name) for name in _PACKAGES},
+        }
+
+    def tables(self) -> list[Table]:
+        """For the terminal and the text file."""
+        return [*verification_tables(self.verification), self._layer_table()]
+
+    def _layer_table(self) -> Table:
+        table = Table(title="Layers", title_justify="left")
+        for column in ("layer", "latent", "rotary key", "attention output error"):
+            table.add_column(column, justify="right")
+        for layer, (budget, error) in enumerate(zip(self.budgets, self.errors, strict=True)):
+            shown = "-" if error is None else f"{error:.4f}"
+            table.add_row(str(layer), str(budget.kv_lora_rank), str(budget.qk_rope_head_dim), shown)
+        return table
+
+
+def verification_tables(verification: Verification) -> list[Table]:
+    """Source and converted model side by side, over all texts and text by text."""
+    tables = [_summary_table(verification)]
+    if len(verification.domains) > 1:
+        tables.append(_domain_table(verification))
+    return tables
+
+
+def _domain_table(verification: Verification) -> Table:
+    table = Table(title="By text", title_justify="left")
+    for column in ("", "perplexity, source", "converted", "KL", "same token"):
+        table.add_column(column, justify="left" if not column else "right")
+    for domain in verification.domains:
+        table.add_row(
+            domain.text,
+            f"{domain.perplexity_source:.3f}",
+            f"{domain.perplexity:.3f}",
+            f"{domain.kl:.4f}",
+            f"{domain.top1_agreement:.1%}",
+        )
+    if verification.far_off:
+        names = ", ".join(domain.text for domain in verification.far_off)
+        table.caption = f"Far off: {names}. Calibrate on text of this kind too, or on more."
+    return table
+
+
+def recall_table(recall: Recall) -> Table:
+    """What source and converted model find again."""
+    table = Table(title=f"Recall at {recall.context} tokens, {recall.samples} samples each", title_justify="left")
+    for column in ("", "source", "converted"):
+        table.add_column(column, justify="left" if not column else "right")
+    table.add_row("needle in a haystack, numbers", f"{recall.needle_source:.0%}", f"{recall.needle:.0%}")
+    table.add_row("copy of a passage, tokens", f"{recall.copy_source:.1%}", f"{recall.copy:.1%}")
+    return table
+
+
+def task_table(tasks: dict[str, dict[str, dict[str, float]]]) -> Table:
+    """Measures of lm-eval."""
+    table = Table(title="Tasks", title_justify="left")
+    for column in ("task", "measure", "source", "converted"):
+        table.add_column(column, justify="left" if column in ("task", "measure") else "right")
+    for task, measures in tasks.items():
+        for name, values in measures.items():
+            table.add_row(task, name, f"{values['source']:.4f}", f"{values['converted']:.4f}")
+    return table
+
+
+def _summary_table(verification: Verification) -> Table:
+    v = verification
+    title = f"{v.windows} windows of {v.window} tokens, {v.text}"
+    table = Table(title=title, title_justify="left")
+    for column in ("", "source", "converted"):
+        table.add_column(column, justify="left" if not column else "right")
+    table.add_row("cache, bytes a token", str(v.cache_bytes_per_token_source), str(v.cache_bytes_per_token))
+    table.add_row("perplexity", f"{v.perplexity_source:.3f}", f"{v.perplexity:.3f}")
+    table.add_row("KL to the source, nats a token", "", f"{v.kl:.4f}")
+    table.add_row("same most likely token", "", f"{v.top1_agreement:.1%}")
+    worst = max(range(len(v.layer_errors)), key=lambda layer: v.layer_errors[layer])
+    table.add_row(f"attention output error, worst layer ({worst})", "", f"{v.layer_errors[worst]:.4f}")
+    table.add_row("largest logit difference", "", f"{v.max_abs_logit_error:.2e}")
+    if v.whole_model is None:
+        table.caption = f"Left out is what only a whole model shows (routes, decoding, greedy tokens): {v.left_out}."
+    else:
+        equal = round(v.whole_model.greedy_match * v.whole_model.greedy_tokens)
+        table.add_row(f"equal greedy tokens of {v.whole_model.greedy_tokens}", "", str(equal))
+    return table
+
+
+def write_report(report: Report, folder: Path) -> None:
+    """Writes the report into the checkpoint's folder."""
+    write_json(folder / JSON_NAME, report.as_json())
+    console = Console(file=io.StringIO(), width=100, record=True, markup=False, emoji=False)
+    for table in (report.plan.table(report.location.name), *report.tables()):
+        console.print(table)
+    write_text(folder / TEXT_NAME, console.export_text())
+
+
+def calibration_name(calibration: str | None) -> str:
+    """The calibration text as others know it."""
+    if calibration is None:
+        return "the default mix of domains"
+    return Path(calibration).name if Path(calibration).exists() else calibration
