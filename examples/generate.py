@@ -20,7 +20,7 @@ def main(
     tokens: Annotated[int, typer.Option(help="New tokens at most.")] = 64,
 ) -> None:
     """Loads with Transformers alone: the code of the model lies beside its weights."""
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True)
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     with torch.no_grad():

@@ -185,8 +185,8 @@ def test_a_recipe_runs(tmp_path):
         assert reason in result.stderr
 
 
-def test_the_readme_table_is_the_codes():
-    readme = (FOLDER.parent / "README.md").read_text()
+def test_the_table_of_caches_is_the_codes():
+    readme = (FOLDER / "README.md").read_text()
     rows = [
         [cell.strip() for cell in line.strip("| ").split("|")] for line in readme.splitlines() if line.startswith("| ")
     ]

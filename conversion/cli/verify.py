@@ -28,15 +28,15 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Compares a converted checkpoint with its source."""
-    from ..evaluation.measures import Measures, measure
+    from ..evaluation.assess import Questions, assess
     from ..reporting.report import recall_table, task_table, verification_tables
     from ..sources import open_source
     from ..text.windows import read_text
 
     contents = {file.name: read_text(expanded(file)) for file in text or ()}
-    asked = Measures(windows, context, recall=recall, tasks=tasks.split(",") if tasks else [], limit=limit, seed=seed)
+    asked = Questions(windows, context, recall=recall, tasks=tasks.split(",") if tasks else [], limit=limit, seed=seed)
     with shown_progress() as progress:
-        found = measure(expanded(output), open_source(against), contents, asked, progress)
+        found = assess(expanded(output), open_source(against), contents, asked, progress)
     tables = verification_tables(found.verification)
     if found.recall is not None:
         tables.append(recall_table(found.recall))

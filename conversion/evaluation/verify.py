@@ -116,9 +116,10 @@ def verify_checkpoint(
         _refuse_not_finite(scores, layer_errors, source.location.name, folder)
         whole = check_whole_model(location, source, first, step) if left_out is None else None
     dtype = config.dtype or torch.float32
+    overall = sum(scores.values(), Scores()).result(", ".join(texts), windows, len(first))
     domains = tuple(score.result(name, *texts[name].shape) for name, score in scores.items())
     return Verification(
-        **sum(scores.values(), Scores()).result(", ".join(texts), windows, len(first)).as_json(),
+        **vars(overall),
         domains=domains,
         layer_errors=layer_errors,
         whole_model=whole,

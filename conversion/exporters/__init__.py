@@ -1,4 +1,8 @@
-"""The targets of `mla export` by name."""
+"""The targets of `mla export` by name.
+
+In: a converted checkpoint. Out: the same for an engine that wants other names, shapes or types. A new target is one
+file with a `base.Exporter`, and one entry in `EXPORTERS`.
+"""
 
 from __future__ import annotations
 

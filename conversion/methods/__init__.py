@@ -1,4 +1,8 @@
-"""The factorisation methods by name."""
+"""The factorisation methods by name.
+
+In: one layer's `AttentionWeights`, and what was measured on text. Out: its `MLAWeights`. A new method is one file
+with a `base.Method`, and one entry in `METHODS`.
+"""
 
 from __future__ import annotations
 

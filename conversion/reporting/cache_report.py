@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from ..checkpoint.location import locate
-from .cache_size import GROUPS, CacheMemory, cache_memory, read_config
+from .cache_size import GROUPED_HEADS, CacheMemory, cache_memory, read_config
 
 DEVICES = (1, 2, 4, 8, 16)
 _CONTEXT = 128 * 1024
@@ -27,7 +27,7 @@ class MemoryReport:
     def rows(self) -> dict[str, tuple[float, int, int]]:
         """By form of the cache: bytes a token, bytes a sequence, heads that devices can divide among them."""
         memory, context = self.memory, self.context
-        grouped = min(GROUPS, memory.heads)
+        grouped = min(GROUPED_HEADS, memory.heads)
         return {
             memory.attention: (memory.bytes_per_token, memory.bytes_at(context), memory.kv_heads),
             f"GQA, {grouped} key/value heads": (

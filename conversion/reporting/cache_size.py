@@ -20,7 +20,7 @@ from modeling_mla.configuration_mla import latent_widths
 
 from ..errors import SourceError, first_line
 
-GROUPS = 8
+GROUPED_HEADS = 8
 """Key/value heads of the grouped-query cache that others are compared with, as in Llama 3 and Qwen 2.5."""
 _FAR = 2**20
 """Tokens after which every window is full; a multiple of every compression rate."""
@@ -34,7 +34,7 @@ class CachePart:
         name: what the entries are.
         width: values in an entry.
         entries: how many there are after so many tokens.
-        grouped, expanded: values that an entry would have as keys and values of `GROUPS` heads, and of all heads.
+        grouped, expanded: values that an entry would have as keys and values of `GROUPED_HEADS` heads, and of all.
         itemsize: bytes of a value where it is not the model's type.
     """
 
@@ -66,7 +66,7 @@ class CacheMemory:
         return self._total(tokens, lambda part: part.width)
 
     def grouped_bytes_at(self, tokens: int) -> int:
-        """The same with keys and values of `GROUPS` heads."""
+        """The same with keys and values of `GROUPED_HEADS` heads."""
         return self._total(tokens, lambda part: part.grouped)
 
     def expanded_bytes_at(self, tokens: int) -> int:
@@ -187,15 +187,16 @@ def _attention(config: Any, index: int, entries: Callable[[int], int]) -> CacheP
     if getattr(layer, "kv_lora_rank", None) is None:
         head_dim = getattr(layer, "head_dim", None) or layer.hidden_size // heads
         kv_heads = _kv_heads(layer)
-        widths = (2 * head_dim * count for count in (kv_heads, min(GROUPS, heads), heads))
-        return CachePart("keys and values", next(widths), entries, next(widths), next(widths))
+        per_head = 2 * head_dim
+        grouped, expanded = min(GROUPED_HEADS, heads) * per_head, heads * per_head
+        return CachePart("keys and values", kv_heads * per_head, entries, grouped, expanded)
     rank, rotary = latent_widths(config, index)
     if not (getattr(config, "no_rope_layers", None) or [1] * (index + 1))[index]:
         rotary = 0
     # The value is as wide as the un-rotated key where the configuration names no width (MiniCPM3).
     value = layer.v_head_dim or layer.hidden_size // heads
     per_head = layer.qk_nope_head_dim + layer.qk_rope_head_dim + value
-    return CachePart("latents", rank + rotary, entries, min(GROUPS, heads) * per_head, heads * per_head)
+    return CachePart("latents", rank + rotary, entries, min(GROUPED_HEADS, heads) * per_head, heads * per_head)
 
 
 def _has_indexer(config: Any, index: int) -> bool:
@@ -220,7 +221,7 @@ def _linear(config: Any) -> Iterator[CachePart]:
 def _compressed(config: Any) -> Iterator[CachePart]:
     """DeepSeek V4: one shared key/value head, in a window and in entries that stand for 4 or 128 tokens each."""
     width, window = config.head_dim, config.sliding_window
-    grouped, expanded = (2 * count * width for count in (GROUPS, config.num_attention_heads))
+    grouped, expanded = (2 * count * width for count in (GROUPED_HEADS, config.num_attention_heads))
     for kind in config.layer_types:
         # Sliding layers store the head as key and as value, compressing ones once.
         copies = 2 if kind == "sliding_attention" else 1

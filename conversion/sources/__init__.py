@@ -1,4 +1,8 @@
-"""The source families by Transformers' ``model_type``."""
+"""Source families by Transformers' ``model_type``.
+
+In: a checkpoint of a family. Out: its layers' attention in the currency of `layers`, its quirks undone; the names and
+fields of the converted model. A new family is one file and one entry in `SOURCES`.
+"""
 
 from __future__ import annotations
 

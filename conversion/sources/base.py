@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from functools import cached_property
 from typing import Any, ClassVar
@@ -22,7 +23,8 @@ from ..checkpoint.reader import SafetensorsReader, TensorReader
 from ..errors import SourceError, first_line
 from ..layers import AttentionGeometry, AttentionWeights, MLAWeights
 from .converted_config import BIASES, converted_config
-from .inventory import account_for_all, refuse_unfit
+from .given_output import GivenOutput
+from .inventory import account_for_all, reading_order, refuse_unfit
 
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
@@ -158,10 +160,7 @@ class SourceModel:
 
     def stored_names(self) -> list[str]:
         """Every tensor of the checkpoint in reading order: layer 2 before layer 10."""
-        return sorted(
-            self._read_by_model(self.tensors),
-            key=lambda name: [(int(part), "") if part.isdigit() else (0, part) for part in name.split(".")],
-        )
+        return sorted(self._read_by_model(self.tensors), key=reading_order)
 
     def attention(self, layer: int, dtype: torch.dtype | None = None) -> AttentionWeights:
         """One layer's attention weights in ``dtype``; by default float32, or float64 where they are stored so."""
@@ -212,17 +211,23 @@ class SourceModel:
         Args:
             attention_output: ``[B, S, D]``, what its attention shall give; None for what it does give.
         """
-        if attention_output is not None:
-            attention = module.get_submodule(self.attention_prefix.removesuffix("."))
-            attention.forward = lambda *_, **__: (attention_output, None)
-            try:
-                return self.run_layer(layer, module, hidden_states)
-            finally:
-                del attention.forward
         position_ids = torch.arange(hidden_states.shape[1])[None]
         angles = self.rotary(hidden_states, position_ids)
         mask = sliding_mask(hidden_states.shape[1], self.geometry(layer))
-        return module(hidden_states, attention_mask=mask, position_ids=position_ids, position_embeddings=angles)
+        attention = nullcontext() if attention_output is None else self._giving(module, attention_output)
+        with attention:
+            return module(hidden_states, attention_mask=mask, position_ids=position_ids, position_embeddings=angles)
+
+    @contextmanager
+    def _giving(self, module: nn.Module, attention_output: Tensor) -> Iterator[None]:
+        """A decoder layer whose attention gives this."""
+        name = self.attention_prefix.removesuffix(".")
+        attention = module.get_submodule(name)
+        module.set_submodule(name, GivenOutput(attention_output))
+        try:
+            yield
+        finally:
+            module.set_submodule(name, attention)
 
     def final_norm_module(self) -> nn.Module:
         """The norm behind the last layer with its weights, in float32."""

@@ -81,3 +81,8 @@ def _what_it_is(missing: list[str], unknown: list[str], expected: Collection[str
     if missing:
         return f"lacks tensor {missing[0]}, one of {len(missing)}; fetch the model again"
     return f"holds tensor {unknown[0]}, which {model} does not read; the conversion would lose it"
+
+
+def reading_order(name: str) -> list[tuple[int, str]]:
+    """The key by which tensors are sorted by name, numbers by their value: layer 2 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (0, part) for part in name.split(".")]

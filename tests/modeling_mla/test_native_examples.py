@@ -20,7 +20,6 @@ def test_the_benchmark_compares_equal_models():
     (row,) = json.loads(_run("benchmarks/native.py", *arguments))
     assert row["heads"] == 40
     assert row["max_logit_difference"] < 1e-3
-    assert row["cpu_speedup"] > 1.5
 
 
 def test_the_deepseek_v4_benchmark_compares_equal_models():

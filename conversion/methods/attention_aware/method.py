@@ -98,6 +98,12 @@ def pair_energy_of_moment(geometry: AttentionGeometry, moment: Tensor) -> Tensor
     return pair_energy(geometry, moment.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt())
 
 
+def _residual_power(statistics: dict[str, Tensor]) -> Tensor:
+    """Over all tokens, by the geometric mean of theirs: the unit in which the losses of layers compare."""
+    tokens = statistics["mean"][-1]
+    return tokens * (statistics["log_power"] / tokens).exp()
+
+
 class AttentionAwareMethod(Method):
     """See the module."""
 
@@ -153,8 +159,7 @@ class AttentionAwareMethod(Method):
             measured = _Measured.of(geometry, layer, sums)
             targets, _ = self._targets(measured, self._rotary_key(geometry, measured, budget), geometry)
             spectrum, _ = latent_spectrum(targets, measured.moment)
-            # In units of the residual stream: there layers compare, and rates can be held near their median.
-            spectrum = spectrum / (sums["mean"][-1] * (sums["log_power"] / sums["mean"][-1]).exp())
+            spectrum = spectrum / _residual_power(sums)
             spectra.append(spectrum)
             rates.append(max(change, 0.0) / float(spectrum[budget.kv_lora_rank :].sum().clamp_min(1e-30)))
         largest = max(geometry.cache_elements - geometry.head_dim for geometry in geometries)

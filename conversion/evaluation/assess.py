@@ -22,7 +22,7 @@ from .verify import Verification, held_out_windows, text_windows, verify_checkpo
 
 
 @dataclass(frozen=True)
-class Measures:
+class Questions:
     """What the user asks for.
 
     Args:
@@ -42,7 +42,7 @@ class Measures:
 
 
 @dataclass(frozen=True)
-class Measured:
+class Assessment:
     """What was found; ``recall`` and ``tasks`` where they were asked for."""
 
     verification: Verification
@@ -57,13 +57,13 @@ class Measured:
         return found | ({"tasks": self.tasks} if self.tasks else {})
 
 
-def measure(
+def assess(
     folder: Path,
     source: SourceModel,
     contents: Mapping[str, str],
-    asked: Measures,
+    asked: Questions,
     progress: Progress,
-) -> Measured:
+) -> Assessment:
     """Compares the checkpoint in ``folder`` with its source.
 
     Args:
@@ -92,4 +92,4 @@ def measure(
                 found = measure_recall(models["source"], models["converted"], tokenizer, length, asked.seed, step)
         if asked.tasks:
             scores = evaluate_tasks(models, tokenizer, asked.tasks, asked.limit, asked.seed)
-    return Measured(verification, found, scores)
+    return Assessment(verification, found, scores)

@@ -1,0 +1,96 @@
+"""Every snippet of the README runs, on models that are small enough for it."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, DeepseekV2Config
+from typer.testing import CliRunner
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "tests" / "conversion"))
+
+from tiny_source import byte_tokenizer, save_source, write_text  # noqa: E402
+
+from conversion.cli import app  # noqa: E402
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+ELSEWHERE = ("pip ", "make ")
+"""Commands that this suite itself is run by, or that install."""
+SOURCE, NATIVE = "HuggingFaceTB/SmolLM2-135M-Instruct", "deepseek-ai/DeepSeek-V2-Lite"
+RECIPE = "hub_configs/llama-3.1-8b.recipe.yaml"
+STAND_INS = {
+    SOURCE: "source",
+    NATIVE: "native",
+    RECIPE: "recipe.yaml",
+    "SOURCE": "source",
+    "examples/": f"{ROOT}/examples/",
+}
+SHORTER = {"--minutes 10": "--steps 2"}
+
+
+def snippets(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def with_stand_ins(code: str) -> str:
+    for name, stand_in in (STAND_INS | SHORTER).items():
+        code = re.sub(rf"(?<![\w/.-]){re.escape(name)}", stand_in, code)
+    return code
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, with what the snippets take."""
+    monkeypatch.chdir(tmp_path)
+    save_source(tmp_path / "source", dtype=torch.float32, num_key_value_heads=4, max_position_embeddings=256)
+    write_text(tmp_path / "text.txt", 20000)
+    (tmp_path / "recipe.yaml").write_text("source: source\noutput: from-recipe\nmethod: exact\n")
+    torch.manual_seed(0)
+    config = DeepseekV2Config(
+        vocab_size=258, hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4, kv_lora_rank=16, q_lora_rank=None, qk_nope_head_dim=8,
+        qk_rope_head_dim=8, v_head_dim=8, n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "native")
+    byte_tokenizer().save_pretrained(tmp_path / "native")
+    return tmp_path
+
+
+def run_shell(code: str) -> int:
+    """Runs the commands of a block, and tells how many; what an earlier conversion has made gives way."""
+    count = 0
+    for line in filter(None, map(str.strip, with_stand_ins(code).splitlines())):
+        if line.startswith(ELSEWHERE):
+            continue
+        command = shlex.split(line, comments=True)
+        if command[:2] == ["mla", "convert"] and Path(command[3]).exists():
+            shutil.rmtree(command[3])
+        if command[0] == "mla":
+            result = CliRunner().invoke(app, command[1:])
+            assert result.exit_code == 0, (line, result.output)
+        else:
+            subprocess.run([sys.executable, *command[1:]], check=True)
+        count += 1
+    return count
+
+
+def test_commands_run(folder: Path) -> None:
+    assert sum(run_shell(code) for code in snippets("bash")) >= 9
+    assert (folder / "healed" / "healing.json").is_file()
+
+
+def test_python_runs(folder: Path) -> None:
+    names: dict[str, object] = {}
+    blocks = snippets("python")
+    assert len(blocks) == 4
+    for code in blocks:
+        exec(with_stand_ins(code), names)
+    assert isinstance(names["cache"], names["LatentCache"])
