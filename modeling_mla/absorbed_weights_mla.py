@@ -23,8 +23,11 @@ _COPIED_VALUES = 1 << 20
 
 
 class LowRank(NamedTuple):
-    """What LoRA adds to both: ``scale`` times the products of ``b_uk [H, qk_nope_head_dim, k]`` and ``b_uv [H,
-    v_head_dim, k]`` with ``a [k, r]``."""
+    """What LoRA of rank ``k`` adds to both matrices of `AbsorbedWeights`.
+
+    That is ``scale`` times the products of ``b_uk [H, qk_nope_head_dim, k]`` and ``b_uv [H, v_head_dim, k]`` with
+    ``a [k, r]``.
+    """
 
     a: torch.Tensor
     b_uk: torch.Tensor
@@ -33,15 +36,18 @@ class LowRank(NamedTuple):
 
 
 class AbsorbedWeights(NamedTuple):
-    """``w_uk [H, qk_nope_head_dim, r]`` maps a query into the latent space, ``w_uv [H, v_head_dim, r]`` a latent
-    context to values (DeepSeek-V2, arXiv 2405.04434, section 2.1.2): the rows of ``kv_b_proj``."""
+    """The rows of ``kv_b_proj`` as two matrices a head (DeepSeek-V2, arXiv 2405.04434, section 2.1.2).
+
+    ``w_uk [H, qk_nope_head_dim, r]`` maps a query into the latent space, ``w_uv [H, v_head_dim, r]`` a latent context
+    to values.
+    """
 
     w_uk: torch.Tensor
     w_uv: torch.Tensor
     adapters: tuple[LowRank, ...] = ()
 
     def latent_query(self, q_nope: torch.Tensor) -> torch.Tensor:
-        """``[B, H, n, qk_nope_head_dim] -> [B, H, n, r]``."""
+        """Queries ``[B, H, n, qk_nope_head_dim]`` in the latent space, ``[B, H, n, r]``."""
         latent = _per_head(q_nope, self.w_uk)
         for a, b_uk, _, scale in self.adapters:
             # In the adapter's own precision, in which its layer adds it.
@@ -49,7 +55,7 @@ class AbsorbedWeights(NamedTuple):
         return latent.to(q_nope.dtype)
 
     def values(self, context: torch.Tensor) -> torch.Tensor:
-        """``[B, H, n, r] -> [B, H, n, v_head_dim]``."""
+        """What a latent context ``[B, H, n, r]`` is as values, ``[B, H, n, v_head_dim]``."""
         value = _per_head(context, self.w_uv.mT)
         for a, _, b_uv, scale in self.adapters:
             value = value + scale * _per_head(torch.matmul(context.to(a.dtype), a.t()), b_uv.mT)
@@ -57,7 +63,7 @@ class AbsorbedWeights(NamedTuple):
 
 
 def derived_rows(layer: nn.Module, in_features: int) -> int:
-    """Rows that ``layer`` is given to show its matrix."""
+    """Rows of the identity that ``layer`` is given to show its matrix; none where its weight is read."""
     return in_features if _plain_parts(layer) is None else 0
 
 
@@ -129,8 +135,10 @@ def _matrix_asked_of(layer: nn.Module, in_features: int, like: torch.Tensor) -> 
 
 
 def _per_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """``[B, H, n, i] x [H, i, o] -> [B, H, n, o]``, one product a head for the whole batch: a broadcast product would
-    copy the weights for every sequence."""
+    """``[B, H, n, i] x [H, i, o] -> [B, H, n, o]``, one product a head for the whole batch.
+
+    A broadcast product would copy the weights for every sequence.
+    """
     batch, heads, length, _ = x.shape
     rows = x.transpose(0, 1).reshape(heads, batch * length, -1)
     if x.device.type == "cpu" and x.itemsize == 2:
@@ -152,6 +160,8 @@ def _half_product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def _product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """``[H, m, i] x [H, i, o]``, read from the side on which the weight's rows lie: from the other, one token's
-    product on a CPU is up to five times slower."""
+    """``[H, m, i] x [H, i, o] -> [H, m, o]``, read from the side on which the weight's rows lie.
+
+    From the other side, one token's product on a CPU is up to five times slower.
+    """
     return torch.bmm(rows, weight) if weight.stride(-1) == 1 else torch.bmm(weight.mT, rows.mT).mT

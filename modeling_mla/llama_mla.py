@@ -21,10 +21,14 @@ class LlamaMLAConfig(MLAConfigMixin, LlamaConfig):
 
 
 class LlamaMLADecoderLayer(body.LlamaDecoderLayer):
+    """Llama's decoder layer with `MLAttention` in the place of its attention."""
+
     __init__ = built_with(body.LlamaDecoderLayer, LlamaAttention=MLAttention)
 
 
 class LlamaMLAPreTrainedModel(MLAPreTrainedMixin, body.LlamaPreTrainedModel):
+    """The base of Llama's models with MLA: their configuration, and what their outputs are recorded from."""
+
     config: LlamaMLAConfig
     config_class = LlamaMLAConfig
     _no_split_modules = ["LlamaMLADecoderLayer"]
@@ -32,6 +36,8 @@ class LlamaMLAPreTrainedModel(MLAPreTrainedMixin, body.LlamaPreTrainedModel):
 
 
 class LlamaMLAModel(LlamaMLAPreTrainedModel, body.LlamaModel):
+    """Llama's decoder with `MLAttention`; it makes a `LatentCache` where it is given no cache."""
+
     __init__ = built_with(
         body.LlamaModel, LlamaDecoderLayer=LlamaMLADecoderLayer, LlamaRotaryEmbedding=MLARotaryEmbedding
     )
@@ -39,6 +45,8 @@ class LlamaMLAModel(LlamaMLAPreTrainedModel, body.LlamaModel):
 
 
 class LlamaMLAForCausalLM(LlamaMLAPreTrainedModel, body.LlamaForCausalLM, GenerationMixin):
+    """Llama's language model on top of `LlamaMLAModel`."""
+
     __init__ = built_with(body.LlamaForCausalLM, LlamaModel=LlamaMLAModel)
 
 

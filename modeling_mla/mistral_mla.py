@@ -21,10 +21,14 @@ class MistralMLAConfig(MLAConfigMixin, MistralConfig):
 
 
 class MistralMLADecoderLayer(body.MistralDecoderLayer):
+    """Mistral's decoder layer with `MLAttention`, which looks no farther back than Mistral's window."""
+
     __init__ = built_with(body.MistralDecoderLayer, MistralAttention=MLAttention)
 
 
 class MistralMLAPreTrainedModel(MLAPreTrainedMixin, body.MistralPreTrainedModel):
+    """The base of Mistral's models with MLA: their configuration, and what their outputs are recorded from."""
+
     config: MistralMLAConfig
     config_class = MistralMLAConfig
     _no_split_modules = ["MistralMLADecoderLayer"]
@@ -32,6 +36,8 @@ class MistralMLAPreTrainedModel(MLAPreTrainedMixin, body.MistralPreTrainedModel)
 
 
 class MistralMLAModel(MistralMLAPreTrainedModel, body.MistralModel):
+    """Mistral's decoder with `MLAttention`; the `LatentCache` that it makes keeps what the window needs."""
+
     __init__ = built_with(
         body.MistralModel, MistralDecoderLayer=MistralMLADecoderLayer, MistralRotaryEmbedding=MLARotaryEmbedding
     )
@@ -39,6 +45,8 @@ class MistralMLAModel(MistralMLAPreTrainedModel, body.MistralModel):
 
 
 class MistralMLAForCausalLM(MistralMLAPreTrainedModel, body.MistralForCausalLM, GenerationMixin):
+    """Mistral's language model on top of `MistralMLAModel`."""
+
     __init__ = built_with(body.MistralForCausalLM, MistralModel=MistralMLAModel)
 
 

@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedModel,
     StaticCache,
 )
+from typing_extensions import override
 
 from .cache_mla import LatentCache
 from .cache_static_mla import StaticLatentCache
@@ -45,10 +46,8 @@ def built_with(body_class: type[nn.Module], **replacements: type) -> Callable:
     """The constructor of a body's class, for which other classes stand where it names its own.
 
     The body then builds itself, whatever it is made of, and never allocates an attention that would be thrown away:
-    that of an 8-billion-parameter model, with MLA's head size, takes more memory than the model.
-
-    Args:
-        replacements: by the names that the constructor looks up in its module.
+    that of an 8-billion-parameter model, with MLA's head size, takes more memory than the model. ``replacements`` go by
+    the names that the constructor looks up in its module.
 
     Raises:
         TypeError: the constructor does not look one of them up, so nothing would be replaced.
@@ -92,20 +91,23 @@ def with_latent_cache(forward: Callable) -> Callable:
 
 
 class MLAPreTrainedMixin(_Body):
-    """First base of a family's `PreTrainedModel`."""
+    """First base of a family's `PreTrainedModel`: latent caches for generation, and the choice of route and backend."""
 
     config: PreTrainedConfig
 
+    @override
     def post_init(self) -> None:
         register_peft_targets(self.config.model_type)
         super().post_init()
 
+    @override
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         init_weights: Callable | None = getattr(module, "init_mla_weights", None)
         if init_weights is not None:
             init_weights(self.config.initializer_range)
 
+    @override
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict, *args, **kwargs
     ) -> None:
@@ -137,6 +139,9 @@ class MLAPreTrainedMixin(_Body):
 
         Args:
             route: ``"auto"``, ``"absorbed"`` or ``"expanded"``.
+
+        Raises:
+            ValueError: it is none of these.
         """
         if route not in ("auto", "absorbed", "expanded"):
             raise ValueError(f"route is {route!r}; it must be 'auto', 'absorbed' or 'expanded'.")

@@ -42,6 +42,8 @@ def native_subclass(made_by: Callable[[Any], type], bases: tuple[type, ...], **m
 
     Args:
         made_by: the module-level function that makes it from that base, by which pickle finds it again.
+        bases: of the class; the last is the native one, whose name, module and docstring it shows.
+        **members: what it adds or replaces.
     """
     native_class = bases[-1]
     members |= {

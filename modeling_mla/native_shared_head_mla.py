@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from typing_extensions import override
 
 from .backend_base_mla import AbsorbedShape
 from .backends_mla import BACKENDS, select_backend
@@ -30,6 +31,7 @@ from .transformers_seams_mla import AttentionInterface, with_globals
 class SharedHeadInterface(AttentionInterface):
     """Transformers' attention functions, each behind the choice of `attend_shared_head`."""
 
+    @override
     def get_interface(self, attn_implementation: str, default: Callable) -> Callable:
         return functools.partial(attend_shared_head, super().get_interface(attn_implementation, default))
 
@@ -50,10 +52,15 @@ def attend_shared_head(
 
     Args:
         function: Transformers', for whatever is not of this form, for training and for attention weights.
+        module: the attention, with its ``config`` and ``backend``.
         query: ``[B, H, n, d]``.
-        key, value: the same ``[B, 1, S, d]``.
+        key: ``[B, 1, S, d]``.
+        value: the same tensor, else ``function`` attends.
         attention_mask: broadcastable to ``[B, H, n, S]``, bool or additive.
+        scaling: of the scores.
+        dropout: of the attention weights; above 0 ``function`` attends.
         s_aux: ``[H]``, logits of attention sinks.
+        **kwargs: passed to ``function``.
 
     Returns:
         ``[B, n, H, d]``, and the weights where ``function`` gives them.

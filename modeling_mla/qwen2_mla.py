@@ -21,10 +21,14 @@ class Qwen2MLAConfig(MLAConfigMixin, Qwen2Config):
 
 
 class Qwen2MLADecoderLayer(body.Qwen2DecoderLayer):
+    """Qwen2's decoder layer, which builds an `MLAttention` for its attention."""
+
     __init__ = built_with(body.Qwen2DecoderLayer, Qwen2Attention=MLAttention)
 
 
 class Qwen2MLAPreTrainedModel(MLAPreTrainedMixin, body.Qwen2PreTrainedModel):
+    """The base of Qwen2's models with MLA: their configuration, and what their outputs are recorded from."""
+
     config: Qwen2MLAConfig
     config_class = Qwen2MLAConfig
     _no_split_modules = ["Qwen2MLADecoderLayer"]
@@ -32,6 +36,8 @@ class Qwen2MLAPreTrainedModel(MLAPreTrainedMixin, body.Qwen2PreTrainedModel):
 
 
 class Qwen2MLAModel(Qwen2MLAPreTrainedModel, body.Qwen2Model):
+    """Qwen2's decoder with `MLAttention`; its cache is a `LatentCache` by default."""
+
     __init__ = built_with(
         body.Qwen2Model, Qwen2DecoderLayer=Qwen2MLADecoderLayer, Qwen2RotaryEmbedding=MLARotaryEmbedding
     )
@@ -39,6 +45,8 @@ class Qwen2MLAModel(Qwen2MLAPreTrainedModel, body.Qwen2Model):
 
 
 class Qwen2MLAForCausalLM(Qwen2MLAPreTrainedModel, body.Qwen2ForCausalLM, GenerationMixin):
+    """Qwen2's language model on top of `Qwen2MLAModel`."""
+
     __init__ = built_with(body.Qwen2ForCausalLM, Qwen2Model=Qwen2MLAModel)
 
 

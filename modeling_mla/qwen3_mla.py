@@ -20,10 +20,14 @@ class Qwen3MLAConfig(NormedMLAConfigMixin, Qwen3Config):
 
 
 class Qwen3MLADecoderLayer(body.Qwen3DecoderLayer):
+    """Qwen3's decoder layer with `NormedMLAttention`, which has Qwen3's norms of queries and keys."""
+
     __init__ = built_with(body.Qwen3DecoderLayer, Qwen3Attention=NormedMLAttention)
 
 
 class Qwen3MLAPreTrainedModel(MLAPreTrainedMixin, body.Qwen3PreTrainedModel):
+    """The base of Qwen3's models with MLA: their configuration, and what their outputs are recorded from."""
+
     config: Qwen3MLAConfig
     config_class = Qwen3MLAConfig
     _no_split_modules = ["Qwen3MLADecoderLayer"]
@@ -31,6 +35,8 @@ class Qwen3MLAPreTrainedModel(MLAPreTrainedMixin, body.Qwen3PreTrainedModel):
 
 
 class Qwen3MLAModel(Qwen3MLAPreTrainedModel, body.Qwen3Model):
+    """Qwen3's decoder with `NormedMLAttention`; the latents of its `LatentCache` come of normalised keys."""
+
     __init__ = built_with(
         body.Qwen3Model, Qwen3DecoderLayer=Qwen3MLADecoderLayer, Qwen3RotaryEmbedding=MLARotaryEmbedding
     )
@@ -38,6 +44,8 @@ class Qwen3MLAModel(Qwen3MLAPreTrainedModel, body.Qwen3Model):
 
 
 class Qwen3MLAForCausalLM(Qwen3MLAPreTrainedModel, body.Qwen3ForCausalLM, GenerationMixin):
+    """Qwen3's language model on top of `Qwen3MLAModel`."""
+
     __init__ = built_with(body.Qwen3ForCausalLM, Qwen3Model=Qwen3MLAModel)
 
 

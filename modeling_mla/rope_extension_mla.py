@@ -32,8 +32,11 @@ class RopeExtension(NamedTuple):
     attention_factor: float
 
     def apply(self, inv_freq: torch.Tensor) -> torch.Tensor:
-        """Scaled ``inv_freq``, of any shape. One between two of the source's (a folded one) takes their ratios'
-        geometric mean by its place between them; zeros stay zero."""
+        """Scaled ``inv_freq``, of any shape; zeros stay zero.
+
+        A frequency between two of the source's (a folded one) takes the geometric mean of their ratios, weighted by its
+        place between them.
+        """
         size = len(self.log_ratios)
         place = -inv_freq.clamp(min=torch.finfo(torch.float32).tiny).double().log() * size / math.log(self.theta)
         place = place.clamp(0, size - 1)

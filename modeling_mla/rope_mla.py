@@ -63,7 +63,9 @@ class MLARotaryEmbedding(nn.Module):
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Args:
+        """Cosines and sines at the positions.
+
+        Args:
             x: gives dtype and device.
             position_ids: ``[B, S]``.
 
@@ -90,7 +92,8 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interlea
 
     Args:
         x: ``[B, heads, S, d]``.
-        cos, sin: ``[B, S, d/2]``.
+        cos: ``[B, S, d/2]``.
+        sin: the same.
         interleave: pairs are channels ``(2f, 2f+1)``; else ``(f, f + d/2)``.
 
     Returns:

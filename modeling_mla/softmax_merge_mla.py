@@ -11,8 +11,10 @@ def merge_attended(
     """Attention to two disjoint sets of keys from attention to each.
 
     Args:
-        first, second: ``[..., d]``, normalised outputs.
-        first_lse, second_lse: ``[...]``, log-sum-exp of the scores of each, ``-inf`` where nothing was visible.
+        first: ``[..., d]``, the normalised output over one set.
+        first_lse: ``[...]``, log-sum-exp of its scores, ``-inf`` where nothing was visible.
+        second: the output over the other set.
+        second_lse: of its scores.
 
     Returns:
         The output over both sets, and its log-sum-exp.
@@ -24,5 +26,5 @@ def merge_attended(
 
 
 def finite_lse(lse: torch.Tensor) -> torch.Tensor:
-    """A row that sees nothing (left padding) has no softmax; with this its output is zero, not NaN."""
+    """``lse`` with 0 for ``-inf``: a row that sees nothing (left padding) then has zeros as its output, not NaN."""
     return lse.masked_fill(lse == float("-inf"), 0.0)

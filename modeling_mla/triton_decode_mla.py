@@ -1,6 +1,6 @@
 """Absorbed decode by the Triton kernels: how their work is split, and the operator that PyTorch sees of them.
 
-Imported only where it is used: by `backend_triton_mla`.
+It needs the package triton, so `backend_triton_mla` imports it only where it is used.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _WAVES = 2
 _LONGEST_GRID = 128
 """Splits of a sequence at most: merging them costs as much as reading as many tokens."""
 _MEASURED = (9, 0)
-"""The compute capability on which tiles were tuned."""
+"""The compute capability on which tiles were tuned: the H100's."""
 
 
 class Tile(NamedTuple):
@@ -51,12 +51,10 @@ def tile_for(rows: int, dtype: torch.dtype, capability: tuple[int, int], additiv
 
 
 def split_count(programs: int, keys: int, block_keys: int, multiprocessors: int) -> int:
-    """Splits of every sequence, so that a device is full and none is shorter than two tiles.
+    """Splits of every sequence's keys, so that a device is full and none is shorter than two tiles.
 
-    Args:
-        programs: for one split of all sequences.
-
-    Depends on shapes alone: under CUDA graphs a static cache keeps it.
+    ``programs`` are those for one split of all sequences. The number depends on shapes alone: under CUDA graphs a
+    static cache keeps it.
     """
     wanted = _WAVES * multiprocessors // programs
     return max(min(wanted, keys // (2 * block_keys), _LONGEST_GRID), 1)
@@ -100,6 +98,9 @@ def decode(
         mask: ``[B or 1, H or 1, n or 1, S]``, bool (True attends) or additive.
         first_query: key at which the first query stands, where attention is causal beside the mask; else None.
         window: keys that a query sees, itself included.
+        kv_lora_rank: r, how many of the channels are the value as well.
+        scale: of the scores.
+        softcap: scores become ``softcap * tanh(scores / softcap)`` before the mask.
     """
     batch, heads, queries, width = query.shape
     rows, keys = heads * queries, latents.shape[1]
@@ -142,7 +143,7 @@ def decode(
 
 
 def _padded(width: int) -> int:
-    """Blocks are powers of two, and matrix units take 16 channels at least."""
+    """The block for ``width`` channels: blocks are powers of two, and matrix units take 16 channels at least."""
     return max(_power_of_two(width), 16)
 
 
