@@ -34,8 +34,10 @@ def _without_middle(text: str, longest: int) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception of another library says, in short: its first line, and the next where that is but a heading;
-    of much text the first sentence."""
+    """What an exception of another library says, in short.
+
+    That is its first line, and the next where the first is but a heading; of much text it is the first sentence.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
@@ -82,7 +84,10 @@ class VerificationError(ConversionError):
 
 @contextmanager
 def blaming(kind: type[ConversionError], what: str) -> Iterator[None]:
-    """Turns any failure within it into a ``kind`` that begins with ``what``: of code that runs what a user gave."""
+    """Turns any failure within it into a ``kind`` whose message begins with ``what``.
+
+    It goes around code that runs what a user gave, and so may fail in any way.
+    """
     try:
         yield
     except ConversionError:

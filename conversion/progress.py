@@ -15,7 +15,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 def shown_progress() -> Progress:
-    """On stderr. Use it as a context manager."""
+    """Bars on stderr, where that is a terminal. Use it as a context manager."""
     terminal = console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     remaining = (TextColumn("left"), TimeRemainingColumn())
@@ -23,14 +23,16 @@ def shown_progress() -> Progress:
 
 
 def silent_progress() -> Progress:
-    """Shows nothing."""
+    """A progress that shows nothing."""
     return Progress(console=Console(quiet=True), disable=True)
 
 
 @contextmanager
 def counting(progress: Progress, description: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
-    """Shows a step of ``total`` parts, ``done`` of which an earlier run did; the function that it gives adds one,
-    or as many as it is told."""
+    """Shows a step of ``total`` parts, ``done`` of which an earlier run did.
+
+    The function that it gives adds one part, or as many as it is told.
+    """
     task = progress.add_task(description, total=total, completed=done)
     started = last = time.monotonic()
     completed = done

@@ -22,7 +22,7 @@ _BYTES = {"B": 1, "KB": 1000, "KiB": 1024}
 DEFAULT_TOKENS = 32768
 _MOST_TOKENS = 2**31
 _LARGEST_SEED = 50_000_000
-"""Those of layers and windows are made of it, and remain below 2**63."""
+"""Seeds of layers and windows are made of it, and remain below 2**63."""
 
 
 class Recipe(BaseModel):
@@ -35,7 +35,8 @@ class Recipe(BaseModel):
         cache: how much to cache for a token: ``50%`` of the source's, ``192`` values in each layer, or ``11520B``
             (``KB``, ``KiB``) over all layers in the written type. None is the method's own size: half for a
             compressing one, all for an exact one.
-        kv_lora_rank, qk_rope_head_dim: pins one of the two parts in every layer, or both.
+        kv_lora_rank: of every layer; None leaves it to the budget.
+        qk_rope_head_dim: the same for the width of the rotary key; one or both may be pinned.
         uniform: the same rank in every layer, and a rotary key as wide as serving kernels have it.
         calibration: a text file or a name of a data set; None is the default mix.
         tokens: of calibration text.
@@ -80,6 +81,7 @@ class Recipe(BaseModel):
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
+        """``dtype`` as PyTorch has it; None keeps the source's."""
         return None if self.dtype is None else getattr(torch, self.dtype)
 
     def identity(self) -> dict[str, str]:

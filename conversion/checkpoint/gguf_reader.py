@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from typing_extensions import override
 
 from ..errors import SourceError, first_line
 from .location import Location, split_gguf
@@ -54,15 +55,19 @@ class GGUFTensorReader(TensorReader):
         self._gguf_name = {self._mapping[name]: name for name in self._stored}
 
     @property
+    @override
     def names(self) -> list[str]:
         return sorted(self._gguf_name)
 
+    @override
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(int(size) for size in reversed(self._stored[self._gguf_name[name]].shape))
 
+    @override
     def dtype(self, name: str) -> torch.dtype:
         return torch.float32
 
+    @override
     def tensor(self, name: str) -> Tensor:
         stored = self._stored[self._gguf_name[name]]
         try:

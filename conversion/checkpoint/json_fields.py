@@ -58,8 +58,10 @@ _PLACES = ("_dir", "_file", "_files", "_folder", "_path", "_paths")
 
 
 def passed_on(field: str) -> bool:
-    """Whether a field of ``config.json``, ``generation_config.json`` or ``tokenizer_config.json`` may be written into a
-    checkpoint that is made from this one: it names neither code nor a place."""
+    """Whether a checkpoint that is made from this one may have ``field``: it names neither code nor a place.
+
+    The field is one of ``config.json``, ``generation_config.json`` or ``tokenizer_config.json``.
+    """
     return field not in _NOT_PASSED_ON and not field.endswith(_PLACES)
 
 

@@ -47,10 +47,14 @@ def _is_cached(path: Path, snapshot: Path) -> bool:
 
 
 def require_free(output: Path, companions: list[str]) -> None:
-    """Raises `OutputError` where the folder ``output`` cannot come to be under its name.
+    """Refuses an output folder that cannot be made under its name.
 
     Args:
+        output: the folder; those above it need not exist either.
         companions: names of files that will lie beside it while it is made.
+
+    Raises:
+        OutputError: a name is longer than its file system allows, or ``output`` is a link to nothing.
     """
     parent = next(folder for folder in output.absolute().parents if os.path.isdir(folder))
     longest = os.pathconf(parent, "PC_NAME_MAX")

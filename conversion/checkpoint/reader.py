@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from typing_extensions import override
 
 from ..errors import SourceError, first_line
 from .json_fields import FLOATS
@@ -23,15 +24,15 @@ class TensorReader(ABC):
     @property
     @abstractmethod
     def names(self) -> list[str]:
-        """All tensors, sorted."""
+        """The names of all tensors, sorted."""
 
     @abstractmethod
     def shape(self, name: str) -> tuple[int, ...]:
-        """Without reading the tensor."""
+        """The tensor's shape, without reading it."""
 
     @abstractmethod
     def dtype(self, name: str) -> torch.dtype:
-        """Without reading the tensor."""
+        """The tensor's type, without reading it."""
 
     @abstractmethod
     def tensor(self, name: str) -> Tensor:
@@ -64,12 +65,15 @@ class SafetensorsReader(TensorReader):
                 )
 
     @property
+    @override
     def names(self) -> list[str]:
         return sorted(self._shard_of)
 
+    @override
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._slice(name).get_shape())
 
+    @override
     def dtype(self, name: str) -> torch.dtype:
         stored = self._slice(name).get_dtype()
         if stored not in _DTYPES:
@@ -77,6 +81,7 @@ class SafetensorsReader(TensorReader):
             raise SourceError(f"tensor {name} is stored as {stored}, which cannot be converted; give it as {known}.")
         return _DTYPES[stored]
 
+    @override
     def tensor(self, name: str) -> Tensor:
         return self._shards[self._shard_of[name]].get_tensor(name)
 

@@ -20,8 +20,11 @@ _FETCH = "fetch the model again"
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """``files`` by name, sorted; ``index`` is the file that names them and ``promised`` the tensors that it promises,
-    None and empty where there is one file."""
+    """The files that hold a checkpoint's weights, by their names in its folder, sorted.
+
+    ``index`` is the file that names them, and ``promised`` are the tensors that it lists: None and empty where a single
+    file needs no index.
+    """
 
     files: tuple[str, ...]
     index: str | None = None
@@ -31,8 +34,7 @@ class WeightFiles:
 def weight_files(folder: Path, explicit: str | None = None) -> WeightFiles:
     """Finds the weights of the checkpoint in ``folder``.
 
-    Args:
-        explicit: the file that the configuration names (``transformers_weights``), which goes before all others.
+    ``explicit`` is the file that the configuration names (``transformers_weights``); it goes before all others.
 
     Raises:
         SourceError: there are none, an index is damaged, a file lies elsewhere, or it depends on what is installed and

@@ -31,6 +31,7 @@ class ShardWriter:
 
     @property
     def files(self) -> list[str]:
+        """The names of the shards, in the order of the layout."""
         return list(self.split.filename_to_tensors)
 
     def write(self, file: str, fetch: Callable[[str], Tensor]) -> None:

@@ -13,10 +13,12 @@ from ..sources import SourceModel
 
 
 def check_tensors(folder: Path, model: PreTrainedModel, source: SourceModel) -> tuple[int, int]:
-    """Accounts for every tensor of a checkpoint.
+    """Accounts for every tensor of a converted checkpoint.
 
     Args:
-        model: of its configuration, on the meta device: what tensors there must be.
+        folder: of the checkpoint.
+        model: of its configuration, on the meta device; it has the tensors that there must be.
+        source: what the checkpoint was made from.
 
     Returns:
         How many there are, and how many are the source's bit for bit.

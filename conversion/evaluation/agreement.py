@@ -9,12 +9,12 @@ from .verify import Verification
 
 EXACT_LAYER_ERROR = 1e-5
 EXACT_KL = 1e-4
-"""Nats a token. Another order of float32 sums changes far less than both, a wrong tensor far more."""
+"""In nats a token. Another order of float32 sums changes far less than these two limits, a wrong tensor far more."""
 ROUNDED_LAYER_ERROR = 4
 ROUNDED_KL = 64
-"""Times the squared precision of the type that weights were rounded to; ten times what models show."""
+"""Both in squared precisions of the type that weights were rounded to; ten times what models show."""
 WORST_LAYER_ERROR = 16
-"""Of a compressed layer, whose output is then off by four times its own norm. Zeros would be off by once."""
+"""Of a compressed layer, whose output is then off by four times its own norm; zeros would be off by once its norm."""
 WORST_PERPLEXITY = 4
 """Times the source's, of a compressed model whose source is itself no better than an even guess."""
 
@@ -25,10 +25,11 @@ def refuse_contradiction(
     """Refuses a checkpoint that its method should not have made.
 
     Args:
+        verification: what was measured of the checkpoint.
         lossless: the method changes the form of a model alone. Others compress it, and leave more than an even guess
             among all tokens.
         rounded_to: the type of the weights where some are not stored as they were computed.
-        vocabulary: tokens.
+        vocabulary: tokens of the model.
 
     Raises:
         VerificationError: what was found is above what the method may leave.

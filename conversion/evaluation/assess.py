@@ -26,10 +26,11 @@ class Questions:
     """What the user asks for.
 
     Args:
-        windows: at most so many of each text.
+        windows: how many are read of each text at most.
         context: tokens in a window; None for 1024.
         recall: also measure what both models find again at that context.
-        tasks, limit: of lm-eval, see `evaluate_tasks`.
+        tasks: of lm-eval, see `evaluate_tasks`.
+        limit: questions of each task; None for all.
         seed: of what recall and tasks sample.
     """
 
@@ -67,7 +68,11 @@ def assess(
     """Compares the checkpoint in ``folder`` with its source.
 
     Args:
+        folder: of the converted checkpoint.
+        source: the model that it was made from.
         contents: texts by name; none for the held-out ones.
+        asked: how much is read, and what is measured beyond the verification.
+        progress: shows the steps.
 
     Raises:
         ConversionError: see `verify_checkpoint`, `measure_recall` and `evaluate_tasks`.

@@ -11,7 +11,7 @@ from ..forward.streamed_model import StreamedModel
 from .scores import ROWS, Scores, relative_error
 
 _BLOCK_TOKENS = 8192
-"""Whose hidden states are in memory at a time. Every block of windows reads all weights once."""
+"""Tokens whose hidden states are in memory at a time. Every block of windows reads all weights once."""
 
 
 @torch.inference_mode()
@@ -25,7 +25,9 @@ def compare_models(
     """Scores of the predictions on every text, and the errors of the converted attention.
 
     Args:
-        layers: of either model.
+        source: the model that was converted.
+        converted: what became of it.
+        layers: how many either model has.
         texts: token ids ``[N, S]`` of the windows of each text, all of one length.
         step: called ``layers`` times for every window.
 

@@ -16,8 +16,7 @@ from ..errors import SourceError, first_line
 def load_model(location: Location, **placement: Any) -> PreTrainedModel:
     """The model in float32, as any user of Transformers loads it.
 
-    Args:
-        placement: what else ``from_pretrained`` is told, of devices.
+    ``placement`` is what else ``from_pretrained`` is told: on which devices the model goes.
 
     Raises:
         SourceError: it cannot be loaded.

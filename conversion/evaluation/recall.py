@@ -19,12 +19,12 @@ from ..errors import CalibrationError
 from ..text.default_mix import held_out_prose
 
 SAMPLES = 8
-"""Of each kind: needles at so many depths, and as many copies."""
+"""Prompts of each kind: needles at so many depths, and as many copies."""
 _DIGITS = 5
 _PASSAGE = 64
 """Tokens to copy, at most an eighth of the context."""
 _CUES = 8
-"""Of the repeated passage, given before its other tokens are scored."""
+"""Tokens of the repeated passage that are given before its others are scored."""
 _CITIES = ("Lisbon", "Nairobi", "Oslo", "Quito", "Hanoi", "Tunis", "Perth", "Riga")
 
 
@@ -44,6 +44,7 @@ class Recall:
     copy: float
 
     def as_json(self) -> dict[str, Any]:
+        """All fields, as plain values."""
         return asdict(self)
 
 
@@ -96,10 +97,12 @@ def needle_prompt(
 def copy_prompt(
     tokenizer: PreTrainedTokenizerBase, context: int, draw: random.Random, vocab_size: int
 ) -> tuple[Tensor, int]:
-    """A passage of random tokens, prose, and the passage again: token ids ``[context]``, and how many are scored.
+    """A passage of random tokens, prose, and the passage again.
 
-    Args:
-        vocab_size: rows of the embedding, fewer than the tokenizer has tokens where some were added.
+    ``vocab_size`` is the number of rows of the embedding: fewer than the tokenizer has tokens where some were added.
+
+    Returns:
+        Token ids ``[context]``, and how many of the last are scored.
     """
     special = set(tokenizer.all_special_ids)
     vocabulary = [token for token in range(min(len(tokenizer), vocab_size)) if token not in special]

@@ -20,7 +20,8 @@ def kl_divergence(teacher: Tensor, student: Tensor) -> Tensor:
     """Mean ``KL(teacher || student)`` in nats a token (Hinton et al., arXiv 1503.02531, at temperature 1).
 
     Args:
-        teacher, student: logits ``[B, S, vocabulary]``.
+        teacher: logits ``[B, S, vocabulary]``.
+        student: the same.
     """
     total = student.new_zeros(())
     for wanted, found in zip(teacher.flatten(0, 1).split(ROWS), student.flatten(0, 1).split(ROWS), strict=True):
@@ -47,6 +48,7 @@ class Score:
     max_abs_logit_error: float
 
     def as_json(self) -> dict[str, Any]:
+        """All fields, as plain values."""
         return asdict(self)
 
 
@@ -59,7 +61,7 @@ class Scores:
         self.worst = 0.0
 
     def add(self, expected: Tensor, found: Tensor, targets: Tensor) -> None:
-        """Logits ``[n, V]`` of source and converted model where the tokens ``targets [n]`` come next."""
+        """Adds ``n`` positions: logits ``[n, V]`` of source and converted model, and the tokens ``[n]`` that follow."""
         p, q = expected.log_softmax(-1), found.log_softmax(-1)
         index = targets[:, None]
         self.nll_source -= float(p.gather(1, index).double().sum())
@@ -71,7 +73,7 @@ class Scores:
         self.predicted += len(targets)
 
     def __add__(self, other: Scores) -> Scores:
-        """Of both texts together."""
+        """The sums over both texts together."""
         both = Scores()
         for name in ("nll_source", "nll", "kl", "agreeing", "predicted"):
             setattr(both, name, getattr(self, name) + getattr(other, name))
@@ -101,7 +103,10 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
 @fast_float32()
 @torch.inference_mode()
 def perplexity(model: PreTrainedModel, windows: Tensor, step: Callable[[], None] = lambda: None) -> float:
-    """exp of the mean negative log-likelihood over the predicted tokens of ``windows [N, S]``."""
+    """The perplexity over all predicted tokens of ``windows [N, S]``; ``step`` is called after each window.
+
+    It is exp of the tokens' mean negative log-likelihood.
+    """
     total = 0.0
     for window in windows:
         logits = model(window[None]).logits[0, :-1]
@@ -111,5 +116,5 @@ def perplexity(model: PreTrainedModel, windows: Tensor, step: Callable[[], None]
 
 
 def _exp(value: float) -> float:
-    """Infinite where that of Python would raise."""
+    """The exponential, infinite where that of Python would raise."""
     return float(torch.tensor(value, dtype=torch.float64).exp())

@@ -22,6 +22,7 @@ def evaluate_tasks(
 
     Args:
         models: by name.
+        tokenizer: of all of them.
         tasks: names that lm-eval knows, or YAML files of tasks in its format.
         limit: questions of each task; None for all.
         seed: of what the tasks sample.

@@ -82,8 +82,11 @@ def verify_checkpoint(
     Both run side by side, one layer of either in memory. Where a whole model fits, what only it can show follows.
 
     Args:
+        folder: of the converted checkpoint.
+        source: the model that it was made from.
         texts: token ids ``[N, S]`` of the windows of each text to measure on, all of one length, by its name for the
             report.
+        progress: shows how far it is.
         allowed_bytes: of memory for a whole model; None for what is available.
 
     Raises:
@@ -169,7 +172,11 @@ def text_windows(text: str, text_name: str, tokenizer: PreTrainedTokenizerBase, 
 def held_out_windows(tokenizer: PreTrainedTokenizerBase, length: int, count: int) -> dict[str, Tensor]:
     """At least ``count`` windows, as many of every default domain, from text that no default calibration reads.
 
-    A domain whose text is shorter than one window is left out.
+    They are token ids ``[n, length]`` by the name of the text. A domain whose text is shorter than one window is left
+    out.
+
+    Raises:
+        CalibrationError: every domain's is.
     """
     texts = evaluation_texts(tokenizer)
     share = -(-count // len(texts))

@@ -32,8 +32,11 @@ STEPS = 3
 
 @dataclass(frozen=True)
 class WholeModel:
-    """``greedy_match`` is the share of the greedy tokens before the first one that differs; ``route_error`` and
-    ``decode_error`` are relative to the largest logit."""
+    """What was measured on whole models.
+
+    ``greedy_match`` is the share of the ``greedy_tokens`` before the first one that differs from the source's;
+    ``route_error`` and ``decode_error`` are relative to the largest logit.
+    """
 
     greedy_match: float
     greedy_tokens: int
@@ -43,9 +46,11 @@ class WholeModel:
 
 @torch.inference_mode()
 def check_whole_model(converted: Location, source: SourceModel, window: Tensor, step: Callable[[], None]) -> WholeModel:
-    """Loads one model after the other.
+    """Measures what only whole models show, and loads one of the two after the other.
 
     Args:
+        converted: the converted checkpoint.
+        source: the model that it was made from.
         window: token ids ``[S]``.
         step: called ``STEPS`` times.
 
@@ -82,8 +87,7 @@ def check_loaded(location: Location, model: PreTrainedModel) -> None:
 def check_routes(model: PreTrainedModel, window: Tensor) -> tuple[float, float]:
     """Compares the absorbed with the expanded route, and decoding from the cache with a full forward pass.
 
-    Args:
-        window: token ids ``[S]``.
+    Both read the token ids ``window [S]``, or as many of them as the checks need.
 
     Returns:
         The largest differences of the logits, relative to the largest logit.

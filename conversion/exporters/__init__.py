@@ -40,6 +40,7 @@ def export_checkpoint(model: str, output: Path, to: str, progress: Progress) -> 
         model: a converted checkpoint, or any of this library's models.
         output: a new folder; it appears when it is complete.
         to: a name in `EXPORTERS`.
+        progress: counts the shards.
 
     Raises:
         ConversionError: the target is unknown or cannot express the model, or ``output`` exists.

@@ -20,9 +20,11 @@ class Exporter(ABC):
 
     @abstractmethod
     def tensor(self, name: str, tensor: Tensor, before: PreTrainedConfig, after: PreTrainedConfig) -> Tensor:
-        """The tensor as it is exported; meta tensors give shapes.
+        """The tensor as it is exported, under the same name.
 
         Args:
-            name: in the checkpoint; it does not change.
-            before, after: the configurations of the checkpoint and of the exported model.
+            name: in the checkpoint.
+            tensor: as the checkpoint stores it, or on the meta device where only shape and type are wanted.
+            before: the configuration of the checkpoint.
+            after: the configuration of the exported model, made by `config`.
         """

@@ -12,6 +12,7 @@ import re
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
+from typing_extensions import override
 
 from modeling_mla.configuration_mla import identity_norm_weight
 
@@ -31,8 +32,8 @@ class VllmExporter(Exporter):
 
     name = "vllm"
 
+    @override
     def config(self, config: PreTrainedConfig) -> PreTrainedConfig:
-        """See `Exporter.config`."""
         if hasattr(config, "qk_norm_head_dim"):
             raise SourceError(
                 f"{config.model_type} normalises queries and keys of every head, which vLLM cannot fuse into its MLA "
@@ -86,8 +87,8 @@ class VllmExporter(Exporter):
                 f"(rope_inv_freq), which padding would change; vLLM can serve this model only with {QK_ROPE_HEAD_DIM}."
             )
 
+    @override
     def tensor(self, name: str, tensor: Tensor, before: PreTrainedConfig, after: PreTrainedConfig) -> Tensor:
-        """See `Exporter.tensor`."""
         match = _ATTENTION.fullmatch(name)
         if match is None:
             return tensor

@@ -22,15 +22,15 @@ class HiddenStates:
         self.folder = folder
 
     def write_block(self, layer: int, block: int, hidden_states: Tensor) -> None:
-        """Those of the windows ``block * BLOCK`` and on, ``[<= BLOCK, S, D]``, that enter ``layer``."""
+        """Keeps those of the windows ``block * BLOCK`` and on, ``[<= BLOCK, S, D]``, that enter ``layer``."""
         write_tensors(self._block(layer, block), {"hidden_states": hidden_states})
 
     def read_block(self, layer: int, block: int) -> Tensor:
-        """See `write_block`. Raises `JournalError` where the file is missing or damaged."""
+        """What `write_block` kept. Raises `JournalError` where the file is missing or damaged."""
         return self._load(self._block(layer, block))["hidden_states"]
 
     def delete(self, layer: int) -> None:
-        """All that is kept of ``layer``."""
+        """Deletes all that is kept of ``layer``."""
         for path in self.folder.glob(f"{self._of_layer(layer)}*"):
             path.unlink(missing_ok=True)
 

@@ -27,9 +27,11 @@ def run_converted(
     """A decoder layer of the source with its attention converted, over windows that start at position 0.
 
     Args:
-        module: the source's, of `SourceModel.decoder_layer`.
+        source: the model before the conversion.
+        layer: index of the decoder layer.
+        module: that layer of the source, from `SourceModel.decoder_layer`.
         hidden_states: ``[B, S, D]``, that enter the layer.
-        weights: of its attention, in the type of the hidden states.
+        weights: of its converted attention, in the type of the hidden states.
 
     Returns:
         ``[B, S, D]``.
@@ -40,13 +42,14 @@ def run_converted(
 
 
 class ResidualStream:
-    """Hidden states of all windows, those that enter each layer in files.
+    """The hidden states of all windows; those that enter each layer lie in files.
 
     The first pass over the layers makes them; the last reads them again instead of running the model twice. A few
     windows at a time are in memory.
 
     Args:
         windows: token ids ``[N, S]``.
+        kept: the files.
     """
 
     def __init__(self, source: SourceModel, windows: Tensor, kept: HiddenStates) -> None:
@@ -55,8 +58,10 @@ class ResidualStream:
         self.windows = len(windows)
 
     def entering(self, layer: int, indices: Tensor) -> Tensor:
-        """The hidden states ``[n, S, D]``, float32, of the windows ``indices [n]``, ascending, before a layer that an
-        earlier call of `observe_and_advance` has reached."""
+        """The hidden states ``[n, S, D]``, float32, with which the windows ``indices [n]``, ascending, enter a layer.
+
+        An earlier call of `observe_and_advance` must have reached the layer.
+        """
         of_block = indices // BLOCK
         return torch.cat(
             [
@@ -74,10 +79,9 @@ class ResidualStream:
     def observe_and_advance(
         self, layer: int, observer: Observer, step: Callable[[], None], converted: MLAWeights | None = None
     ) -> None:
-        """Shows every window before ``layer`` to ``observer`` and moves it through, then calls ``step``.
+        """Shows every window before ``layer`` to ``observer`` and moves it through the layer, then calls ``step``.
 
-        Args:
-            converted: takes the place of the layer's attention.
+        Where ``converted`` is given, it takes the place of the layer's attention in moving the window on.
         """
         module = self._source.decoder_layer(layer)
         last = layer + 1 == self._source.num_layers

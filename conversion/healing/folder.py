@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from typing_extensions import override
 
 from ..checkpoint.atomic import write_tensors
 from ..errors import JournalError
@@ -17,7 +18,10 @@ _TRAINED = "trained.safetensors"
 
 
 class Healed(BaseModel):
-    """What came of a training: KL(teacher || model) in nats a token, mean over the validation windows, and its size."""
+    """What came of a training.
+
+    ``kl_before`` and ``kl_after`` are KL(teacher || model) in nats a token, mean over the validation windows.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -28,21 +32,22 @@ class Healed(BaseModel):
 
     @property
     def improved(self) -> bool:
+        """Whether the model came closer to its teacher."""
         return self.kl_after < self.kl_before
 
 
 class HealingProgress(Journal):
-    """``healed`` is there when the training is over."""
+    """How far a healing is: ``healed`` is there when the training is over."""
 
     healed: Healed | None = None
 
 
 class HealingFolder(PartialOutput[HealingProgress]):
-    """See `PartialOutput`.
+    """The `PartialOutput` of a healing, with the Trainer's states in its folder ``training``.
 
     Args:
-        output: of the healing.
-        identity: what makes it another one.
+        output: the healed checkpoint's folder.
+        identity: see `Journal`.
     """
 
     what = "healing"
@@ -51,13 +56,13 @@ class HealingFolder(PartialOutput[HealingProgress]):
         super().__init__(output, HealingProgress(identity=identity))
         self.training = self.path / "training"
 
+    @override
     def begin(self) -> None:
-        """See `PartialOutput.begin`."""
         self.training.mkdir()
 
     @property
+    @override
     def is_idle(self) -> bool:
-        """See `PartialOutput.is_idle`."""
         return super().is_idle and not any(self.training.iterdir())
 
     def finish_training(self, healed: Healed, trained: dict[str, Tensor]) -> None:

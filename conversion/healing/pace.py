@@ -14,15 +14,16 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
+from typing_extensions import override
 
 WARM_UP = 0.05
-"""Share of a run in which the rates rise; they fall as a cosine afterwards."""
+"""Share of a run in which the learning rates rise; they fall as a cosine afterwards."""
 LAST_RATE = 0.05
-"""Of the full rate, at both ends."""
+"""Share of the full rate at both ends of a run."""
 EVALUATIONS = 4
-"""During training, evenly spread."""
+"""Evaluations during a training, evenly spread."""
 SAVES = 3 * EVALUATIONS
-"""States from which a stopped training goes on."""
+"""States that a training saves, evenly spread; a stopped one goes on from the last."""
 
 
 @dataclass
@@ -45,6 +46,7 @@ class Pace(TrainerCallback, ExportableState):
 
     @property
     def length(self) -> float:
+        """All steps or seconds of the run."""
         return float(self.steps or self.seconds or 0)
 
     def passed(self, step: int) -> float:
@@ -52,26 +54,28 @@ class Pace(TrainerCallback, ExportableState):
         return step if self.steps else self._earlier + time.monotonic() - self.started
 
     def rate(self, step: int) -> float:
-        """What every group's rate is multiplied by."""
+        """What the learning rate of every parameter group is multiplied by."""
         share = min(self.passed(step) / self.length, 1.0)
         if share < WARM_UP:
             return max(share / WARM_UP, LAST_RATE)
         return LAST_RATE + (1 - LAST_RATE) * (1 + math.cos(math.pi * (share - WARM_UP) / (1 - WARM_UP))) / 2
 
+    @override
     def state(self) -> dict[str, Any]:
-        """See `ExportableState`."""
         return {"args": {}, "attributes": {"seconds": self.passed(0) if self.seconds else 0.0, "saved": self._saved}}
 
     def is_over(self, state: TrainerState) -> bool:
         """Whether nothing is left to train behind a saved state."""
         return (state.global_step if self.steps else _own(state)["seconds"]) >= self.length
 
+    @override
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._earlier, self._saved, self.started = _own(state)["seconds"], _own(state)["saved"], time.monotonic()
         self._show(state.global_step)
 
+    @override
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
@@ -92,7 +96,7 @@ class Pace(TrainerCallback, ExportableState):
 
 
 def _own(state: TrainerState) -> dict[str, Any]:
-    """What `Pace.state` put there."""
+    """What `Pace.state` put into the Trainer's state."""
     return state.stateful_callbacks[Pace.__name__]["attributes"]
 
 

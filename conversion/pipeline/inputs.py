@@ -51,8 +51,10 @@ def calibration_windows(plan: ConversionPlan, source: SourceModel, tokenizer: Pr
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, source: SourceModel) -> None:
-    """Raises `SourceError` where a token has no row in the embedding. Tokens that were added to the vocabulary may lack
-    one: text meets them by their name alone."""
+    """Raises `SourceError` where a token has no row in the embedding.
+
+    Tokens that were added to the vocabulary may lack one: text meets them by their name alone.
+    """
     added = tokenizer.get_added_vocab()
     ids = {token: index for token, index in tokenizer.get_vocab().items() if token not in added}
     token = max(ids, key=ids.__getitem__, default=None)

@@ -30,10 +30,7 @@ def run_stages(
     """Runs what is left of ``stages`` in the job's work folder, which it locks, and publishes the output.
 
     The name of a stage stands in the journal when its function has returned. A stage that is stopped runs again, and
-    may go on from what it left.
-
-    Args:
-        locks: of other folders that the stages use.
+    may go on from what it left. Meanwhile ``locks`` are held, those of other folders that the stages use.
 
     Raises:
         ConversionError: as the stages do; the folder is deleted where the same would come again.

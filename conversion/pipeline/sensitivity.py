@@ -21,12 +21,13 @@ from ..sources import SourceModel
 def layer_sensitivity(
     source: SourceModel, windows: Tensor, converted: Callable[[int], MLAWeights], step: Callable[[], None]
 ) -> list[float]:
-    """By layer, nats a token: KL to the source of the model in which only that layer is converted.
+    """By layer, the KL to the source, in nats a token, of the model in which only that layer is converted.
 
     All those models run side by side, so that one layer at a time is in memory. A layer's model begins where the layer
     is: before it, it is the source.
 
     Args:
+        source: the model to be converted.
         windows: token ids ``[N, S]``.
         converted: a layer's converted attention.
         step: called after each layer.

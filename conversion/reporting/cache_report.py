@@ -17,7 +17,7 @@ _CONTEXT = 128 * 1024
 
 @dataclass(frozen=True)
 class MemoryReport:
-    """``model`` is the name to print, ``context`` the tokens of a sequence."""
+    """The cache of ``model``, a name to print, for a sequence of ``context`` tokens."""
 
     model: str
     memory: CacheMemory
@@ -48,6 +48,7 @@ class MemoryReport:
         return -(-total // min(devices, heads))
 
     def as_json(self) -> dict[str, Any]:
+        """All sizes in bytes, as plain values: by what is cached, and by form of the cache and number of devices."""
         return {
             "model": self.model,
             "context": self.context,
@@ -74,7 +75,7 @@ class MemoryReport:
         return {name: size for name, size in parts.items() if size}
 
     def tables(self) -> list[Table]:
-        """For the terminal."""
+        """What the terminal shows: the forms of the cache, and what it consists of where that is more than one kind."""
         dtype = str(self.memory.dtype).removeprefix("torch.")
         title = (
             f"{self.model}: {self.memory.layers} layers, {self.memory.heads} heads, {self.context} tokens of {dtype}"

@@ -34,7 +34,8 @@ class CachePart:
         name: what the entries are.
         width: values in an entry.
         entries: how many there are after so many tokens.
-        grouped, expanded: values that an entry would have as keys and values of `GROUPED_HEADS` heads, and of all.
+        grouped: values that an entry would have as keys and values of `GROUPED_HEADS` heads.
+        expanded: the same of all heads.
         itemsize: bytes of a value where it is not the model's type.
     """
 
@@ -83,10 +84,12 @@ class CacheMemory:
 
     @property
     def expanded_bytes_per_token(self) -> float:
+        """The same with keys and values of every head."""
         return (self.expanded_bytes_at(2 * _FAR) - self.expanded_bytes_at(_FAR)) / _FAR
 
     @property
     def grouped_bytes_per_token(self) -> float:
+        """The same with keys and values of `GROUPED_HEADS` heads."""
         return (self.grouped_bytes_at(2 * _FAR) - self.grouped_bytes_at(_FAR)) / _FAR
 
 

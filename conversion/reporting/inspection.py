@@ -18,7 +18,10 @@ CONTEXTS = (4 * 1024, 32 * 1024, 128 * 1024, 256 * 1024)
 
 @dataclass(frozen=True)
 class Inspection:
-    """``attention`` is ``"MLA"`` or what the source has; ``sizes`` are the fields that the cache depends on."""
+    """What a model is, and what its cache costs.
+
+    ``attention`` names what it caches, ``"MLA"`` or other; ``sizes`` are the fields that the cache depends on.
+    """
 
     model: str
     family: str
@@ -32,14 +35,15 @@ class Inspection:
 
     @property
     def cache_bytes(self) -> dict[str, int]:
-        """By context length."""
+        """The bytes of a sequence, by its length."""
         return {f"{context // 1024}K": context * self.cache_bytes_per_token for context in CONTEXTS}
 
     def as_json(self) -> dict[str, Any]:
+        """All fields and `cache_bytes`, as plain values."""
         return dict(vars(self)) | {"cache_bytes": self.cache_bytes}
 
     def table(self) -> Table:
-        """For the terminal."""
+        """What the terminal shows."""
         table = Table(title=self.model, show_header=False, title_justify="left")
         table.add_row("family", f"{self.family}, {self.layers} layers, hidden size {self.hidden_size}")
         sizes = ", ".join(f"{name} {value}" for name, value in self.sizes.items())

@@ -36,6 +36,7 @@ def render(template: str, conversations: list[Conversation], variables: dict[str
 
     Args:
         template: Jinja source.
+        conversations: each the messages of one, with their role and content.
         variables: the special tokens by name.
 
     Raises:

@@ -30,12 +30,13 @@ _READ_BYTES = 2**20
 def load_windows(
     spec: str | None, tokenizer: PreTrainedTokenizerBase, window: int, tokens: int, seed: int
 ) -> LongTensor:
-    """Calibration windows.
+    """Reads a calibration text and cuts it into windows of equal length.
 
     Args:
-        spec: None for the default balance of domains (`default_texts`); a file (``.txt``, ``.md``, ``.rst``,
+        spec: None for the default balance of domains (`default_mix`); a file (``.txt``, ``.md``, ``.rst``,
             ``.jsonl``, ``.json`` or ``.parquet``, the latter with a column ``text``); or a dataset of the Hub as
             ``name[@configuration][:split[:column]]``, streamed.
+        tokenizer: of the model that will read the windows.
         window: tokens in a window.
         tokens: how many tokens to take, at least one window; fewer are returned where the text ends before.
         seed: of the shuffle.

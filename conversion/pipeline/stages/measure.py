@@ -13,7 +13,7 @@ from ..job import ConversionJob
 from ..work.measurements import Measurements
 
 _LAYER_SEEDS = 100_003
-"""Distance between the seeds of two conversions, so that their layers share none."""
+"""How far apart two conversions' seeds are for layers, so that no layers of the two share one."""
 
 
 def measure(job: ConversionJob) -> None:
@@ -25,10 +25,12 @@ def measure(job: ConversionJob) -> None:
 def measure_layers(
     job: ConversionJob, description: str, measurements: Measurements, converted: Callable[[int], MLAWeights | None]
 ) -> None:
-    """Goes on from the first layer that ``measurements`` lack.
+    """Measures every layer, from the first on that ``measurements`` lack.
 
     Args:
-        description: for the progress.
+        job: gives source, method and text.
+        description: of the step, for the progress.
+        measurements: where statistics and hidden states go.
         converted: what takes the place of a layer's attention behind its own statistics; None for nothing.
 
     Raises:

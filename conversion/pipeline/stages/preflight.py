@@ -25,7 +25,7 @@ from ..inputs import check_ids
 from ..job import ConversionJob
 
 _TOKENS = 16
-"""That run through the source: its weights may be finite and its values not."""
+"""Tokens that run through the source: its weights may be finite and what they compute not."""
 
 
 def preflight(job: ConversionJob) -> None:
@@ -95,6 +95,7 @@ def check_weights(source: SourceModel, written: torch.dtype | None, step: Callab
     """Reads every weight, and runs a few tokens through the source in float32.
 
     Args:
+        source: read from its files, one layer in memory.
         written: the type that all weights will have; None for their own.
         step: called after each layer.
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pydantic import NonNegativeInt
 from safetensors import SafetensorError
+from typing_extensions import override
 
 from ...errors import JournalError
 from ...evaluation.verify import Verification
@@ -37,11 +38,11 @@ class ConversionJournal(StagedJournal):
 
 
 class WorkFolder(PartialOutput[ConversionJournal]):
-    """See `PartialOutput`.
+    """The `PartialOutput` of a conversion, with its measurements and the converted layers.
 
     Args:
-        output: of the conversion.
-        identity: what makes it another one.
+        output: the new checkpoint's folder.
+        identity: see `Journal`.
     """
 
     what = "conversion"
@@ -51,8 +52,8 @@ class WorkFolder(PartialOutput[ConversionJournal]):
         self.converted_states = HiddenStates(self.path / "converted")
         self.contexts = HiddenStates(self.path / "contexts")
 
+    @override
     def begin(self) -> None:
-        """See `PartialOutput.begin`."""
         for states in (self.converted_states, self.contexts):
             states.folder.mkdir()
 
@@ -62,9 +63,11 @@ class WorkFolder(PartialOutput[ConversionJournal]):
         return _OwnMeasurements(self)
 
     def write_layer(self, layer: int, weights: MLAWeights) -> None:
+        """Keeps the converted attention of ``layer``."""
         write_layer(self._layer(layer), weights)
 
     def read_layer(self, layer: int) -> MLAWeights:
+        """What `write_layer` kept. Raises `JournalError` where the file is missing or damaged."""
         try:
             return read_layer(self._layer(layer))
         except (OSError, SafetensorError, TypeError, ValueError) as error:
@@ -85,13 +88,16 @@ class _OwnMeasurements(Measurements):
         self._work = work
 
     @property
+    @override
     def measured(self) -> int:
         return self._work.journal.measured
 
+    @override
     def advance(self, measured: int) -> None:
         self._work.journal.measured = measured
         self._work.save()
 
+    @override
     def forget(self, layer: int) -> None:
-        """Deletes them; the journal has moved on."""
+        """Deletes what was measured of ``layer``; the journal has moved on."""
         self.delete(layer)

@@ -13,11 +13,11 @@ from ...errors import JournalError, OutputError
 
 
 class LockedFolder(ABC):
-    """Use it as a context manager: it locks the folder, makes it where it is absent, and opens what it holds.
+    """The folder, as a context manager: it locks it, makes it where it is absent, and opens what it holds.
 
     Args:
         path: of the folder.
-        kind: what to choose another one of where it cannot be made.
+        kind: what it is to the user, who is told to choose another one where it cannot be made.
 
     Raises:
         JournalError: another process is using it; what else `open` raises.
@@ -57,7 +57,7 @@ class LockedFolder(ABC):
 
 
 def folder_lock(path: Path) -> FileLock:
-    """Beside the folder ``path``; never waited for."""
+    """The lock of the folder ``path``, a file beside it; who does not get it at once does not wait."""
     return FileLock(path.with_name(f".{path.name.removeprefix('.')}.lock"), timeout=0)
 
 

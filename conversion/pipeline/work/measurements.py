@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 from torch import Tensor
+from typing_extensions import override
 
 from ...checkpoint.atomic import write_tensors, write_text
 from ...errors import JournalError
@@ -23,29 +24,31 @@ _JOURNAL = "measurements.json"
 
 
 class Measurements(HiddenStates, ABC):
-    """Statistics too; ``measured`` counts the layers that have them."""
+    """Hidden states and statistics of the layers, in files of one folder."""
 
     @property
     @abstractmethod
     def measured(self) -> int:
-        """Layers whose statistics, and whose successor's hidden states, are written."""
+        """How many layers have their statistics, and their successor's hidden states, written."""
 
     @abstractmethod
     def advance(self, measured: int) -> None:
-        """Records that ``measured`` layers are: call it when their files are written."""
+        """Records that ``measured`` layers have been measured: call it when their files are written."""
 
     @abstractmethod
     def forget(self, layer: int) -> None:
-        """The conversion that is running needs nothing more of ``layer``."""
+        """Takes notice that the running conversion needs nothing more of ``layer``."""
 
     def write_statistics(self, layer: int, tensors: dict[str, Tensor]) -> None:
+        """Keeps the running sums of ``layer``, by name."""
         write_tensors(self._statistics(layer), tensors)
 
     def read_statistics(self, layer: int) -> dict[str, Tensor]:
+        """What `write_statistics` kept. Raises `JournalError` where the file is missing or damaged."""
         return self._load(self._statistics(layer))
 
+    @override
     def delete(self, layer: int) -> None:
-        """See `HiddenStates.delete`."""
         super().delete(layer)
         self._statistics(layer).unlink(missing_ok=True)
 
@@ -77,8 +80,8 @@ class SharedMeasurements(Measurements, LockedFolder):
         LockedFolder.__init__(self, folder, "folder for statistics")
         self._journal = _Journal(identity=identity)
 
+    @override
     def open(self) -> None:
-        """See `LockedFolder.open`."""
         file = self.folder / _JOURNAL
         if not file.is_file():
             if any(found.suffix != ".tmp" for found in self.folder.iterdir()):
@@ -98,15 +101,18 @@ class SharedMeasurements(Measurements, LockedFolder):
         self._journal = found
 
     @property
+    @override
     def measured(self) -> int:
         return self._journal.measured
 
+    @override
     def advance(self, measured: int) -> None:
         self._journal.measured = measured
         write_text(self.folder / _JOURNAL, self._journal.model_dump_json(indent=2) + "\n")
 
+    @override
     def forget(self, layer: int) -> None:
-        """Nothing: the next conversion needs it."""
+        """Keeps the files of ``layer``: the next conversion needs them."""
 
 
 class IntermediateMeasurements(SharedMeasurements):
@@ -125,11 +131,12 @@ class IntermediateMeasurements(SharedMeasurements):
         name = "-".join(("intermediate", *dict.fromkeys(widths)))
         super().__init__(source.folder / name, {"qk_rope_head_dims": " ".join(widths)})
 
+    @override
     def open(self) -> None:
-        """See `LockedFolder.open`."""
         super().open()
         self._delete_used()
 
+    @override
     def advance(self, measured: int) -> None:
         super().advance(measured)
         self._delete_used()

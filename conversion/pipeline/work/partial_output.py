@@ -15,6 +15,7 @@ from typing import ClassVar, Generic, TypeVar
 
 from filelock import Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
+from typing_extensions import override
 
 from ...checkpoint.atomic import write_text
 from ...errors import ConversionError, JournalError, OutputError
@@ -33,7 +34,7 @@ class Journal(BaseModel):
 
 
 class StagedJournal(Journal):
-    """Of what is made in stages: the names of those that are ``finished``, in their order."""
+    """The journal of what is made in stages: the names of those that are ``finished``, in their order."""
 
     finished: list[str] = []
 
@@ -42,10 +43,12 @@ AnyJournal = TypeVar("AnyJournal", bound=Journal)
 
 
 class PartialOutput(LockedFolder, Generic[AnyJournal]):
-    """Use it as a context manager, which locks it. A refusal within it deletes it, for it would come again.
+    """The folder, as a context manager that locks it.
+
+    A refusal within the context deletes the folder, for the same run would be refused again.
 
     Args:
-        output: what is made.
+        output: where the result will lie.
         journal: of a run that has done nothing yet.
 
     Raises:
@@ -54,7 +57,7 @@ class PartialOutput(LockedFolder, Generic[AnyJournal]):
     """
 
     what: ClassVar[str]
-    """That is made, for messages."""
+    """The kind of output, for messages."""
 
     def __init__(self, output: Path, journal: AnyJournal) -> None:
         super().__init__(beside(output), "output folder")
@@ -69,8 +72,8 @@ class PartialOutput(LockedFolder, Generic[AnyJournal]):
             shutil.rmtree(self.path, ignore_errors=True)
         super().__exit__()
 
+    @override
     def open(self) -> None:
-        """See `LockedFolder.open`."""
         file = self.path / _JOURNAL
         if not file.is_file():
             # The journal is the first file; a kill may leave it half-written under its temporary name.
