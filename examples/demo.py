@@ -30,6 +30,7 @@ _ANSWER = Path(__file__).resolve().with_name("generate_without_package.py")
 
 
 def main() -> None:
+    """Reads the command line, converts, shows what was measured, and asks the checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="a folder, a .gguf file, or a Hub id")
     parser.add_argument("output", type=Path, help="folder of the new checkpoint; that of an earlier demo is replaced")
@@ -62,7 +63,7 @@ def convert(model: str, output: Path, cache: str, console: Console) -> Conversio
 
 
 def show(finished: Conversion, seconds: float, console: Console) -> None:
-    """The measured outcome."""
+    """Prints what was measured."""
     found = finished.report.verification
     # Linux counts the resident set in KiB, macOS in bytes.
     unit = 1 if sys.platform == "darwin" else 1024

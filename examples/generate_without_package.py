@@ -21,6 +21,7 @@ class _Absent(importlib.abc.MetaPathFinder):
 
 
 def main() -> None:
+    """Reads the command line, makes sure that the package is out of reach, and prints the answer."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint")
     parser.add_argument("prompt")

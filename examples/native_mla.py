@@ -25,6 +25,7 @@ from modeling_mla.transformers_seams_mla import cache_of
 
 
 def main() -> None:
+    """Reads the command line, generates by either path, and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", help="a folder or a Hub id")
     parser.add_argument("--config", type=Path, help="a config.json instead of a model")

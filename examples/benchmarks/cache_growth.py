@@ -20,6 +20,7 @@ CONFIG = LlamaMLAConfig(num_hidden_layers=1)  # rank 512 beside 64 rotary channe
 
 
 def states(tokens: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random latents ``[1, 1, tokens, r]`` and rotary keys ``[1, 1, tokens, d_r]``."""
     return tuple(torch.randn(1, 1, tokens, width).to(dtype) for width in (CONFIG.kv_lora_rank, CONFIG.qk_rope_head_dim))
 
 

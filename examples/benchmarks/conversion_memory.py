@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 from rows import print_rows
 from transformers import AutoModelForCausalLM, LlamaConfig
+from typing_extensions import override
 
 from conversion.checkpoint.location import locate
 from conversion.pipeline.conversion import run_plan
@@ -39,6 +40,7 @@ class PeakProgress(Progress):
         super().__init__(console=Console(quiet=True), disable=True)
         self.peaks: dict[str, int] = {}
 
+    @override
     def stop_task(self, task_id: TaskID) -> None:
         super().stop_task(task_id)
         (task,) = (task for task in self.tasks if task.id == task_id)
@@ -68,7 +70,7 @@ def save_model(tokenizer_of: str, hidden: int, layers: int, folder: Path) -> Non
 
 
 def convert(folder: Path, hidden: int, layers: int, tokens: int, calibration: str | None) -> dict[str, Any]:
-    """One row, of this process."""
+    """Converts in this process, and gives one row of the table."""
     source = open_source(str(folder))
     recipe = make_recipe(
         source=str(folder), output=folder / f"{tokens}", cache="50%", tokens=tokens, calibration=calibration

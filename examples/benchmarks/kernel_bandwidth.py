@@ -44,6 +44,7 @@ GRAPHED_MS = 20.0
 
 
 def synchronize(device: torch.device) -> None:
+    """Waits until a GPU has done its work; a CPU has."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -70,7 +71,7 @@ def median_ms(function: Callable[[], object], device: torch.device, least: int =
 
 
 def replayed(function: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """The function without its launches, on a GPU."""
+    """On a GPU the function as a CUDA graph, so that launches do not count; otherwise the function."""
     if device.type != "cuda" or median_ms(function, device, least=1) > GRAPHED_MS:
         return function
     graph = torch.cuda.CUDAGraph()
@@ -196,6 +197,7 @@ def step_row(model: PreTrainedModel, batch: int, context: int, device: torch.dev
 
 
 def numbers(text: str) -> list[int]:
+    """The integers in a list separated by commas."""
     return [int(part) for part in text.split(",")]
 
 
