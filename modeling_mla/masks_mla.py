@@ -14,7 +14,8 @@ class VisibleKeys:
 
     Args:
         attention_mask: 4-D bool (SDPA) or additive (eager), a `BlockMask` (flex), 2-D padding (flash), or None.
-        query_length, kv_length: n and S.
+        query_length: n, the queries.
+        kv_length: S, the keys.
         device: where to make a mask.
         is_causal: False where attention is bidirectional.
         sliding_window: keys that a query sees, itself included; already in every mask but flash's.

@@ -38,14 +38,14 @@ class Location:
 
     @property
     def name(self) -> str:
-        """For others to read: the Hub id, or the name of the folder or file without the path on this machine."""
+        """What others may read: the Hub id, or the name of the folder or file without the path on this machine."""
         if self.revision is not None:
             return self.model.partition("@")[0]
         return self.gguf_file or self.folder.resolve().name
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """For the ``from_pretrained`` of any class of Transformers."""
+        """What the ``from_pretrained`` of any class of Transformers is given."""
         arguments: dict[str, Any] = {"pretrained_model_name_or_path": str(self.folder)}
         return arguments | ({"gguf_file": self.gguf_file} if self.gguf_file else {})
 

@@ -65,7 +65,7 @@ def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """That parameters are on the disk is what was asked for."""
+    """Silences Accelerate's note that parameters are on the disk: that is what was asked for."""
     logger = logging.getLogger("accelerate.big_modeling")
     level = logger.level
     logger.setLevel(logging.ERROR)

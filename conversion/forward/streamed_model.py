@@ -18,7 +18,7 @@ from ..checkpoint.reader import TensorReader
 from ..sources import SourceModel
 
 _HEAD_VALUES = 2**24
-"""Of the output projection, which are in float32 at a time."""
+"""Values of the output projection that are in float32 at a time."""
 
 
 class StreamedModel:

@@ -14,7 +14,7 @@ from ..errors import ConversionError
 RATE = 4e-4
 """Step of a matrix, relative to the root mean square of its elements."""
 QUERY_SHARE = 0.3
-"""Of the rate, for query maps: scores depend on them more sharply."""
+"""The part of the rate that query maps have: scores depend on them more sharply."""
 LORA_RATE = 5e-4
 """Absolute, for adapters, whose matrices start from zero."""
 

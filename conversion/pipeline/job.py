@@ -45,7 +45,7 @@ class ConversionJob:
 
     @cached_property
     def geometries(self) -> list[AttentionGeometry]:
-        """Of every source layer."""
+        """The attention of every source layer, by its sizes."""
         return [self.source.geometry(layer) for layer in range(self.source.num_layers)]
 
     @property

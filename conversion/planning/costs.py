@@ -54,7 +54,7 @@ def block_bytes(source: SourceModel, text: TextUse) -> int:
 
 
 def kept_bytes(source: SourceModel, text: TextUse) -> int:
-    """On the disk until a layer is converted: hidden states and statistics of all layers, what the refit keeps."""
+    """Bytes on the disk until layers are converted: hidden states and statistics of all, and what the refit keeps."""
     hidden = source.geometry(0).hidden_size
     states = text.windows * text.window * hidden * stream_dtype(source).itemsize
     statistics = text.passes * torch.float64.itemsize * (hidden + 1) ** 2 if text.windows else 0
@@ -62,7 +62,7 @@ def kept_bytes(source: SourceModel, text: TextUse) -> int:
 
 
 def shards_in_memory(weights_bytes: int) -> int:
-    """While a shard is written, beside what is read back of it."""
+    """The bytes of a shard that is written, and of what is read back of it."""
     return 2 * min(MAX_SHARD_BYTES, weights_bytes)
 
 

@@ -65,7 +65,7 @@ class ConversionPlan:
         }
 
     def table(self, title: str) -> Table:
-        """For the terminal."""
+        """What the terminal shows."""
         table = Table(title=title, show_header=False, title_justify="left")
         ratio = self.cache_bytes / self.source_cache_bytes
         sizes = sorted({(layer.kv_lora_rank, layer.qk_rope_head_dim) for layer in self.layers})

@@ -17,11 +17,11 @@ from typing import Any
 from transformers.utils.chat_template_utils import render_jinja_template
 
 _SECONDS = 5
-"""Of processor time for all conversations."""
+"""Processor time for all conversations, in seconds."""
 _MEMORY = 2**30
 """Address space of the process, in bytes; it needs a fifth of that for itself."""
 _CHARACTERS = 100_000
-"""Of one rendered conversation."""
+"""The length of one rendered conversation at most."""
 _REASON = 100
 
 Conversation = list[dict[str, str]]
