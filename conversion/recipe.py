@@ -20,6 +20,8 @@ DtypeName = Literal["float32", "float16", "bfloat16"]
 _BUDGET = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>%|B|KB|KiB|)")
 _BYTES = {"B": 1, "KB": 1000, "KiB": 1024}
 DEFAULT_TOKENS = 32768
+SELF_WRITTEN = "self"
+"""The calibration text that the source writes itself."""
 _MOST_TOKENS = 2**31
 _LARGEST_SEED = 50_000_000
 """Seeds of layers and windows are made of it, and remain below 2**63."""
@@ -38,7 +40,8 @@ class Recipe(BaseModel):
         kv_lora_rank: of every layer; None leaves it to the budget.
         qk_rope_head_dim: the same for the width of the rotary key; one or both may be pinned.
         uniform: the same rank in every layer, and a rotary key as wide as serving kernels have it.
-        calibration: a text file or a name of a data set; None is the default mix.
+        calibration: a text file, a name of a data set, or ``self`` for text that the source writes itself; None is the
+            default mix.
         tokens: of calibration text.
         seed: of everything that is sampled.
         statistics: folder that keeps what is measured on the text, for other budgets; made where it is absent.
@@ -83,6 +86,11 @@ class Recipe(BaseModel):
     def torch_dtype(self) -> torch.dtype | None:
         """``dtype`` as PyTorch has it; None keeps the source's."""
         return None if self.dtype is None else getattr(torch, self.dtype)
+
+    @property
+    def is_self_written(self) -> bool:
+        """Whether the source writes the calibration text."""
+        return self.calibration == SELF_WRITTEN
 
     def identity(self) -> dict[str, str]:
         """What two runs must share for one to go on where the other stopped."""

@@ -40,7 +40,8 @@ def _of_recipe(
     calibration: Annotated[
         str | None,
         typer.Option(
-            help="A text file, or a data set as name\\[@configuration]\\[:split\\[:column]]. \\[default: a shipped mix]"
+            help="A text file, a data set as name\\[@configuration]\\[:split\\[:column]], or self: text that the model "
+            "writes. \\[default: a shipped mix]"
         ),
     ] = None,
     tokens: Annotated[int | None, typer.Option(help="Of calibration text.")] = None,

@@ -19,6 +19,7 @@ from .inputs import calibration_windows, open_inputs
 from .job import ConversionJob
 from .runner import run_stages
 from .stages.allocate import allocate
+from .stages.compose import compose
 from .stages.convert_layers import convert_layers
 from .stages.measure import measure
 from .stages.measure_again import measure_again
@@ -30,7 +31,7 @@ from .stages.write import write
 from .work.journal import WorkFolder
 from .work.measurements import SharedMeasurements
 
-STAGES = (preflight, measure, weigh, allocate, measure_again, convert_layers, write, verify, report)
+STAGES = (preflight, compose, measure, weigh, allocate, measure_again, convert_layers, write, verify, report)
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,8 @@ def run_plan(plan: ConversionPlan, source: SourceModel, progress: Progress | Non
     windows = calibration_windows(plan, source, tokenizer)
     work = WorkFolder(recipe.output, _identity(plan, source, windows))
     measurements, locks = work.measurements, []
-    if recipe.statistics is not None and windows is not None:
-        identity = _contents(source, windows) | _versions() | {"method": recipe.method, "seed": str(recipe.seed)}
+    if recipe.statistics is not None and plan.windows:
+        identity = _contents(plan, source, windows) | _versions() | {"method": recipe.method, "seed": str(recipe.seed)}
         measurements = SharedMeasurements(recipe.statistics, identity)
         locks.append(measurements)
     job = ConversionJob(plan, source, tokenizer, windows, work, measurements, progress)
@@ -72,15 +73,15 @@ def run_plan(plan: ConversionPlan, source: SourceModel, progress: Progress | Non
 
 def _identity(plan: ConversionPlan, source: SourceModel, windows: Tensor | None) -> dict[str, str]:
     """What makes a conversion another one: settings, contents of its inputs, versions of what computes."""
-    return plan.recipe.identity() | _contents(source, windows) | _versions()
+    return plan.recipe.identity() | _contents(plan, source, windows) | _versions()
 
 
-def _contents(source: SourceModel, windows: Tensor | None) -> dict[str, str]:
+def _contents(plan: ConversionPlan, source: SourceModel, windows: Tensor | None) -> dict[str, str]:
     text = b"" if windows is None else windows.numpy().tobytes()
-    return {
-        "source files": source.location.fingerprint(),
-        "calibration tokens": hashlib.sha256(text).hexdigest()[:16],
-    }
+    tokens = hashlib.sha256(text).hexdigest()[:16]
+    if plan.windows and plan.recipe.is_self_written:
+        tokens = f"{plan.windows * plan.window} written by the source"
+    return {"source files": source.location.fingerprint(), "calibration tokens": tokens}
 
 
 def _versions() -> dict[str, str]:

@@ -41,8 +41,8 @@ def open_inputs(plan: ConversionPlan, source: SourceModel, progress: Progress) -
 
 
 def calibration_windows(plan: ConversionPlan, source: SourceModel, tokenizer: PreTrainedTokenizerBase) -> Tensor | None:
-    """Token ids ``[N, S]`` of the calibration text; None where the method needs none."""
-    if not plan.windows:
+    """Token ids ``[N, S]`` of the calibration text; None where the method needs none, or the source will write it."""
+    if not plan.windows or plan.recipe.is_self_written:
         return None
     recipe = plan.recipe
     windows = load_windows(recipe.calibration, tokenizer, plan.window, plan.windows * plan.window, recipe.seed)

@@ -26,14 +26,14 @@ from .work.measurements import IntermediateMeasurements, Measurements
 class ConversionJob:
     """What was asked for, what it is made from, and the folder in which it is made.
 
-    ``windows`` are the calibration text, token ids ``[N, S]``, None where the method needs none; ``measurements`` keep
-    what the method measures on it.
+    ``given_windows`` are the calibration text, token ids ``[N, S]``; None where the method needs none, or where the
+    source writes it. ``measurements`` keep what the method measures on it.
     """
 
     plan: ConversionPlan
     source: SourceModel
     tokenizer: PreTrainedTokenizerBase
-    windows: Tensor | None
+    given_windows: Tensor | None
     work: WorkFolder
     measurements: Measurements
     progress: Progress
@@ -42,6 +42,13 @@ class ConversionJob:
     def method(self) -> Method:
         """The factorisation that the recipe names."""
         return get_method(self.plan.recipe.method)
+
+    @cached_property
+    def windows(self) -> Tensor | None:
+        """The calibration text ``[N, S]``, whoever wrote it, once it is written; None where the method needs none."""
+        if self.plan.windows and self.plan.recipe.is_self_written:
+            return self.measurements.read_text()
+        return self.given_windows
 
     @cached_property
     def geometries(self) -> list[AttentionGeometry]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +18,7 @@ from ..evaluation.recall import Recall
 from ..evaluation.verify import Verification
 from ..layers import LayerBudget
 from ..planning.plan import ConversionPlan
+from ..recipe import SELF_WRITTEN
 
 JSON_NAME = "conversion.json"
 TEXT_NAME = "conversion.txt"
@@ -154,5 +156,8 @@ def write_report(report: Report, folder: Path) -> None:
 def calibration_name(calibration: str | None) -> str:
     """The calibration text as others know it."""
     if calibration is None:
-        return "the default mix of domains"
+        # Part of it is Python's own documentation and library.
+        return f"the default mix of domains, Python {sys.version_info.major}.{sys.version_info.minor}"
+    if calibration == SELF_WRITTEN:
+        return "text that the source wrote itself"
     return Path(calibration).name if Path(calibration).exists() else calibration

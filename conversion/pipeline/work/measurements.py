@@ -39,6 +39,19 @@ class Measurements(HiddenStates, ABC):
     def forget(self, layer: int) -> None:
         """Takes notice that the running conversion needs nothing more of ``layer``."""
 
+    @property
+    def has_text(self) -> bool:
+        """Whether the text that was measured on is kept."""
+        return self._text.is_file()
+
+    def write_text(self, windows: Tensor) -> None:
+        """Keeps the text, token ids ``[N, S]``: one that the source wrote, which takes long."""
+        write_tensors(self._text, {"windows": windows})
+
+    def read_text(self) -> Tensor:
+        """See `write_text`. Raises `JournalError` where the file is missing or damaged."""
+        return self._load(self._text)["windows"]
+
     def write_statistics(self, layer: int, tensors: dict[str, Tensor]) -> None:
         """Keeps the running sums of ``layer``, by name."""
         write_tensors(self._statistics(layer), tensors)
@@ -51,6 +64,10 @@ class Measurements(HiddenStates, ABC):
     def delete(self, layer: int) -> None:
         super().delete(layer)
         self._statistics(layer).unlink(missing_ok=True)
+
+    @property
+    def _text(self) -> Path:
+        return self.folder / "text.safetensors"
 
     def _statistics(self, layer: int) -> Path:
         return self.folder / f"statistics-{layer:05d}.safetensors"
