@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from rich.filesize import decimal
 from rich.table import Table
 
 from ..errors import BudgetError
@@ -64,8 +65,8 @@ class ConversionPlan:
             "estimated_seconds": round(self.seconds, 1),
         }
 
-    def table(self, title: str) -> Table:
-        """What the terminal shows."""
+    def table(self, title: str, *, costs: bool = True) -> Table:
+        """What the terminal shows; the same for the same conversion without the ``costs``, which are this machine's."""
         table = Table(title=title, show_header=False, title_justify="left")
         ratio = self.cache_bytes / self.source_cache_bytes
         sizes = sorted({(layer.kv_lora_rank, layer.qk_rope_head_dim) for layer in self.layers})
@@ -76,9 +77,10 @@ class ConversionPlan:
             "cache, bytes a token": f"{self.source_cache_bytes} → {self.cache_bytes} ({ratio:.1%})",
             "weights written as": str(self.dtype).removeprefix("torch."),
             "calibration": f"{self.windows} windows of {self.window} tokens" if self.windows else "none needed",
-            "expected": f"{self.seconds:.0f} s, {self.memory_bytes / 1e9:.1f} GB of memory, "
-            f"{self.disk_bytes / 1e9:.2f} GB of disk",
         }
+        if costs:
+            memory, disk = decimal(self.memory_bytes), decimal(self.disk_bytes)
+            rows["expected"] = f"{self.seconds:.0f} s, {memory} of memory, {disk} of disk"
         for name, value in rows.items():
             table.add_row(name, value)
         return table

@@ -148,7 +148,7 @@ def write_report(report: Report, folder: Path) -> None:
     """Writes the report into the checkpoint's folder."""
     write_json(folder / JSON_NAME, report.as_json())
     console = Console(file=io.StringIO(), width=100, record=True, markup=False, emoji=False)
-    for table in (report.plan.table(report.location.name), *report.tables()):
+    for table in (report.plan.table(report.location.name, costs=False), *report.tables()):
         console.print(table)
     write_text(folder / TEXT_NAME, console.export_text())
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from tiny_source import LAYERS, save_source
 
 from conversion.errors import BudgetError
@@ -120,3 +123,13 @@ def test_a_second_pass_is_planned_for(source: Path) -> None:
     once, twice = (planned(source, method=method, cache="50%", tokens=256) for method in ("mha2mla", "transmla"))
     hidden = open_source(str(source)).config.hidden_size
     assert twice.disk_bytes - once.disk_bytes == LAYERS * 8 * (hidden + 1) ** 2
+
+
+def test_costs_are_told_in_units_that_fit_and_only_to_the_terminal(source: Path) -> None:
+    plan = planned(source)
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(plan.table("title"))
+    shown = console.export_text()
+    assert re.search(r"1\.\d GB of memory, \d+\.\d kB of disk", shown)
+    console.print(plan.table("title", costs=False))
+    assert "expected" not in console.export_text()

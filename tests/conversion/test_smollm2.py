@@ -39,5 +39,7 @@ def test_exact(smollm2: Path, tmp_path: Path) -> None:
 def test_half_the_cache(smollm2: Path, tmp_path: Path) -> None:
     found = convert(smollm2, tmp_path / "out", cache="50%", tokens=3072).report.verification
     assert found.cache_bytes_per_token * 2 == found.cache_bytes_per_token_source
-    assert found.perplexity < 1.5 * found.perplexity_source
-    assert found.top1_agreement > 0.65
+    # So little text leaves 1.24 times the source's perplexity where enough of it leaves 1.11.
+    assert 1.1 < found.perplexity / found.perplexity_source < 1.28
+    assert found.kl < 0.35
+    assert found.top1_agreement > 0.69
