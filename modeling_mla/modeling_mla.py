@@ -30,8 +30,10 @@ from .transformers_seams_mla import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
     GenericForTokenClassification,
+    get_checkpoint_conversion_mapping,
     is_checkpoint_code,
     names_used,
+    register_checkpoint_conversion_mapping,
     with_globals,
 )
 
@@ -105,6 +107,12 @@ class MLAPreTrainedMixin(_Body):
         init_weights: Callable | None = getattr(module, "init_mla_weights", None)
         if init_weights is not None:
             init_weights(self.config.initializer_range)
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """As the body: Transformers looks for experts in the file of a class, and they are in the body's."""
+        body: Any = next(base for base in cls.__mro__ if base.__module__.startswith("transformers.models."))
+        return body._can_set_experts_implementation()
 
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict, *args, **kwargs
@@ -181,6 +189,11 @@ def register_family(config_class: type[PreTrainedConfig], *model_classes: Any) -
     if not is_checkpoint_code(config_class.__module__):
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     config_class.register_for_auto_class()
+    # Weights that pass through a conversion stay stored as the body's are: experts, for one, each by itself.
+    body: Any = next(base for base in config_class.__mro__[1:] if getattr(base, "model_type", ""))
+    stored = get_checkpoint_conversion_mapping(body.model_type)
+    if stored is not None:
+        register_checkpoint_conversion_mapping(config_class.model_type, stored, overwrite=True)
     for model_class in model_classes:
         task = model_class.__name__.removeprefix(family).removeprefix("Model")
         auto_class = getattr(transformers, f"AutoModel{task}")

@@ -9,12 +9,22 @@ from ..errors import SourceError
 from .base import SourceModel
 from .llama import LlamaSource
 from .mistral import MistralSource
+from .mixtral import MixtralSource
 from .qwen2 import Qwen2Source
+from .qwen2_moe import Qwen2MoeSource
 from .qwen3 import Qwen3Source
+from .qwen3_moe import Qwen3MoeSource
 
-SOURCES: dict[str, type[SourceModel]] = {
-    source.model_type: source for source in (LlamaSource, MistralSource, Qwen2Source, Qwen3Source)
-}
+_FAMILIES: tuple[type[SourceModel], ...] = (
+    LlamaSource,
+    MistralSource,
+    MixtralSource,
+    Qwen2MoeSource,
+    Qwen2Source,
+    Qwen3MoeSource,
+    Qwen3Source,
+)
+SOURCES = {source.model_type: source for source in _FAMILIES}
 
 
 def open_source(model: str) -> SourceModel:

@@ -3,56 +3,40 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
-from copy import deepcopy
+from collections.abc import Iterable
 from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 import modeling_mla
 from modeling_mla.attention_mla import layer_window
 from modeling_mla.configuration_mla import identity_norm_weight
 
-from ..checkpoint.gguf_reader import GGUFTensorReader
-from ..checkpoint.location import Location, locate
-from ..checkpoint.reader import SafetensorsReader, TensorReader
-from ..errors import SourceError, first_line
+from ..checkpoint.location import Location
+from ..errors import SourceError
 from ..layers import AttentionGeometry, AttentionWeights, MLAWeights
 from .converted_config import BIASES, converted_config
-from .inventory import account_for_all, refuse_unfit
+from .inventory import refuse_unfit
+from .stored_model import StoredModel
 
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
-class SourceModel:
-    """One checkpoint of a family. Reads tensors one layer at a time; the defaults describe Llama's naming.
+class SourceModel(StoredModel):
+    """One checkpoint of a family; the defaults describe Llama's attention.
 
     Raises:
         SourceError: on construction, for a feature that the conversion does not support.
     """
 
-    model_type: ClassVar[str]
-    causal_lm: ClassVar[type[PreTrainedModel]]
-    decoder_layer_class: ClassVar[type[nn.Module]]
-    rotary_class: ClassVar[type[nn.Module]]
     mla_name: ClassVar[str]
     """Of the classes in `modeling_mla`: ``<name>Config``, ``<name>ForCausalLM``."""
 
-    layer_prefix: ClassVar[str] = "model.layers.{layer}."
-    attention_prefix: ClassVar[str] = "self_attn."
-    embedding: ClassVar[str] = "model.embed_tokens.weight"
-    final_norm: ClassVar[str] = "model.norm"
-    head: ClassVar[str] = "lm_head.weight"
-    ignored: ClassVar[str] = r".*\.rotary_emb\.inv_freq"
-    """Tensors that old checkpoints carry and Transformers does not read."""
-
     def __init__(self, location: Location, config: PreTrainedConfig) -> None:
-        self.location = location
-        self.config = config
-        config._attn_implementation = "sdpa"
+        super().__init__(location, config)
         refuse_unfit(location.model, config, self.head_dim)
         self.refuse_unsupported()
 
@@ -106,62 +90,9 @@ class SourceModel:
             )
         return inv_freq, attention_factor
 
-    def _unbuildable(self, error: Exception) -> SourceError:
-        return SourceError(
-            f"{self.location.model} has a configuration of which Transformers makes no model "
-            f"({type(error).__name__}: {first_line(error)})."
-        )
-
-    @property
-    def num_layers(self) -> int:
-        return self.config.num_hidden_layers
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the weights are stored as; float32 for a GGUF, whose tensors are dequantised."""
-        if self.location.gguf_file is not None:
-            return torch.float32
-        if isinstance(self.config.dtype, torch.dtype):
-            return self.config.dtype
-        return self.tensors.dtype(self.embedding)
-
     def cache_bytes_per_token(self, dtype: torch.dtype) -> int:
         """Bytes that all layers of the source together cache for one token."""
         return sum(self.geometry(layer).cache_elements for layer in range(self.num_layers)) * dtype.itemsize
-
-    @cached_property
-    def meta_model(self) -> PreTrainedModel:
-        """The Transformers model without weights: what tensors there must be."""
-        try:
-            with torch.device("meta"):
-                return self.causal_lm(self.config)
-        except Exception as error:
-            # Whatever a wrong field leads to, an unknown activation for one.
-            raise self._unbuildable(error) from error
-
-    @cached_property
-    def tensors(self) -> TensorReader:
-        """The weights. Raises `SourceError` where tensors are missing, misshapen, or unknown."""
-        location = self.location
-        if location.revision is not None:
-            # Until here only the configuration was fetched.
-            location = locate(f"{location.name}@{location.revision}")
-        if location.gguf_file is not None:
-            reader: TensorReader = GGUFTensorReader(location, self.meta_model)
-        else:
-            reader = SafetensorsReader(location.folder, getattr(self.config, "transformers_weights", None))
-        account_for_all(location.model, reader, self.meta_model, self._read_by_model(reader))
-        return reader
-
-    def _read_by_model(self, reader: TensorReader) -> list[str]:
-        return [name for name in reader.names if not re.fullmatch(self.ignored, name)]
-
-    def stored_names(self) -> list[str]:
-        """Every tensor of the checkpoint in reading order: layer 2 before layer 10."""
-        return sorted(
-            self._read_by_model(self.tensors),
-            key=lambda name: [(int(part), "") if part.isdigit() else (0, part) for part in name.split(".")],
-        )
 
     def attention(self, layer: int, dtype: torch.dtype | None = None) -> AttentionWeights:
         """One layer's attention weights in ``dtype``; by default float32, or float64 where they are stored so."""
@@ -186,20 +117,6 @@ class SourceModel:
             o_bias=read_if_there("o_proj.bias"),
         )
 
-    def decoder_layer(self, layer: int) -> nn.Module:
-        """The family's own decoder layer with its weights, in float32, for running the calibration text."""
-        prefix = self.layer_prefix.format(layer=layer)
-        with torch.device("meta"):
-            module = self.decoder_layer_class(self.config, layer)
-        names = [name for name in self.stored_names() if name.startswith(prefix)]
-        weights = {name.removeprefix(prefix): self.tensors.tensor(name).float() for name in names}
-        module.load_state_dict(weights, assign=True)
-        return module.eval().requires_grad_(False)
-
-    def embed(self, input_ids: Tensor) -> Tensor:
-        """``[B, S]`` token ids to the hidden states ``[B, S, D]`` that enter layer 0, float32."""
-        return self.tensors.tensor(self.embedding)[input_ids].float()
-
     def attention_input(self, module: nn.Module, hidden_states: Tensor) -> Tensor:
         """What the projections of a decoder layer read, from the hidden states that enter it."""
         return module.get_submodule("input_layernorm")(hidden_states)
@@ -223,29 +140,6 @@ class SourceModel:
         angles = self.rotary(hidden_states, position_ids)
         mask = sliding_mask(hidden_states.shape[1], self.geometry(layer))
         return module(hidden_states, attention_mask=mask, position_ids=position_ids, position_embeddings=angles)
-
-    def final_norm_module(self) -> nn.Module:
-        """The norm behind the last layer with its weights, in float32."""
-        norm = deepcopy(self.meta_model.get_submodule(self.final_norm))
-        parameters = {name: self.tensors.tensor(f"{self.final_norm}.{name}").float() for name in norm.state_dict()}
-        norm.load_state_dict(parameters, assign=True)
-        return norm
-
-    def predictor(self) -> Callable[[Tensor], Tensor]:
-        """What makes logits ``[..., V]`` of the hidden states ``[..., D]`` that leave the last layer, float32."""
-        norm = self.final_norm_module()
-        # A head that is stored is used whatever tie_word_embeddings says, as by Transformers.
-        head = self.tensors.tensor(self.head if self.head in self.tensors.names else self.embedding).float()
-        return lambda states: torch.nn.functional.linear(norm(states), head)
-
-    @cached_property
-    def rotary(self) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Cosines and sines of the family's own rotary module."""
-        return self.rotary_class(self.config)
-
-    def in_layer(self, name: str) -> bool:
-        """Whether the tensor ``name`` belongs to a decoder layer."""
-        return name.startswith(self.layer_prefix.partition("{")[0])
 
     def replaced(self, name: str) -> int | None:
         """The layer whose attention the tensor ``name`` belongs to; None for one that passes through."""

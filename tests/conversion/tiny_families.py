@@ -13,8 +13,20 @@ FAMILIES = {
     "llama": {},
     "mistral": {"sliding_window": WINDOW},
     "mistral-full": {"sliding_window": None, "head_dim": 8},
+    "mixtral": {"sliding_window": WINDOW, "num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen2": {},
     "qwen2-windows": {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
+    "qwen2_moe": {
+        "use_sliding_window": True,
+        "sliding_window": WINDOW,
+        "max_window_layers": 1,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [1],
+    },
     "qwen3": {"head_dim": 16},
     "qwen3-biases-windows": {
         "head_dim": 8,
@@ -22,6 +34,16 @@ FAMILIES = {
         "use_sliding_window": True,
         "sliding_window": WINDOW,
         "max_window_layers": 1,
+    },
+    "qwen3_moe": {
+        "head_dim": 16,
+        "attention_bias": True,
+        "use_sliding_window": True,
+        "sliding_window": WINDOW,
+        "moe_intermediate_size": 24,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "mlp_only_layers": [1],
     },
 }
 """By family, and what of it: fields beside those that all share."""
@@ -59,7 +81,9 @@ def save_family(folder: Path, family: str, kv_heads: int = 2, dtype: torch.dtype
 
 def load(folder: Path, route: str = "auto") -> PreTrainedModel:
     """A causal model in float64; the route is for MLA models."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    # The faster ways to run experts know no float64.
+    options = {"dtype": torch.float64, "experts_implementation": "eager"}
+    model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
     if hasattr(model, "set_attention_route"):
         model.set_attention_route(route)
     return model
