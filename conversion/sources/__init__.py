@@ -7,22 +7,36 @@ from transformers import PreTrainedConfig
 from ..checkpoint.location import Location, locate
 from ..errors import SourceError
 from .base import SourceModel
+from .glm4 import Glm4Source
+from .granite import GraniteSource
+from .granitemoe import GraniteMoeSource
 from .llama import LlamaSource
+from .ministral import MinistralSource
 from .mistral import MistralSource
 from .mixtral import MixtralSource
+from .phi3 import Phi3Source
 from .qwen2 import Qwen2Source
 from .qwen2_moe import Qwen2MoeSource
 from .qwen3 import Qwen3Source
 from .qwen3_moe import Qwen3MoeSource
+from .smollm3 import SmolLM3Source
+from .starcoder2 import Starcoder2Source
 
 _FAMILIES: tuple[type[SourceModel], ...] = (
+    Glm4Source,
+    GraniteSource,
+    GraniteMoeSource,
     LlamaSource,
+    MinistralSource,
     MistralSource,
     MixtralSource,
-    Qwen2MoeSource,
+    Phi3Source,
     Qwen2Source,
-    Qwen3MoeSource,
+    Qwen2MoeSource,
     Qwen3Source,
+    Qwen3MoeSource,
+    SmolLM3Source,
+    Starcoder2Source,
 )
 SOURCES = {source.model_type: source for source in _FAMILIES}
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 import modeling_mla
 from modeling_mla.attention_mla import layer_window
 from modeling_mla.configuration_mla import identity_norm_weight
+from modeling_mla.transformers_seams_mla import ROPE_INIT_FUNCTIONS
 
 from ..checkpoint.location import Location
 from ..errors import SourceError
@@ -22,7 +23,7 @@ from .converted_config import BIASES, converted_config
 from .inventory import refuse_unfit
 from .stored_model import StoredModel
 
-_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+_ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 
 
 class SourceModel(StoredModel):
@@ -34,6 +35,13 @@ class SourceModel(StoredModel):
 
     mla_name: ClassVar[str]
     """Of the classes in `modeling_mla`: ``<name>Config``, ``<name>ForCausalLM``."""
+    fused_projection: ClassVar[str | None] = None
+    """The projection that makes queries, keys and values at once, which `split_fused` takes apart."""
+    output_projection: ClassVar[str] = "o_proj"
+    interleaved: ClassVar[bool] = False
+    """Whether rotary pairs are channels ``(2f, 2f+1)``, not ``(f, f + d/2)``."""
+    rotates_partly: ClassVar[bool] = False
+    """Whether the family reads ``partial_rotary_factor``."""
 
     def __init__(self, location: Location, config: PreTrainedConfig) -> None:
         super().__init__(location, config)
@@ -43,7 +51,7 @@ class SourceModel(StoredModel):
     def refuse_unsupported(self) -> None:
         """Raises `SourceError`, with the feature's name, for a configuration that would be converted wrongly.
 
-        Frequencies that depend on the sequence length have no fixed table; the others become one.
+        Frequencies that depend on the sequence length have no fixed table; the others become one, or two (longrope).
         """
         rope = self.config.rope_parameters
         if rope["rope_type"] not in _ROPE_TYPES:
@@ -51,7 +59,7 @@ class SourceModel(StoredModel):
                 f"{self.location.model} has rotary scaling {rope['rope_type']!r}, whose frequencies depend on the "
                 f"length of the text; supported are {', '.join(_ROPE_TYPES)}."
             )
-        if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        if rope.get("partial_rotary_factor", 1.0) != 1.0 and not self.rotates_partly:
             raise SourceError(
                 f"{self.location.model} has partial_rotary_factor {rope['partial_rotary_factor']}, which "
                 f"{self.causal_lm.__name__} does not apply; remove it from the configuration."
@@ -61,28 +69,60 @@ class SourceModel(StoredModel):
     def head_dim(self) -> int:
         return getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
 
+    @property
+    def num_kv_heads(self) -> int:
+        return getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads
+
+    @property
+    def context(self) -> int:
+        """Tokens for which one set of rotary frequencies serves."""
+        rope = self.config.rope_parameters
+        longest = self.config.max_position_embeddings
+        return min(longest, rope["original_max_position_embeddings"]) if rope["rope_type"] == "longrope" else longest
+
     def geometry(self, layer: int) -> AttentionGeometry:
         """Sizes, frequencies, scale and window of one layer's attention."""
-        inv_freq, attention_factor = self._frequencies
+        inv_freq, attention_factor = self._frequencies(layer)
         return AttentionGeometry(
             hidden_size=self.config.hidden_size,
             num_heads=self.config.num_attention_heads,
-            num_kv_heads=self.config.num_key_value_heads,
+            num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
             inv_freq=inv_freq,
             softmax_scale=self.head_dim**-0.5,
             attention_factor=attention_factor,
             sliding_window=layer_window(self.config, layer),
+            long_inv_freq=self._long_frequencies(layer),
         )
 
     @cached_property
-    def _frequencies(self) -> tuple[Tensor, float]:
+    def rotary(self) -> Any:
+        """The family's own rotary module."""
         try:
-            rotary: Any = self.rotary_class(self.config)
+            return self.rotary_class(self.config)
         except Exception as error:
             # Transformers' own formulas, on whatever the configuration has.
             raise self._unbuildable(error) from error
-        inv_freq, attention_factor = rotary.inv_freq.float(), float(rotary.attention_scaling)
+
+    def layer_rotary(self, layer: int) -> tuple[Tensor, float]:
+        """Inverse frequencies of a layer, and the factor for its cosines and sines, from `rotary`."""
+        # What a longer text has left in the module is in the other table.
+        return self.rotary.original_inv_freq, self.rotary.attention_scaling
+
+    def _long_frequencies(self, layer: int) -> Tensor | None:
+        if self.config.rope_parameters["rope_type"] != "longrope" or not self._frequencies(layer)[0].numel():
+            return None
+        if not (self._frequencies(layer)[0].diff() < 0).all():
+            raise SourceError(
+                f"{self.location.model} has a short_factor whose frequencies do not descend, so that it cannot be told "
+                "which of long_factor's take their places in longer texts; correct rope_parameters."
+            )
+        beyond = self.config.rope_parameters["original_max_position_embeddings"] + 1
+        return ROPE_INIT_FUNCTIONS["longrope"](self.config, seq_len=beyond)[0].float()
+
+    def _frequencies(self, layer: int) -> tuple[Tensor, float]:
+        inv_freq, attention_factor = self.layer_rotary(layer)
+        inv_freq, attention_factor = inv_freq.float(), float(attention_factor)
         if not (torch.isfinite(inv_freq).all() and (inv_freq > 0).all() and 0 < attention_factor < float("inf")):
             raise SourceError(
                 f"{self.location.model} has rotary frequencies that are not positive numbers; correct rope_parameters "
@@ -103,19 +143,32 @@ class SourceModel(StoredModel):
             stored = self.tensors.tensor(prefix + name)
             return stored.to(dtype or torch.promote_types(stored.dtype, torch.float32))
 
-        def read_if_there(name: str) -> Tensor | None:
-            return read(name) if prefix + name in names else None
+        def parts(kind: str) -> dict[str, Tensor | None]:
+            found = [read(f"{name}.{kind}") if f"{prefix}{name}.{kind}" in names else None for name in projections]
+            output = found.pop()
+            if self.fused_projection is not None:
+                found = [None, None, None] if found[0] is None else list(self.split_fused(found[0]))
+            if self.interleaved:
+                found[:2] = [None if rows is None else self._half_split(rows, layer) for rows in found[:2]]
+            return dict(zip("qkvo", (*found, output), strict=True))
 
-        return AttentionWeights(
-            q=read("q_proj.weight"),
-            k=read("k_proj.weight"),
-            v=read("v_proj.weight"),
-            o=read("o_proj.weight"),
-            q_bias=read_if_there("q_proj.bias"),
-            k_bias=read_if_there("k_proj.bias"),
-            v_bias=read_if_there("v_proj.bias"),
-            o_bias=read_if_there("o_proj.bias"),
-        )
+        inputs = ("q_proj", "k_proj", "v_proj") if self.fused_projection is None else (self.fused_projection,)
+        projections = (*inputs, self.output_projection)
+        weights: dict[str, Any] = {**parts("weight"), **{f"{name}_bias": bias for name, bias in parts("bias").items()}}
+        return AttentionWeights(**weights)
+
+    def split_fused(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values from the rows of `fused_projection`, its weight ``[n, D]`` or its bias ``[n]``: here
+        one below the other."""
+        queries, keys = self.config.num_attention_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        return rows[:queries], rows[queries : queries + keys], rows[queries + keys :]
+
+    def _half_split(self, rows: Tensor, layer: int) -> Tensor:
+        """Rows of queries or keys with pairs ``(2f, 2f+1)``, so that they are ``(f, f + d_rot/2)``: scores do not see
+        the order of channels."""
+        heads, rotary = rows.unflatten(0, (-1, self.head_dim)), self.geometry(layer).rotary_dim
+        pairs = heads[:, :rotary]
+        return torch.cat((pairs[:, 0::2], pairs[:, 1::2], heads[:, rotary:]), dim=1).flatten(0, 1)
 
     def attention_input(self, module: nn.Module, hidden_states: Tensor) -> Tensor:
         """What the projections of a decoder layer read, from the hidden states that enter it."""
@@ -170,7 +223,8 @@ class SourceModel(StoredModel):
     def mla_config(self, layers: Iterable[MLAWeights], dtype: torch.dtype) -> PreTrainedConfig:
         """The configuration of the converted model: the source's body, the layers' attention."""
         mla_class = getattr(modeling_mla, f"{self.mla_name}Config")
-        return converted_config(self.config, mla_class, self.geometry(0), layers, dtype, self.family_fields())
+        geometries = [self.geometry(layer) for layer in range(self.num_layers)]
+        return converted_config(self.config, mla_class, geometries, layers, dtype, self.family_fields())
 
     def family_fields(self) -> dict[str, Any]:
         """What the converted configuration of this family says beside the common fields."""

@@ -35,7 +35,8 @@ def refuse_unfit(name: str, config: PreTrainedConfig, head_dim: int) -> None:
                 f"{name} has {field}, which its model ({config.model_type}) ignores, though caches do not; remove it "
                 "from the configuration, or name the model that it is in model_type."
             )
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
     if heads % kv_heads:
         raise SourceError(f"{name} has {heads} heads, no multiple of its {kv_heads} key/value heads.")
     if head_dim < 2:

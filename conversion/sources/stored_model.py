@@ -123,12 +123,11 @@ class StoredModel:
         norm = self.final_norm_module()
         # A head that is stored is used whatever tie_word_embeddings says, as by Transformers.
         head = self.tensors.tensor(self.head if self.head in self.tensors.names else self.embedding).float()
-        return lambda states: torch.nn.functional.linear(norm(states), head)
+        return lambda states: self.logits(torch.nn.functional.linear(norm(states), head))
 
-    @cached_property
-    def rotary(self) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Cosines and sines of the family's own rotary module."""
-        return self.rotary_class(self.config)
+    def logits(self, products: Tensor) -> Tensor:
+        """What the model makes of its head's products ``[..., V]``."""
+        return products
 
     def in_layer(self, name: str) -> bool:
         """Whether the tensor ``name`` belongs to a decoder layer."""
