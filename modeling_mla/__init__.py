@@ -7,6 +7,7 @@ each other by ``from .file import name`` alone, for they travel with every check
 # A line for every family here and below: what a family has is named once, where it is.
 from . import (
     glm4_mla,
+    gpt_neox_mla,
     granite_mla,
     granitemoe_mla,
     llama_mla,
@@ -26,6 +27,7 @@ from .cache_mla import LatentCache
 from .cache_static_mla import StaticLatentCache
 from .configuration_mla import MLAConfigMixin
 from .glm4_mla import *
+from .gpt_neox_mla import *
 from .granite_mla import *
 from .granitemoe_mla import *
 from .llama_mla import *
@@ -53,6 +55,7 @@ __all__ = [
     "enable_shared_head_attention",
 ]
 __all__ += glm4_mla.__all__
+__all__ += gpt_neox_mla.__all__
 __all__ += granite_mla.__all__
 __all__ += granitemoe_mla.__all__
 __all__ += llama_mla.__all__

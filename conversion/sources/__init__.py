@@ -8,6 +8,7 @@ from ..checkpoint.location import Location, locate
 from ..errors import SourceError
 from .base import SourceModel
 from .glm4 import Glm4Source
+from .gpt_neox import GPTNeoXSource
 from .granite import GraniteSource
 from .granitemoe import GraniteMoeSource
 from .llama import LlamaSource
@@ -24,6 +25,7 @@ from .starcoder2 import Starcoder2Source
 
 _FAMILIES: tuple[type[SourceModel], ...] = (
     Glm4Source,
+    GPTNeoXSource,
     GraniteSource,
     GraniteMoeSource,
     LlamaSource,

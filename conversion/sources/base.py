@@ -45,7 +45,7 @@ class SourceModel(StoredModel):
 
     def __init__(self, location: Location, config: PreTrainedConfig) -> None:
         super().__init__(location, config)
-        refuse_unfit(location.model, config, self.head_dim)
+        refuse_unfit(location.model, config, self.head_dim, self.num_kv_heads)
         self.refuse_unsupported()
 
     def refuse_unsupported(self) -> None:
@@ -71,7 +71,9 @@ class SourceModel(StoredModel):
 
     @property
     def num_kv_heads(self) -> int:
-        return getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads
+        """One for each query head where the family's configuration knows no such field."""
+        known = hasattr(type(self.config), "num_key_value_heads")
+        return self.config.num_key_value_heads if known else self.config.num_attention_heads
 
     @property
     def context(self) -> int:
@@ -137,10 +139,10 @@ class SourceModel(StoredModel):
     def attention(self, layer: int, dtype: torch.dtype | None = None) -> AttentionWeights:
         """One layer's attention weights in ``dtype``; by default float32, or float64 where they are stored so."""
         prefix = self.layer_prefix.format(layer=layer) + self.attention_prefix
-        names = set(self.tensors.names)
+        names = set(self.held_tensors.names)
 
         def read(name: str) -> Tensor:
-            stored = self.tensors.tensor(prefix + name)
+            stored = self.held_tensors.tensor(prefix + name)
             return stored.to(dtype or torch.promote_types(stored.dtype, torch.float32))
 
         def parts(kind: str) -> dict[str, Tensor | None]:

@@ -51,7 +51,7 @@ class StoredModel:
             return torch.float32
         if isinstance(self.config.dtype, torch.dtype):
             return self.config.dtype
-        return self.tensors.dtype(self.embedding)
+        return self.held_tensors.dtype(self.embedding)
 
     @cached_property
     def meta_model(self) -> PreTrainedModel:
@@ -109,12 +109,12 @@ class StoredModel:
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """``[B, S]`` token ids to the hidden states ``[B, S, D]`` that enter layer 0, float32."""
-        return self.tensors.tensor(self.embedding)[input_ids].float()
+        return self.held_tensors.tensor(self.embedding)[input_ids].float()
 
     def final_norm_module(self) -> nn.Module:
         """The norm behind the last layer with its weights, in float32."""
         norm = deepcopy(self.meta_model.get_submodule(self.final_norm))
-        parameters = {name: self.tensors.tensor(f"{self.final_norm}.{name}").float() for name in norm.state_dict()}
+        parameters = {name: self.held_tensors.tensor(f"{self.final_norm}.{name}").float() for name in norm.state_dict()}
         norm.load_state_dict(parameters, assign=True)
         return norm
 
@@ -122,7 +122,8 @@ class StoredModel:
         """What makes logits ``[..., V]`` of the hidden states ``[..., D]`` that leave the last layer, float32."""
         norm = self.final_norm_module()
         # A head that is stored is used whatever tie_word_embeddings says, as by Transformers.
-        head = self.tensors.tensor(self.head if self.head in self.tensors.names else self.embedding).float()
+        held = self.held_tensors
+        head = held.tensor(self.head if self.head in held.names else self.embedding).float()
         return lambda states: self.logits(torch.nn.functional.linear(norm(states), head))
 
     def logits(self, products: Tensor) -> Tensor:

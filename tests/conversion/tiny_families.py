@@ -30,6 +30,14 @@ FAMILIES = {
         "attention_bias": False,
         "rope_parameters": YARN | {"partial_rotary_factor": 0.75},
     },
+    "gpt_neox": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0, "partial_rotary_factor": 0.25},
+    },
+    "gpt_neox-serial-unbiased": {
+        "use_parallel_residual": False,
+        "attention_bias": False,
+        "rope_parameters": YARN | {"partial_rotary_factor": 0.5},
+    },
     "granite": GRANITE,
     "granitemoe": GRANITE | {"num_local_experts": 4},
     "llama": {},
