@@ -19,6 +19,9 @@ class AttentionGeometry:
     pair: pair ``f`` is channels ``(f, f + rotary_dim // 2)`` of a head (half-split layout), the channels from
     ``rotary_dim`` on are not rotated. ``attention_factor`` multiplies cos and sin (YaRN); ``softmax_scale``
     multiplies scores. ``sliding_window`` counts visible keys, the current token included; None is full attention.
+    ``output_is_normed`` says that the attention output is normalised before it is added to the residual stream;
+    ``output_scale`` multiplies it there. ``long_inv_freq`` takes the place of ``inv_freq`` beyond the original context,
+    which no calibration text is.
     """
 
     hidden_size: int
@@ -29,6 +32,9 @@ class AttentionGeometry:
     softmax_scale: float
     attention_factor: float = 1.0
     sliding_window: int | None = None
+    output_is_normed: bool = False
+    output_scale: float = 1.0
+    long_inv_freq: Tensor | None = None
 
     @property
     def rotary_dim(self) -> int:

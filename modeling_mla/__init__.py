@@ -4,84 +4,68 @@ Importing the package registers its families with AutoConfig and the AutoModel c
 each other by ``from .file import name`` alone, for they travel with every checkpoint.
 """
 
+# A line for every family here and below: what a family has is named once, where it is.
+from . import (
+    glm4_mla,
+    gpt_neox_mla,
+    granite_mla,
+    granitemoe_mla,
+    llama_mla,
+    ministral_mla,
+    mistral_mla,
+    mixtral_mla,
+    phi3_mla,
+    qwen2_mla,
+    qwen2_moe_mla,
+    qwen3_mla,
+    qwen3_moe_mla,
+    smollm3_mla,
+    starcoder2_mla,
+)
 from .attention_mla import MLAttention
 from .cache_mla import LatentCache
 from .cache_static_mla import StaticLatentCache
 from .configuration_mla import MLAConfigMixin
-from .llama_mla import (
-    LlamaMLAConfig,
-    LlamaMLAForCausalLM,
-    LlamaMLAForQuestionAnswering,
-    LlamaMLAForSequenceClassification,
-    LlamaMLAForTokenClassification,
-    LlamaMLAModel,
-    LlamaMLAPreTrainedModel,
-)
-from .mistral_mla import (
-    MistralMLAConfig,
-    MistralMLAForCausalLM,
-    MistralMLAForQuestionAnswering,
-    MistralMLAForSequenceClassification,
-    MistralMLAForTokenClassification,
-    MistralMLAModel,
-    MistralMLAPreTrainedModel,
-)
+from .glm4_mla import *
+from .gpt_neox_mla import *
+from .granite_mla import *
+from .granitemoe_mla import *
+from .llama_mla import *
+from .ministral_mla import *
+from .mistral_mla import *
+from .mixtral_mla import *
 from .native_mla import disable_absorbed_attention, enable_absorbed_attention
 from .native_shared_head_mla import disable_shared_head_attention, enable_shared_head_attention
-from .qwen2_mla import (
-    Qwen2MLAConfig,
-    Qwen2MLAForCausalLM,
-    Qwen2MLAForQuestionAnswering,
-    Qwen2MLAForSequenceClassification,
-    Qwen2MLAForTokenClassification,
-    Qwen2MLAModel,
-    Qwen2MLAPreTrainedModel,
-)
-from .qwen3_mla import (
-    Qwen3MLAConfig,
-    Qwen3MLAForCausalLM,
-    Qwen3MLAForQuestionAnswering,
-    Qwen3MLAForSequenceClassification,
-    Qwen3MLAForTokenClassification,
-    Qwen3MLAModel,
-    Qwen3MLAPreTrainedModel,
-)
+from .phi3_mla import *
+from .qwen2_mla import *
+from .qwen2_moe_mla import *
+from .qwen3_mla import *
+from .qwen3_moe_mla import *
+from .smollm3_mla import *
+from .starcoder2_mla import *
 
 __all__ = [
     "LatentCache",
-    "LlamaMLAConfig",
-    "LlamaMLAForCausalLM",
-    "LlamaMLAForQuestionAnswering",
-    "LlamaMLAForSequenceClassification",
-    "LlamaMLAForTokenClassification",
-    "LlamaMLAModel",
-    "LlamaMLAPreTrainedModel",
     "MLAConfigMixin",
     "MLAttention",
-    "MistralMLAConfig",
-    "MistralMLAForCausalLM",
-    "MistralMLAForQuestionAnswering",
-    "MistralMLAForSequenceClassification",
-    "MistralMLAForTokenClassification",
-    "MistralMLAModel",
-    "MistralMLAPreTrainedModel",
-    "Qwen2MLAConfig",
-    "Qwen2MLAForCausalLM",
-    "Qwen2MLAForQuestionAnswering",
-    "Qwen2MLAForSequenceClassification",
-    "Qwen2MLAForTokenClassification",
-    "Qwen2MLAModel",
-    "Qwen2MLAPreTrainedModel",
-    "Qwen3MLAConfig",
-    "Qwen3MLAForCausalLM",
-    "Qwen3MLAForQuestionAnswering",
-    "Qwen3MLAForSequenceClassification",
-    "Qwen3MLAForTokenClassification",
-    "Qwen3MLAModel",
-    "Qwen3MLAPreTrainedModel",
     "StaticLatentCache",
     "disable_absorbed_attention",
     "disable_shared_head_attention",
     "enable_absorbed_attention",
     "enable_shared_head_attention",
 ]
+__all__ += glm4_mla.__all__
+__all__ += gpt_neox_mla.__all__
+__all__ += granite_mla.__all__
+__all__ += granitemoe_mla.__all__
+__all__ += llama_mla.__all__
+__all__ += ministral_mla.__all__
+__all__ += mistral_mla.__all__
+__all__ += mixtral_mla.__all__
+__all__ += phi3_mla.__all__
+__all__ += qwen2_mla.__all__
+__all__ += qwen2_moe_mla.__all__
+__all__ += qwen3_mla.__all__
+__all__ += qwen3_moe_mla.__all__
+__all__ += smollm3_mla.__all__
+__all__ += starcoder2_mla.__all__

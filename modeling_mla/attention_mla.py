@@ -11,7 +11,7 @@ from transformers import Cache, PreTrainedConfig
 
 from .attention_functions_mla import eager_attention_forward
 from .cache_mla import cached_latents
-from .configuration_mla import IDENTITY_NORM_EPS, IDENTITY_NORM_WEIGHT, identity_norm_weight
+from .configuration_mla import IDENTITY_NORM_EPS, IDENTITY_NORM_WEIGHT, identity_norm_weight, norm_epsilon
 from .latent_attention_mla import LatentAttention
 from .rope_extension_mla import rope_extension
 from .rope_mla import apply_rotary, layer_angles
@@ -74,7 +74,7 @@ class MLAttention(LatentAttention):
         self.attention_dropout = config.attention_dropout
         self.q_lora_rank = config.q_lora_rank
         self.kv_lora_rank = config.layer_kv_lora_rank(layer_idx)
-        self.qk_nope_head_dim = config.qk_nope_head_dim
+        self.qk_nope_head_dim = config.layer_qk_nope_head_dim(layer_idx)
         self.qk_rope_head_dim = config.layer_qk_rope_head_dim(layer_idx)
         self.qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
         self.v_head_dim = config.v_head_dim
@@ -92,7 +92,7 @@ class MLAttention(LatentAttention):
             self.q_proj = nn.Linear(hidden_size, num_heads * self.qk_head_dim, bias=config.q_bias)
         else:
             self.q_a_proj = nn.Linear(hidden_size, self.q_lora_rank, bias=config.q_bias)
-            self.q_a_layernorm = LlamaRMSNorm(self.q_lora_rank, eps=config.rms_norm_eps)
+            self.q_a_layernorm = LlamaRMSNorm(self.q_lora_rank, eps=norm_epsilon(config))
             self.q_b_proj = nn.Linear(self.q_lora_rank, num_heads * self.qk_head_dim, bias=False)
         self.kv_a_proj_with_mqa = nn.Linear(
             hidden_size, self.kv_lora_rank + self.qk_rope_head_dim, bias=config.kv_a_bias
@@ -100,7 +100,7 @@ class MLAttention(LatentAttention):
         if config.latent_norm == "identity":
             self.kv_a_layernorm = IdentityRMSNorm(self.kv_lora_rank)
         else:
-            self.kv_a_layernorm = LlamaRMSNorm(self.kv_lora_rank, eps=config.rms_norm_eps)
+            self.kv_a_layernorm = LlamaRMSNorm(self.kv_lora_rank, eps=norm_epsilon(config))
         self.kv_b_proj = nn.Linear(self.kv_lora_rank, num_heads * (self.qk_nope_head_dim + self.v_head_dim), bias=False)
         self.o_proj = nn.Linear(num_heads * self.v_head_dim, hidden_size, bias=config.o_bias)
 

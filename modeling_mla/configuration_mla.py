@@ -30,15 +30,25 @@ def identity_norm_weight(size: int, dtype: torch.dtype, device: torch.device | s
     return torch.full((size,), IDENTITY_NORM_WEIGHT, dtype=dtype, device=device)
 
 
-def mla_tp_plan(body_plan: dict[str, str]) -> dict[str, str]:
-    """A body's tensor-parallel plan with its attention replaced: heads are split, all else is replicated."""
-    plan = {name: style for name, style in body_plan.items() if ".self_attn." not in name}
+def mla_tp_plan(body_plan: dict[str, str], attention: str = "self_attn") -> dict[str, str]:
+    """A body's tensor-parallel plan with its attention replaced: heads are split, all else is replicated.
+
+    Args:
+        attention: what the body calls it.
+    """
+    plan = {name: style for name, style in body_plan.items() if f".{attention}." not in name}
     return plan | {
-        "layers.*.self_attn.q_proj": "colwise",
-        "layers.*.self_attn.q_b_proj": "colwise",
-        "layers.*.self_attn.kv_b_proj": "colwise",
-        "layers.*.self_attn.o_proj": "rowwise",
+        f"layers.*.{attention}.q_proj": "colwise",
+        f"layers.*.{attention}.q_b_proj": "colwise",
+        f"layers.*.{attention}.kv_b_proj": "colwise",
+        f"layers.*.{attention}.o_proj": "rowwise",
     }
+
+
+def norm_epsilon(config: PreTrainedConfig) -> float:
+    """Of the body's norms, which each family names after their kind."""
+    names = ("rms_norm_eps", "norm_epsilon", "layer_norm_eps")
+    return next(getattr(config, name) for name in names if hasattr(config, name))
 
 
 @dataclass(kw_only=True, repr=False)
@@ -49,13 +59,17 @@ class MLAConfigMixin(_Body):
         kv_lora_rank: width of the cached latent, the largest over the layers.
         kv_lora_ranks: width for every layer, where they differ.
         q_lora_rank: width of the query's low-rank path; None is a full ``q_proj``.
-        qk_nope_head_dim: un-rotated query/key channels of a head (0: rotary channels only).
+        qk_nope_head_dim: un-rotated query/key channels of a head (0: rotary channels only), the most of any layer.
+        qk_nope_head_dims: the same for every layer, where they differ.
         qk_rope_head_dim: channels of the shared rotary key, even, the largest over the layers (0: no rotary key).
-        qk_rope_head_dims: the same for every layer, where they differ; needs ``rope_inv_freq``.
+        qk_rope_head_dims: the same for every layer, where they differ; needs ``rope_inv_freq``, unless a layer
+            has all of them or none.
         v_head_dim: value channels of a head.
         rope_interleave: rotary pairs are channels ``(2f, 2f+1)`` as in DeepSeek, not ``(f, f + d/2)`` as in Llama.
         rope_inv_freq: explicit inverse frequencies, radians per token: one row that all layers share, or one row a
             layer. None derives them from ``rope_parameters`` over ``qk_rope_head_dim`` channels.
+        rope_long_inv_freq: as many explicit frequencies for texts beyond the original context, which
+            ``rope_parameters`` names (longrope): Transformers goes over to them when a position is beyond it.
         rope_inv_freq_source: what explicit frequencies come from, ``{"head_dim": channels, "rope_parameters": ...}``:
             a scaling that ``rope_parameters`` is given later then acts on them.
         rope_attention_factor: multiplies cos and sin beside explicit frequencies (YaRN).
@@ -72,11 +86,13 @@ class MLAConfigMixin(_Body):
     kv_lora_ranks: list[int] | None = None
     q_lora_rank: int | None = None
     qk_nope_head_dim: int = 128
+    qk_nope_head_dims: list[int] | None = None
     qk_rope_head_dim: int = 64
     qk_rope_head_dims: list[int] | None = None
     v_head_dim: int = 128
     rope_interleave: bool = False
     rope_inv_freq: list[list[float]] | None = None
+    rope_long_inv_freq: list[list[float]] | None = None
     rope_inv_freq_source: dict | None = None
     rope_attention_factor: float | int | None = None
     softmax_scale: float | int | None = None
@@ -125,7 +141,11 @@ class MLAConfigMixin(_Body):
         if self.latent_norm not in ("rms_norm", "identity"):
             raise ValueError(f"latent_norm is {self.latent_norm!r}; it must be 'rms_norm' or 'identity'.")
         self._validate_per_layer("kv_lora_ranks", self.kv_lora_ranks, self.kv_lora_rank)
+        self._validate_per_layer("qk_nope_head_dims", self.qk_nope_head_dims, self.qk_nope_head_dim)
         self._validate_per_layer("qk_rope_head_dims", self.qk_rope_head_dims, self.qk_rope_head_dim)
+        for layer in range(self.num_hidden_layers):
+            if self.layer_qk_nope_head_dim(layer) + self.layer_qk_rope_head_dim(layer) == 0:
+                raise ValueError(f"layer {layer} has no un-rotated and no rotary channels; a head needs at least one.")
         self._validate_rope_rows()
 
     def _validate_per_layer(self, name: str, values: list[int] | None, largest: int) -> None:
@@ -137,19 +157,31 @@ class MLAConfigMixin(_Body):
             raise ValueError(f"{name} reaches {max(values)}, but {name[:-1]} is {largest}; it must be the largest.")
         if name == "kv_lora_ranks" and min(values) < 1:
             raise ValueError(f"kv_lora_ranks contains {min(values)}; every rank must be at least 1.")
+        if name == "qk_nope_head_dims" and min(values) < 0:
+            raise ValueError(f"qk_nope_head_dims contains {min(values)}; no entry may be negative.")
         if name == "qk_rope_head_dims" and any(value < 0 or value % 2 for value in values):
             raise ValueError(f"qk_rope_head_dims is {values}; every entry must be even and not negative.")
 
     def _validate_rope_rows(self) -> None:
         rows = self.rope_inv_freq
         if rows is None:
-            if self.qk_rope_head_dims is not None:
+            if set(self.qk_rope_head_dims or ()) - {0, self.qk_rope_head_dim}:
                 raise ValueError("qk_rope_head_dims needs rope_inv_freq: the frequencies of each layer's channels.")
             if self.rope_attention_factor is not None:
                 raise ValueError(
                     "rope_attention_factor needs rope_inv_freq; without it the factor is that of rope_parameters."
                 )
+            if self.rope_long_inv_freq is not None:
+                raise ValueError("rope_long_inv_freq needs rope_inv_freq: the frequencies of shorter texts.")
             return
+        if self.rope_long_inv_freq is not None:
+            if list(map(len, self.rope_long_inv_freq)) != list(map(len, rows)):
+                raise ValueError("rope_long_inv_freq must have as many rows and frequencies as rope_inv_freq.")
+            if "original_max_position_embeddings" not in self.rope_parameters:
+                raise ValueError(
+                    "rope_long_inv_freq needs original_max_position_embeddings in rope_parameters: the length beyond "
+                    "which it is used."
+                )
         source = self.rope_inv_freq_source
         if source is not None and not source.keys() >= {"head_dim", "rope_parameters"}:
             raise ValueError(f"rope_inv_freq_source is {source}; it must name head_dim and rope_parameters.")
@@ -168,6 +200,10 @@ class MLAConfigMixin(_Body):
     def layer_kv_lora_rank(self, layer_idx: int) -> int:
         """Width of the latent that layer ``layer_idx`` caches."""
         return self.kv_lora_ranks[layer_idx] if self.kv_lora_ranks is not None else self.kv_lora_rank
+
+    def layer_qk_nope_head_dim(self, layer_idx: int) -> int:
+        """Un-rotated query/key channels of a head of layer ``layer_idx``."""
+        return self.qk_nope_head_dims[layer_idx] if self.qk_nope_head_dims is not None else self.qk_nope_head_dim
 
     def layer_qk_rope_head_dim(self, layer_idx: int) -> int:
         """Width of the rotary key that layer ``layer_idx`` caches."""

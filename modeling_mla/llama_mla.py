@@ -54,3 +54,13 @@ _heads = generic_heads(LlamaMLAPreTrainedModel)
 LlamaMLAForSequenceClassification, LlamaMLAForTokenClassification, LlamaMLAForQuestionAnswering = _heads
 
 register_family(LlamaMLAConfig, LlamaMLAModel, LlamaMLAForCausalLM, *_heads)
+
+__all__ = [
+    "LlamaMLAConfig",
+    "LlamaMLAForCausalLM",
+    "LlamaMLAForQuestionAnswering",
+    "LlamaMLAForSequenceClassification",
+    "LlamaMLAForTokenClassification",
+    "LlamaMLAModel",
+    "LlamaMLAPreTrainedModel",
+]

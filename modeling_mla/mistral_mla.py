@@ -54,3 +54,13 @@ _heads = generic_heads(MistralMLAPreTrainedModel)
 MistralMLAForSequenceClassification, MistralMLAForTokenClassification, MistralMLAForQuestionAnswering = _heads
 
 register_family(MistralMLAConfig, MistralMLAModel, MistralMLAForCausalLM, *_heads)
+
+__all__ = [
+    "MistralMLAConfig",
+    "MistralMLAForCausalLM",
+    "MistralMLAForQuestionAnswering",
+    "MistralMLAForSequenceClassification",
+    "MistralMLAForTokenClassification",
+    "MistralMLAModel",
+    "MistralMLAPreTrainedModel",
+]

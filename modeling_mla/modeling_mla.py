@@ -31,8 +31,10 @@ from .transformers_seams_mla import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
     GenericForTokenClassification,
+    get_checkpoint_conversion_mapping,
     is_checkpoint_code,
     names_used,
+    register_checkpoint_conversion_mapping,
     with_globals,
 )
 
@@ -106,6 +108,12 @@ class MLAPreTrainedMixin(_Body):
         init_weights: Callable | None = getattr(module, "init_mla_weights", None)
         if init_weights is not None:
             init_weights(self.config.initializer_range)
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """As the body: Transformers looks for experts in the file of a class, and they are in the body's."""
+        body: Any = next(base for base in cls.__mro__ if base.__module__.startswith("transformers.models."))
+        return body._can_set_experts_implementation()
 
     @override
     def _prepare_cache_for_generation(
@@ -186,12 +194,29 @@ def register_family(config_class: type[PreTrainedConfig], *model_classes: Any) -
     if not is_checkpoint_code(config_class.__module__):
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     config_class.register_for_auto_class()
+    body: Any = next(base for base in config_class.__mro__[1:] if getattr(base, "model_type", ""))
+    _store_as(config_class.model_type, [body.model_type])
     for model_class in model_classes:
         task = model_class.__name__.removeprefix(family).removeprefix("Model")
         auto_class = getattr(transformers, f"AutoModel{task}")
         config_class.model_auto_map[auto_class.__name__] = f"{file}.{model_class.__name__}"
         auto_class.register(config_class, model_class, exist_ok=True)
         model_class.register_for_auto_class(auto_class.__name__)
+        _store_as(model_class.__name__, [base.__name__ for base in model_class.__mro__[1:]])
+
+
+def _store_as(name: str, bodies: list[str]) -> None:
+    """Weights that pass through a conversion stay stored as the body's are: experts, for one, each by itself.
+
+    Args:
+        name: a model type or class, by which Transformers knows how weights are stored.
+        bodies: the same of the body; the first one counts that is known.
+    """
+    for body in bodies:
+        stored = get_checkpoint_conversion_mapping(body)
+        if stored is not None:
+            register_checkpoint_conversion_mapping(name, stored, overwrite=True)
+            return
 
 
 __all__ = ["MLAPreTrainedMixin", "built_with", "generic_heads", "register_family", "with_latent_cache"]

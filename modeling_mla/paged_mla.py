@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .configuration_mla import latent_widths
 from .transformers_seams_mla import ContinuousBatchingManager, PagedAttentionCache
 
 SEQUENCE_BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
@@ -24,7 +25,8 @@ class PagedConfigView:
 
     def __init__(self, config: PreTrainedConfig) -> None:
         self._config = config
-        self.head_dim = -(-(config.kv_lora_rank + config.qk_rope_head_dim) // 2)
+        widths = [sum(latent_widths(config, layer)) for layer in range(config.num_hidden_layers)]
+        self.head_dim = -(-max(widths) // 2)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._config, name)

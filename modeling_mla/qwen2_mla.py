@@ -54,3 +54,13 @@ _heads = generic_heads(Qwen2MLAPreTrainedModel)
 Qwen2MLAForSequenceClassification, Qwen2MLAForTokenClassification, Qwen2MLAForQuestionAnswering = _heads
 
 register_family(Qwen2MLAConfig, Qwen2MLAModel, Qwen2MLAForCausalLM, *_heads)
+
+__all__ = [
+    "Qwen2MLAConfig",
+    "Qwen2MLAForCausalLM",
+    "Qwen2MLAForQuestionAnswering",
+    "Qwen2MLAForSequenceClassification",
+    "Qwen2MLAForTokenClassification",
+    "Qwen2MLAModel",
+    "Qwen2MLAPreTrainedModel",
+]

@@ -53,3 +53,13 @@ _heads = generic_heads(Qwen3MLAPreTrainedModel)
 Qwen3MLAForSequenceClassification, Qwen3MLAForTokenClassification, Qwen3MLAForQuestionAnswering = _heads
 
 register_family(Qwen3MLAConfig, Qwen3MLAModel, Qwen3MLAForCausalLM, *_heads)
+
+__all__ = [
+    "Qwen3MLAConfig",
+    "Qwen3MLAForCausalLM",
+    "Qwen3MLAForQuestionAnswering",
+    "Qwen3MLAForSequenceClassification",
+    "Qwen3MLAForTokenClassification",
+    "Qwen3MLAModel",
+    "Qwen3MLAPreTrainedModel",
+]

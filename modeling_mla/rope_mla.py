@@ -34,6 +34,9 @@ class MLARotaryEmbedding(nn.Module):
 
         # Explicit frequencies contain whatever scaling the source had.
         explicit = config.rope_inv_freq is not None
+        if not explicit:
+            # Of these channels all are rotated, whatever share a body of the family rotates.
+            self.config.rope_parameters = dict(config.rope_parameters) | {"partial_rotary_factor": 1.0}
         self.rope_type = "default" if explicit else config.rope_parameters["rope_type"]
         init_function: Callable = self.compute_default_rope_parameters
         if self.rope_type != "default":
@@ -47,11 +50,13 @@ class MLARotaryEmbedding(nn.Module):
         """Unscaled or explicit inverse frequencies, and the factor for cos and sin.
 
         Returns:
-            ``[rows, d/2]`` float32, rows of layers with fewer channels padded by zeros; the factor.
+            ``[rows, d/2]`` float32, rows of layers with fewer channels padded by zeros, the rows for long texts behind
+            the others; the factor.
         """
         if config.rope_inv_freq is not None:
             width = config.qk_rope_head_dim // 2
-            rows = [row + [0.0] * (width - len(row)) for row in config.rope_inv_freq]
+            rows = config.rope_inv_freq + (config.rope_long_inv_freq or [])
+            rows = [row + [0.0] * (width - len(row)) for row in rows]
             factor = 1.0 if config.rope_attention_factor is None else config.rope_attention_factor
             inv_freq = torch.tensor(rows, dtype=torch.float32).view(len(rows), width)
             extension = rope_extension(config)
@@ -73,6 +78,11 @@ class MLARotaryEmbedding(nn.Module):
             cos and sin, each ``[B, S, rows, d/2]``.
         """
         inv_freq = self.inv_freq.to(device=x.device, dtype=torch.float32)
+        if self.config.rope_long_inv_freq is not None:
+            # As Transformers chooses (longrope): by the last position of the batch, for all positions.
+            original = self.config.rope_parameters["original_max_position_embeddings"]
+            short, long = inv_freq.chunk(2)
+            inv_freq = torch.where(position_ids.max() >= original, long, short)
         angles = position_ids[..., None, None].float() * torch.atleast_2d(inv_freq)
         cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
         return cos.to(x.dtype), sin.to(x.dtype)

@@ -23,6 +23,7 @@ from transformers.cache_utils import (
     StaticLayer,
     get_layer_types_and_kwargs,
 )
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.generation.continuous_batching import ContinuousBatchingManager, ContinuousMixin
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.modeling_flash_attention_utils import _is_packed_sequence
@@ -43,7 +44,7 @@ TESTED_RELEASES = ("5.23", "5.24")
 """The oldest release that the package admits, and the newest that it has seen."""
 
 # The imports above are seams too. For: cache layers by kind, pages, rotary tables, attention functions, weight
-# initialisation, the heads of a family. Moved: importing this file fails, and names the part.
+# initialisation, the heads of a family, how experts are stored. Moved: importing this file fails, and names the part.
 
 CACHE_NAME = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 """How a model's ``forward``, its outputs and `generate` call the cache: ``cache`` since 5.24.
@@ -164,11 +165,13 @@ __all__ = [
     "cache_argument",
     "cache_of",
     "dynamic_rope_update",
+    "get_checkpoint_conversion_mapping",
     "get_layer_types_and_kwargs",
     "init",
     "is_checkpoint_code",
     "is_torchdynamo_compiling",
     "names_used",
+    "register_checkpoint_conversion_mapping",
     "tells_rows_apart",
     "with_globals",
 ]

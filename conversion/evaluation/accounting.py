@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from ..checkpoint.model_reader import as_held
 from ..checkpoint.reader import SafetensorsReader, TensorReader
 from ..errors import VerificationError
 from ..sources import SourceModel
@@ -30,18 +31,20 @@ def check_tensors(folder: Path, model: PreTrainedModel, source: SourceModel) -> 
     """
     reader, expected = SafetensorsReader(folder), model.state_dict()
     tied = set(model._tied_weights_keys or ()) if model.config.tie_word_embeddings else set()
-    unknown = sorted(set(reader.names) - set(expected))
-    missing = sorted(set(expected) - set(reader.names) - tied)
+    held = as_held(reader, model)
+    unknown = sorted(set(held.names) - set(expected))
+    missing = sorted(set(expected) - set(held.names) - tied)
     if unknown or missing:
         found = f"lacks {missing[0]}" if missing else f"holds unknown {unknown[0]}"
         raise VerificationError(f"{folder} {found}; convert the model again.")
-    for name in reader.names:
+    for name in held.names:
         wanted = tuple(expected[name].shape)
-        if reader.shape(name) != wanted:
+        if held.shape(name) != wanted:
             raise VerificationError(
-                f"{name} of {folder} is {reader.shape(name)}, but its configuration means {wanted}; "
+                f"{name} of {folder} is {held.shape(name)}, but its configuration means {wanted}; "
                 "convert the model again."
             )
+    for name in reader.names:
         reader.dtype(name)
         if not torch.isfinite(reader.tensor(name)).all():
             raise VerificationError(f"{name} of {folder} is not finite; convert the model again.")

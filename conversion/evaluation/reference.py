@@ -43,12 +43,12 @@ def check_reference(source: SourceModel) -> None:
 
 def refuse_other_tensors(source: SourceModel, loaded: Iterable[tuple[str, Tensor]]) -> None:
     """Raises `SourceError` where Transformers has loaded other tensors, in float32, than are converted."""
-    unseen = set(source.stored_names())
+    unseen = set(source.held_names())
     for name, tensor in loaded:
         # A head that is tied to the embedding need not be stored.
         if name in unseen:
             unseen.remove(name)
-            converted = source.tensors.tensor(name).float()
+            converted = source.held_tensors.tensor(name).float()
             # What is not finite is refused where it is written.
             if not torch.equal(tensor.nan_to_num(), converted.nan_to_num()):
                 raise _other_model(source, name)

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoint.location import locate
+from ..checkpoint.model_reader import as_held
 from ..checkpoint.reader import SafetensorsReader
 from ..errors import CalibrationError, SourceError, VerificationError, blaming
 from ..forward.products import fast_float32
@@ -113,8 +114,8 @@ def verify_checkpoint(
     first = next(iter(texts.values()))[0]
     steps = windows * source.num_layers + (STEPS if left_out is None else 0)
     with counting(progress, "verifying", steps) as step:
-        reference = StreamedModel(source, source.meta_model, lambda: source.tensors)
-        converted = StreamedModel(source, model, lambda: SafetensorsReader(folder))
+        reference = StreamedModel(source, source.meta_model, lambda: source.held_tensors)
+        converted = StreamedModel(source, model, lambda: as_held(SafetensorsReader(folder), model))
         scores, layer_errors = compare_models(reference, converted, source.num_layers, texts, step)
         _refuse_not_finite(scores, layer_errors, source.location.name, folder)
         whole = check_whole_model(location, source, first, step) if left_out is None else None

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from modeling_mla.transformers_seams_mla import cache_argument, cache_of
 
 from ..checkpoint.location import Location
+from ..checkpoint.model_reader import as_held
 from ..checkpoint.reader import SafetensorsReader
 from ..errors import VerificationError
 from ..sources import SourceModel
@@ -78,7 +79,7 @@ def check_whole_model(converted: Location, source: SourceModel, window: Tensor, 
 
 def check_loaded(location: Location, model: PreTrainedModel) -> None:
     """Raises `VerificationError` where ``model`` has a tensor with other values than are stored."""
-    reader, loaded = SafetensorsReader(location.folder), model.state_dict()
+    reader, loaded = as_held(SafetensorsReader(location.folder), model), model.state_dict()
     for name in reader.names:
         if name not in loaded or not torch.equal(reader.tensor(name).float(), loaded[name]):
             raise VerificationError(f"{name} of {location.model} is loaded with other values than are stored.")

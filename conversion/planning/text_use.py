@@ -45,7 +45,7 @@ class TextUse:
 
 def window_length(source: SourceModel) -> int:
     """Tokens in a window: fewer than `WINDOW` where the model's context is shorter."""
-    return min(WINDOW, source.config.max_position_embeddings)
+    return min(WINDOW, source.context)
 
 
 def refitted_windows(count: int) -> Tensor:

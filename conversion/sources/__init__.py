@@ -11,14 +11,40 @@ from transformers import PreTrainedConfig
 from ..checkpoint.location import Location, locate
 from ..errors import SourceError
 from .base import SourceModel
+from .glm4 import Glm4Source
+from .gpt_neox import GPTNeoXSource
+from .granite import GraniteSource
+from .granitemoe import GraniteMoeSource
 from .llama import LlamaSource
+from .ministral import MinistralSource
 from .mistral import MistralSource
+from .mixtral import MixtralSource
+from .phi3 import Phi3Source
 from .qwen2 import Qwen2Source
+from .qwen2_moe import Qwen2MoeSource
 from .qwen3 import Qwen3Source
+from .qwen3_moe import Qwen3MoeSource
+from .smollm3 import SmolLM3Source
+from .starcoder2 import Starcoder2Source
 
-SOURCES: dict[str, type[SourceModel]] = {
-    source.model_type: source for source in (LlamaSource, MistralSource, Qwen2Source, Qwen3Source)
-}
+_FAMILIES: tuple[type[SourceModel], ...] = (
+    Glm4Source,
+    GPTNeoXSource,
+    GraniteSource,
+    GraniteMoeSource,
+    LlamaSource,
+    MinistralSource,
+    MistralSource,
+    MixtralSource,
+    Phi3Source,
+    Qwen2Source,
+    Qwen2MoeSource,
+    Qwen3Source,
+    Qwen3MoeSource,
+    SmolLM3Source,
+    Starcoder2Source,
+)
+SOURCES = {source.model_type: source for source in _FAMILIES}
 
 
 def open_source(model: str) -> SourceModel:

@@ -3,65 +3,57 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from copy import deepcopy
 from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 import modeling_mla
 from modeling_mla.attention_mla import layer_window
 from modeling_mla.configuration_mla import identity_norm_weight
+from modeling_mla.transformers_seams_mla import ROPE_INIT_FUNCTIONS
 
-from ..checkpoint.gguf_reader import GGUFTensorReader
-from ..checkpoint.location import Location, locate
-from ..checkpoint.reader import SafetensorsReader, TensorReader
-from ..errors import SourceError, first_line
+from ..checkpoint.location import Location
+from ..errors import SourceError
 from ..layers import AttentionGeometry, AttentionWeights, MLAWeights
 from .converted_config import BIASES, converted_config
 from .given_output import GivenOutput
-from .inventory import account_for_all, reading_order, refuse_unfit
+from .inventory import refuse_unfit
+from .stored_model import StoredModel
 
-_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+_ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 
 
-class SourceModel:
-    """One checkpoint of a family. Reads tensors one layer at a time; the defaults describe Llama's naming.
+class SourceModel(StoredModel):
+    """One checkpoint of a family; the defaults describe Llama's attention.
 
     Raises:
         SourceError: on construction, for a feature that the conversion does not support.
     """
 
-    model_type: ClassVar[str]
-    causal_lm: ClassVar[type[PreTrainedModel]]
-    decoder_layer_class: ClassVar[type[nn.Module]]
-    rotary_class: ClassVar[type[nn.Module]]
     mla_name: ClassVar[str]
     """Of the classes in `modeling_mla`: ``<name>Config``, ``<name>ForCausalLM``."""
-
-    layer_prefix: ClassVar[str] = "model.layers.{layer}."
-    attention_prefix: ClassVar[str] = "self_attn."
-    embedding: ClassVar[str] = "model.embed_tokens.weight"
-    final_norm: ClassVar[str] = "model.norm"
-    head: ClassVar[str] = "lm_head.weight"
-    ignored: ClassVar[str] = r".*\.rotary_emb\.inv_freq"
-    """Tensors that old checkpoints carry and Transformers does not read."""
+    fused_projection: ClassVar[str | None] = None
+    """The projection that makes queries, keys and values at once, which `split_fused` takes apart."""
+    output_projection: ClassVar[str] = "o_proj"
+    interleaved: ClassVar[bool] = False
+    """Whether rotary pairs are channels ``(2f, 2f+1)``, not ``(f, f + d/2)``."""
+    rotates_partly: ClassVar[bool] = False
+    """Whether the family reads ``partial_rotary_factor``."""
 
     def __init__(self, location: Location, config: PreTrainedConfig) -> None:
-        self.location = location
-        self.config = config
-        config._attn_implementation = "sdpa"
-        refuse_unfit(location.model, config, self.head_dim)
+        super().__init__(location, config)
+        refuse_unfit(location.model, config, self.head_dim, self.num_kv_heads)
         self.refuse_unsupported()
 
     def refuse_unsupported(self) -> None:
         """Raises `SourceError`, with the feature's name, for a configuration that would be converted wrongly.
 
-        Frequencies that depend on the sequence length have no fixed table; the others become one.
+        Frequencies that depend on the sequence length have no fixed table; the others become one, or two (longrope).
         """
         rope = self.config.rope_parameters
         if rope["rope_type"] not in _ROPE_TYPES:
@@ -69,7 +61,7 @@ class SourceModel:
                 f"{self.location.model} has rotary scaling {rope['rope_type']!r}, whose frequencies depend on the "
                 f"length of the text; supported are {', '.join(_ROPE_TYPES)}."
             )
-        if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        if rope.get("partial_rotary_factor", 1.0) != 1.0 and not self.rotates_partly:
             raise SourceError(
                 f"{self.location.model} has partial_rotary_factor {rope['partial_rotary_factor']}, which "
                 f"{self.causal_lm.__name__} does not apply; remove it from the configuration."
@@ -79,28 +71,62 @@ class SourceModel:
     def head_dim(self) -> int:
         return getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
 
+    @property
+    def num_kv_heads(self) -> int:
+        """One for each query head where the family's configuration knows no such field."""
+        known = hasattr(type(self.config), "num_key_value_heads")
+        return self.config.num_key_value_heads if known else self.config.num_attention_heads
+
+    @property
+    def context(self) -> int:
+        """Tokens for which one set of rotary frequencies serves."""
+        rope = self.config.rope_parameters
+        longest = self.config.max_position_embeddings
+        return min(longest, rope["original_max_position_embeddings"]) if rope["rope_type"] == "longrope" else longest
+
     def geometry(self, layer: int) -> AttentionGeometry:
         """Sizes, frequencies, scale and window of one layer's attention."""
-        inv_freq, attention_factor = self._frequencies
+        inv_freq, attention_factor = self._frequencies(layer)
         return AttentionGeometry(
             hidden_size=self.config.hidden_size,
             num_heads=self.config.num_attention_heads,
-            num_kv_heads=self.config.num_key_value_heads,
+            num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
             inv_freq=inv_freq,
             softmax_scale=self.head_dim**-0.5,
             attention_factor=attention_factor,
             sliding_window=layer_window(self.config, layer),
+            long_inv_freq=self._long_frequencies(layer),
         )
 
     @cached_property
-    def _frequencies(self) -> tuple[Tensor, float]:
+    def rotary(self) -> Any:
+        """The family's own rotary module."""
         try:
-            rotary: Any = self.rotary_class(self.config)
+            return self.rotary_class(self.config)
         except Exception as error:
             # Transformers' own formulas, on whatever the configuration has.
             raise self._unbuildable(error) from error
-        inv_freq, attention_factor = rotary.inv_freq.float(), float(rotary.attention_scaling)
+
+    def layer_rotary(self, layer: int) -> tuple[Tensor, float]:
+        """Inverse frequencies of a layer, and the factor for its cosines and sines, from `rotary`."""
+        # What a longer text has left in the module is in the other table.
+        return self.rotary.original_inv_freq, self.rotary.attention_scaling
+
+    def _long_frequencies(self, layer: int) -> Tensor | None:
+        if self.config.rope_parameters["rope_type"] != "longrope" or not self._frequencies(layer)[0].numel():
+            return None
+        if not (self._frequencies(layer)[0].diff() < 0).all():
+            raise SourceError(
+                f"{self.location.model} has a short_factor whose frequencies do not descend, so that it cannot be told "
+                "which of long_factor's take their places in longer texts; correct rope_parameters."
+            )
+        beyond = self.config.rope_parameters["original_max_position_embeddings"] + 1
+        return ROPE_INIT_FUNCTIONS["longrope"](self.config, seq_len=beyond)[0].float()
+
+    def _frequencies(self, layer: int) -> tuple[Tensor, float]:
+        inv_freq, attention_factor = self.layer_rotary(layer)
+        inv_freq, attention_factor = inv_freq.float(), float(attention_factor)
         if not (torch.isfinite(inv_freq).all() and (inv_freq > 0).all() and 0 < attention_factor < float("inf")):
             raise SourceError(
                 f"{self.location.model} has rotary frequencies that are not positive numbers; correct rope_parameters "
@@ -108,96 +134,45 @@ class SourceModel:
             )
         return inv_freq, attention_factor
 
-    def _unbuildable(self, error: Exception) -> SourceError:
-        return SourceError(
-            f"{self.location.model} has a configuration of which Transformers makes no model "
-            f"({type(error).__name__}: {first_line(error)})."
-        )
-
-    @property
-    def num_layers(self) -> int:
-        return self.config.num_hidden_layers
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the weights are stored as; float32 for a GGUF, whose tensors are dequantised."""
-        if self.location.gguf_file is not None:
-            return torch.float32
-        if isinstance(self.config.dtype, torch.dtype):
-            return self.config.dtype
-        return self.tensors.dtype(self.embedding)
-
     def cache_bytes_per_token(self, dtype: torch.dtype) -> int:
         """Bytes that all layers of the source together cache for one token."""
         return sum(self.geometry(layer).cache_elements for layer in range(self.num_layers)) * dtype.itemsize
 
-    @cached_property
-    def meta_model(self) -> PreTrainedModel:
-        """The Transformers model without weights: what tensors there must be."""
-        try:
-            with torch.device("meta"):
-                return self.causal_lm(self.config)
-        except Exception as error:
-            # Whatever a wrong field leads to, an unknown activation for one.
-            raise self._unbuildable(error) from error
-
-    @cached_property
-    def tensors(self) -> TensorReader:
-        """The weights. Raises `SourceError` where tensors are missing, misshapen, or unknown."""
-        location = self.location
-        if location.revision is not None:
-            # Until here only the configuration was fetched.
-            location = locate(f"{location.name}@{location.revision}")
-        if location.gguf_file is not None:
-            reader: TensorReader = GGUFTensorReader(location, self.meta_model)
-        else:
-            reader = SafetensorsReader(location.folder, getattr(self.config, "transformers_weights", None))
-        account_for_all(location.model, reader, self.meta_model, self._read_by_model(reader))
-        return reader
-
-    def _read_by_model(self, reader: TensorReader) -> list[str]:
-        return [name for name in reader.names if not re.fullmatch(self.ignored, name)]
-
-    def stored_names(self) -> list[str]:
-        """Every tensor of the checkpoint in reading order: layer 2 before layer 10."""
-        return sorted(self._read_by_model(self.tensors), key=reading_order)
-
     def attention(self, layer: int, dtype: torch.dtype | None = None) -> AttentionWeights:
         """One layer's attention weights in ``dtype``; by default float32, or float64 where they are stored so."""
         prefix = self.layer_prefix.format(layer=layer) + self.attention_prefix
-        names = set(self.tensors.names)
+        names = set(self.held_tensors.names)
 
         def read(name: str) -> Tensor:
-            stored = self.tensors.tensor(prefix + name)
+            stored = self.held_tensors.tensor(prefix + name)
             return stored.to(dtype or torch.promote_types(stored.dtype, torch.float32))
 
-        def read_if_there(name: str) -> Tensor | None:
-            return read(name) if prefix + name in names else None
+        def parts(kind: str) -> dict[str, Tensor | None]:
+            found = [read(f"{name}.{kind}") if f"{prefix}{name}.{kind}" in names else None for name in projections]
+            output = found.pop()
+            if self.fused_projection is not None:
+                found = [None, None, None] if found[0] is None else list(self.split_fused(found[0]))
+            if self.interleaved:
+                found[:2] = [None if rows is None else self._half_split(rows, layer) for rows in found[:2]]
+            return dict(zip("qkvo", (*found, output), strict=True))
 
-        return AttentionWeights(
-            q=read("q_proj.weight"),
-            k=read("k_proj.weight"),
-            v=read("v_proj.weight"),
-            o=read("o_proj.weight"),
-            q_bias=read_if_there("q_proj.bias"),
-            k_bias=read_if_there("k_proj.bias"),
-            v_bias=read_if_there("v_proj.bias"),
-            o_bias=read_if_there("o_proj.bias"),
-        )
+        inputs = ("q_proj", "k_proj", "v_proj") if self.fused_projection is None else (self.fused_projection,)
+        projections = (*inputs, self.output_projection)
+        weights: dict[str, Any] = {**parts("weight"), **{f"{name}_bias": bias for name, bias in parts("bias").items()}}
+        return AttentionWeights(**weights)
 
-    def decoder_layer(self, layer: int) -> nn.Module:
-        """The family's own decoder layer with its weights, in float32, for running the calibration text."""
-        prefix = self.layer_prefix.format(layer=layer)
-        with torch.device("meta"):
-            module = self.decoder_layer_class(self.config, layer)
-        names = [name for name in self.stored_names() if name.startswith(prefix)]
-        weights = {name.removeprefix(prefix): self.tensors.tensor(name).float() for name in names}
-        module.load_state_dict(weights, assign=True)
-        return module.eval().requires_grad_(False)
+    def split_fused(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values from the rows of `fused_projection`, its weight ``[n, D]`` or its bias ``[n]``: here
+        one below the other."""
+        queries, keys = self.config.num_attention_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        return rows[:queries], rows[queries : queries + keys], rows[queries + keys :]
 
-    def embed(self, input_ids: Tensor) -> Tensor:
-        """``[B, S]`` token ids to the hidden states ``[B, S, D]`` that enter layer 0, float32."""
-        return self.tensors.tensor(self.embedding)[input_ids].float()
+    def _half_split(self, rows: Tensor, layer: int) -> Tensor:
+        """Rows of queries or keys with pairs ``(2f, 2f+1)``, so that they are ``(f, f + d_rot/2)``: scores do not see
+        the order of channels."""
+        heads, rotary = rows.unflatten(0, (-1, self.head_dim)), self.geometry(layer).rotary_dim
+        pairs = heads[:, :rotary]
+        return torch.cat((pairs[:, 0::2], pairs[:, 1::2], heads[:, rotary:]), dim=1).flatten(0, 1)
 
     def attention_input(self, module: nn.Module, hidden_states: Tensor) -> Tensor:
         """What the projections of a decoder layer read, from the hidden states that enter it."""
@@ -229,29 +204,6 @@ class SourceModel:
         finally:
             module.set_submodule(name, attention)
 
-    def final_norm_module(self) -> nn.Module:
-        """The norm behind the last layer with its weights, in float32."""
-        norm = deepcopy(self.meta_model.get_submodule(self.final_norm))
-        parameters = {name: self.tensors.tensor(f"{self.final_norm}.{name}").float() for name in norm.state_dict()}
-        norm.load_state_dict(parameters, assign=True)
-        return norm
-
-    def predictor(self) -> Callable[[Tensor], Tensor]:
-        """What makes logits ``[..., V]`` of the hidden states ``[..., D]`` that leave the last layer, float32."""
-        norm = self.final_norm_module()
-        # A head that is stored is used whatever tie_word_embeddings says, as by Transformers.
-        head = self.tensors.tensor(self.head if self.head in self.tensors.names else self.embedding).float()
-        return lambda states: torch.nn.functional.linear(norm(states), head)
-
-    @cached_property
-    def rotary(self) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Cosines and sines of the family's own rotary module."""
-        return self.rotary_class(self.config)
-
-    def in_layer(self, name: str) -> bool:
-        """Whether the tensor ``name`` belongs to a decoder layer."""
-        return name.startswith(self.layer_prefix.partition("{")[0])
-
     def replaced(self, name: str) -> int | None:
         """The layer whose attention the tensor ``name`` belongs to; None for one that passes through."""
         pattern = re.escape(self.layer_prefix).replace(r"\{layer\}", r"(\d+)") + re.escape(self.attention_prefix)
@@ -281,7 +233,8 @@ class SourceModel:
     def mla_config(self, layers: Iterable[MLAWeights], dtype: torch.dtype) -> PreTrainedConfig:
         """The configuration of the converted model: the source's body, the layers' attention."""
         mla_class = getattr(modeling_mla, f"{self.mla_name}Config")
-        return converted_config(self.config, mla_class, self.geometry(0), layers, dtype, self.family_fields())
+        geometries = [self.geometry(layer) for layer in range(self.num_layers)]
+        return converted_config(self.config, mla_class, geometries, layers, dtype, self.family_fields())
 
     def family_fields(self) -> dict[str, Any]:
         """What the converted configuration of this family says beside the common fields."""

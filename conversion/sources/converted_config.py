@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedConfig
 
 from ..checkpoint.json_fields import passed_on
@@ -28,7 +29,7 @@ _REPLACED = {
 def converted_config(
     source: PreTrainedConfig,
     mla_class: type[PreTrainedConfig],
-    geometry: AttentionGeometry,
+    geometries: Sequence[AttentionGeometry],
     layers: Iterable[MLAWeights],
     dtype: torch.dtype,
     family_fields: dict[str, Any],
@@ -37,18 +38,30 @@ def converted_config(
 
     Args:
         mla_class: of the converted family.
-        geometry: of a layer.
+        geometries: of the source's layers, which have one softmax scale, and one rotary key or none.
         dtype: of the weights.
         family_fields: what the family has beside the common fields.
     """
-    ranks, rows, biased, head_dims = [], [], set(), set()
-    for weights in layers:
+    ranks, rows, long_rows, biased = [], [], [], set()
+    nope_dims, v_head_dims = [], set()
+    for geometry, weights in zip(geometries, layers, strict=True):
         ranks.append(weights.kv_b_proj.shape[1])
         rows.append(weights.inv_freq.float().tolist())
         biased |= {name for name in BIASES if getattr(weights, name) is not None}
-        head_dims.add((weights.qk_nope_head_dim, weights.v_head_dim))
+        if geometry.long_inv_freq is not None:
+            long_rows.append(long_frequencies(weights.inv_freq, geometry.inv_freq, geometry.long_inv_freq).tolist())
+        nope_dims.append(weights.qk_nope_head_dim)
+        v_head_dims.add(weights.v_head_dim)
     widths = [2 * len(row) for row in rows]
-    ((qk_nope_head_dim, v_head_dim),) = head_dims
+    (v_head_dim,) = v_head_dims
+    # A layer without rotary channels has no use for what makes cosines and sines.
+    rotating = [geometry for geometry in geometries if geometry.rotary_dim] or geometries
+    ((softmax_scale, attention_factor, rotary_dim),) = {
+        (geometry.softmax_scale, geometry.attention_factor, geometry.rotary_dim) for geometry in rotating
+    }
+    shared = all(row == rows[0] for row in rows) and all(row == long_rows[0] for row in long_rows)
+    # Where a class has one, a default would stand for it.
+    family_fields = ({"attention_bias": False} if hasattr(mla_class, "attention_bias") else {}) | family_fields
     return mla_class(
         **_body(source, mla_class),
         architectures=[mla_class.__name__.removesuffix("Config") + "ForCausalLM"],
@@ -56,21 +69,44 @@ def converted_config(
         kv_lora_rank=max(ranks),
         kv_lora_ranks=ranks if len(set(ranks)) > 1 else None,
         q_lora_rank=None,
-        qk_nope_head_dim=qk_nope_head_dim,
+        qk_nope_head_dim=max(nope_dims),
+        qk_nope_head_dims=nope_dims if len(set(nope_dims)) > 1 else None,
         qk_rope_head_dim=max(widths),
         qk_rope_head_dims=widths if len(set(widths)) > 1 else None,
         v_head_dim=v_head_dim,
         rope_interleave=False,
-        rope_inv_freq=rows if any(row != rows[0] for row in rows) else rows[:1],
-        rope_inv_freq_source={"head_dim": geometry.rotary_dim, "rope_parameters": dict(source.rope_parameters)},
-        rope_attention_factor=None if geometry.attention_factor == 1 else geometry.attention_factor,
-        softmax_scale=geometry.softmax_scale,
+        rope_inv_freq=rows[:1] if shared else rows,
+        rope_long_inv_freq=(long_rows[:1] if shared else long_rows) or None,
+        rope_inv_freq_source={"head_dim": rotary_dim, "rope_parameters": dict(source.rope_parameters)},
+        rope_attention_factor=None if attention_factor == 1 else attention_factor,
+        softmax_scale=softmax_scale,
         q_bias="q_proj_bias" in biased,
         kv_a_bias="kv_a_proj_with_mqa_bias" in biased,
         o_bias="o_proj_bias" in biased,
         latent_norm="identity",
         **family_fields,
     )
+
+
+def long_frequencies(chosen: Tensor, short: Tensor, long: Tensor) -> Tensor:
+    """What takes the place of rotary frequencies beyond the original context.
+
+    Args:
+        chosen: ``[m]``, of the converted layer: the source's own, or (folded) between two of them.
+        short, long: ``[pairs]``, the source's; ``short`` descends.
+
+    Returns:
+        ``[m]``, float32: for the source's own exactly its long one, between two of them the same share of the way.
+    """
+    nearest = (chosen[:, None] - short).abs().argmin(-1)
+    exact = short[nearest] == chosen
+    if exact.all():
+        return long[nearest]
+    logs, long_logs, wanted = short.double().log().flip(0), long.double().log().flip(0), chosen.double().log()
+    upper = torch.searchsorted(logs, wanted).clamp(1, len(logs) - 1)
+    share = (wanted - logs[upper - 1]) / (logs[upper] - logs[upper - 1])
+    between = torch.lerp(long_logs[upper - 1], long_logs[upper], share).exp().to(long.dtype)
+    return torch.where(exact, long[nearest], between)
 
 
 def _body(source: PreTrainedConfig, mla_class: type[PreTrainedConfig]) -> dict[str, Any]:

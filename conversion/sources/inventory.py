@@ -17,7 +17,7 @@ _CACHED_BY = ("attention_chunk_size", "kv_sharing_modes", "layer_types", "slidin
 """Fields by which the caches of Transformers choose what a layer keeps, of whatever model."""
 
 
-def refuse_unfit(name: str, config: PreTrainedConfig, head_dim: int) -> None:
+def refuse_unfit(name: str, config: PreTrainedConfig, head_dim: int, kv_heads: int) -> None:
     """Raises `SourceError` where the configuration of the checkpoint ``name`` means weights that are packed or no
     floats, heads that are no attention's, or caches that are not its attention's."""
     for field in ("quantization_config", "quantization"):
@@ -35,7 +35,7 @@ def refuse_unfit(name: str, config: PreTrainedConfig, head_dim: int) -> None:
                 f"{name} has {field}, which its model ({config.model_type}) ignores, though caches do not; remove it "
                 "from the configuration, or name the model that it is in model_type."
             )
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    heads = config.num_attention_heads
     if heads % kv_heads:
         raise SourceError(f"{name} has {heads} heads, no multiple of its {kv_heads} key/value heads.")
     if head_dim < 2:

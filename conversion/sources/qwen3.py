@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, Qwen3ForCausalLM
-from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3DecoderLayer, Qwen3RotaryEmbedding
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RotaryEmbedding
 
 from ..layers import AttentionWeights, MLAWeights
 from .base import SourceModel
@@ -47,8 +47,7 @@ class Qwen3Source(SourceModel):
     def attention_input(self, module: nn.Module, hidden_states: Tensor) -> Tensor:
         """``[B, S, D]`` to ``[B, S, (H + 2 n_kv) d]``: queries and keys after their norms, values."""
         states = super().attention_input(module, hidden_states)
-        attention = module.get_submodule("self_attn")
-        assert isinstance(attention, Qwen3Attention)
+        attention: Any = module.get_submodule("self_attn")
         query = attention.q_norm(attention.q_proj(states).unflatten(-1, (-1, self.head_dim))).flatten(-2)
         key = attention.k_norm(attention.k_proj(states).unflatten(-1, (-1, self.head_dim))).flatten(-2)
         return torch.cat((query, key, attention.v_proj(states)), dim=-1)

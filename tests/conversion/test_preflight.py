@@ -242,7 +242,7 @@ def test_stored_head_is_used_whatever_the_configuration_says(source: Path) -> No
 
 
 def test_room_is_looked_for_before_weights_are_read(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("conversion.sources.base.SafetensorsReader", pytest.fail)
+    monkeypatch.setattr("conversion.sources.stored_model.SafetensorsReader", pytest.fail)
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1}))
     assert_refused_early(source, "free some")
 

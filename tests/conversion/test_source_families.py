@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_families import FAMILIES, load, prompts, save_family
 from tiny_source import convert, write_text
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -62,7 +63,8 @@ LOADER = """
 import sys, torch
 sys.modules["modeling_mla"] = None
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, dtype=torch.float64)
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, dtype=torch.float64,
+    experts_implementation="eager")
 torch.save(model(torch.arange(2, 50)[None]).logits, sys.argv[2])
 """
 
@@ -100,7 +102,7 @@ def test_calibration_runs_the_sources_own_layers(family: str, tmp_path: Path) ->
             states = source.run_layer(layer, source.decoder_layer(layer), states)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         expected = model(ids, output_hidden_states=True).hidden_states[-1]
-        torch.testing.assert_close(model.model.norm(states), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(source.final_norm_module()(states), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_norms_keep_their_projections_bit_for_bit(tmp_path: Path) -> None:
@@ -118,3 +120,36 @@ def test_mistral_with_layer_types_is_refused(tmp_path: Path) -> None:
     folder = save_family(tmp_path / "source", "mistral", layer_types=layer_types)
     with pytest.raises(SourceError, match="layer_types"):
         open_source(str(folder))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe"])
+def test_experts_stay_stored_as_they_were(family: str, tmp_path: Path) -> None:
+    folder = save_family(tmp_path / "source", family, dtype=torch.bfloat16)
+    output = convert(folder, tmp_path / "out", method="exact").output
+    load(output).to(torch.bfloat16).save_pretrained(tmp_path / "again")
+    stored = {name: tensor for name, tensor in weights_of(folder).items() if ".experts." in name}
+    assert len(stored) >= 2 * 4 * 3, "every expert of two layers has three matrices"
+    for checkpoint in (output, tmp_path / "again"):
+        found = weights_of(checkpoint)
+        assert all(torch.equal(found[name], tensor) for name, tensor in stored.items())
+        assert not any(name.endswith("gate_up_proj") for name in found)
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("missing", "said"),
+    [
+        ("experts.3.w2.weight", r"mlp.experts.down_proj of .* is \(3, 64, 48\)"),
+        ("experts.3.w1.weight", r"the tensors of .*mlp.experts.gate_up_proj.* do not make one"),
+    ],
+)
+def test_a_missing_expert_is_named(missing: str, said: str, tmp_path: Path) -> None:
+    folder = save_family(tmp_path / "source", "mixtral")
+    found = weights_of(folder)
+    del found[f"model.layers.0.block_sparse_moe.{missing}"]
+    save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SourceError, match=said):
+        _ = open_source(str(folder)).tensors

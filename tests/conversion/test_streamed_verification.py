@@ -14,6 +14,7 @@ from tiny_source import CONTEXT, LAYERS, convert, save_source
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from conversion.checkpoint.model_reader import as_held
 from conversion.checkpoint.reader import SafetensorsReader
 from conversion.evaluation import compare, whole_model
 from conversion.evaluation.verify import verify_checkpoint
@@ -49,8 +50,8 @@ def test_logits_are_those_of_the_whole_models(family: str, tied: bool, tmp_path:
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(converted))
     for path, meta, weights in (
-        (folder, source.meta_model, source.tensors),
-        (converted, empty, SafetensorsReader(converted)),
+        (folder, source.meta_model, source.held_tensors),
+        (converted, empty, as_held(SafetensorsReader(converted), empty)),
     ):
         streamed = StreamedModel(source, meta, lambda weights=weights: weights)
         with torch.inference_mode():

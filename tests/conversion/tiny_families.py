@@ -9,12 +9,71 @@ from tiny_source import CONTEXT, byte_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 WINDOW = 20
+ORIGINAL = CONTEXT // 2
+"""Context before a scaling: shorter than what the tests read."""
+YARN = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 2.0, "original_max_position_embeddings": ORIGINAL}
+GRANITE = {
+    "attention_bias": True,
+    "attention_multiplier": 0.3,
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.4,
+    "logits_scaling": 0.5,
+    "rope_parameters": YARN,
+}
 FAMILIES = {
+    "glm4": {
+        "head_dim": 16,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0, "partial_rotary_factor": 0.5},
+    },
+    "glm4-unbiased-yarn": {
+        "head_dim": 8,
+        "attention_bias": False,
+        "rope_parameters": YARN | {"partial_rotary_factor": 0.75},
+    },
+    "gpt_neox": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0, "partial_rotary_factor": 0.25},
+    },
+    "gpt_neox-serial-unbiased": {
+        "use_parallel_residual": False,
+        "attention_bias": False,
+        "rope_parameters": YARN | {"partial_rotary_factor": 0.5},
+    },
+    "granite": GRANITE,
+    "granitemoe": GRANITE | {"num_local_experts": 4},
     "llama": {},
+    "ministral": {
+        "head_dim": 8,
+        "sliding_window": WINDOW,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
     "mistral": {"sliding_window": WINDOW},
     "mistral-full": {"sliding_window": None, "head_dim": 8},
+    "mixtral": {"sliding_window": WINDOW, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "phi3": {"sliding_window": WINDOW},
+    "phi3-longrope": {
+        "original_max_position_embeddings": ORIGINAL,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 1000.0,
+            "partial_rotary_factor": 0.75,
+            "short_factor": [1.0, 1.1, 1.3, 1.2, 1.4, 1.5],
+            "long_factor": [1.5, 1.2, 2.0, 3.0, 2.5, 4.0],
+            "original_max_position_embeddings": ORIGINAL,
+        },
+    },
     "qwen2": {},
     "qwen2-windows": {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
+    "qwen2_moe": {
+        "use_sliding_window": True,
+        "sliding_window": WINDOW,
+        "max_window_layers": 1,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [1],
+    },
     "qwen3": {"head_dim": 16},
     "qwen3-biases-windows": {
         "head_dim": 8,
@@ -23,6 +82,24 @@ FAMILIES = {
         "sliding_window": WINDOW,
         "max_window_layers": 1,
     },
+    "qwen3_moe": {
+        "head_dim": 16,
+        "attention_bias": True,
+        "use_sliding_window": True,
+        "sliding_window": WINDOW,
+        "moe_intermediate_size": 24,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "mlp_only_layers": [1],
+    },
+    "smollm3": {
+        "no_rope_layers": [1, 0, 1],
+        "attention_bias": True,
+        "use_sliding_window": True,
+        "sliding_window": WINDOW,
+    },
+    "starcoder2": {"sliding_window": WINDOW},
+    "starcoder2-full": {"use_bias": False},
 }
 """By family, and what of it: fields beside those that all share."""
 
@@ -59,7 +136,9 @@ def save_family(folder: Path, family: str, kv_heads: int = 2, dtype: torch.dtype
 
 def load(folder: Path, route: str = "auto") -> PreTrainedModel:
     """A causal model in float64; the route is for MLA models."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    # The faster ways to run experts know no float64.
+    options = {"dtype": torch.float64, "experts_implementation": "eager"}
+    model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
     if hasattr(model, "set_attention_route"):
         model.set_attention_route(route)
     return model

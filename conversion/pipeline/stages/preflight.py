@@ -49,13 +49,14 @@ def preflight(job: ConversionJob) -> None:
 def _try_small_files(job: ConversionJob) -> None:
     """Makes all that the checkpoint will have beside its weights, as the exact form would have it, and its model."""
     source, method = job.source, ExactMethod()
-    geometry = source.geometry(0)
     weights = source.attention(0)
     on_meta = {field.name: getattr(weights, field.name) for field in fields(weights)}
     weights = replace(weights, **{name: tensor.to("meta") for name, tensor in on_meta.items() if tensor is not None})
-    converted = method.factorise(geometry, weights, None, method.smallest(geometry))
+    # Layers may rotate differently, and are alike otherwise.
+    geometries = map(source.geometry, range(source.num_layers))
+    converted = (method.factorise(geometry, weights, None, method.smallest(geometry)) for geometry in geometries)
     try:
-        config = source.mla_config([converted] * source.num_layers, job.plan.dtype)
+        config = source.mla_config(converted, job.plan.dtype)
         with torch.device("meta"):
             # It changes its configuration.
             getattr(modeling_mla, f"{source.mla_name}ForCausalLM")(deepcopy(config))
@@ -77,8 +78,10 @@ def _try_generation(source: SourceModel) -> None:
     """Generates a token by the source's defaults, with the smallest model of its family."""
     sizes = dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads"), 1)
     widths = dict.fromkeys(("hidden_size", "intermediate_size", "head_dim"), 8)
+    # A family's default for padding may lie beyond the words that there are.
+    words = {field: getattr(source.config, field) for field in ("vocab_size", "pad_token_id")}
     with torch.random.fork_rng(devices=[]):
-        model = source.causal_lm(type(source.config)(**sizes, **widths, vocab_size=source.config.vocab_size))
+        model = source.causal_lm(type(source.config)(**sizes, **widths, **words))
     model.generation_config = source.location.generation_config(source.config)
     try:
         model.generate(torch.zeros(1, 2, dtype=torch.long), do_sample=False, num_beams=1, max_new_tokens=1)

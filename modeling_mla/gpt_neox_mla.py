@@ -1,0 +1,66 @@
+"""GPT-NeoX and Pythia with Multi-head Latent Attention: attention and MLP may read the same hidden states."""
+
+from __future__ import annotations
+
+import torch
+from huggingface_hub.dataclasses import strict
+from transformers import Cache, GenerationMixin, GPTNeoXConfig
+from transformers.models.gpt_neox import modeling_gpt_neox as body
+
+from .attention_mla import MLAttention
+from .configuration_mla import MLAConfigMixin, mla_tp_plan
+from .modeling_mla import MLAPreTrainedMixin, built_with, generic_heads, register_family, with_latent_cache
+from .rope_mla import MLARotaryEmbedding
+
+
+@strict
+class GPTNeoXMLAConfig(MLAConfigMixin, GPTNeoXConfig):
+    """`GPTNeoXConfig` with the fields of `MLAConfigMixin`."""
+
+    model_type = "gpt_neox_mla"
+    base_model_tp_plan = mla_tp_plan(GPTNeoXConfig.base_model_tp_plan, attention="attention")
+
+
+class GPTNeoXMLAttention(MLAttention):
+    """`MLAttention` under the name that the body's layers have for the cache."""
+
+    def forward(self, *args, layer_past: Cache | None = None, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if layer_past is not None:
+            kwargs["cache"] = layer_past
+        return super().forward(*args, **kwargs)
+
+
+class GPTNeoXMLALayer(body.GPTNeoXLayer):
+    __init__ = built_with(body.GPTNeoXLayer, GPTNeoXAttention=GPTNeoXMLAttention)
+
+
+class GPTNeoXMLAPreTrainedModel(MLAPreTrainedMixin, body.GPTNeoXPreTrainedModel):
+    config: GPTNeoXMLAConfig
+    config_class = GPTNeoXMLAConfig
+    _no_split_modules = ["GPTNeoXMLALayer"]
+    _can_record_outputs = {"hidden_states": GPTNeoXMLALayer, "attentions": GPTNeoXMLAttention}
+
+
+class GPTNeoXMLAModel(GPTNeoXMLAPreTrainedModel, body.GPTNeoXModel):
+    __init__ = built_with(body.GPTNeoXModel, GPTNeoXLayer=GPTNeoXMLALayer, GPTNeoXRotaryEmbedding=MLARotaryEmbedding)
+    forward = with_latent_cache(body.GPTNeoXModel.forward)
+
+
+class GPTNeoXMLAForCausalLM(GPTNeoXMLAPreTrainedModel, body.GPTNeoXForCausalLM, GenerationMixin):
+    __init__ = built_with(body.GPTNeoXForCausalLM, GPTNeoXModel=GPTNeoXMLAModel)
+
+
+_heads = generic_heads(GPTNeoXMLAPreTrainedModel)
+GPTNeoXMLAForSequenceClassification, GPTNeoXMLAForTokenClassification, GPTNeoXMLAForQuestionAnswering = _heads
+
+register_family(GPTNeoXMLAConfig, GPTNeoXMLAModel, GPTNeoXMLAForCausalLM, *_heads)
+
+__all__ = [
+    "GPTNeoXMLAConfig",
+    "GPTNeoXMLAForCausalLM",
+    "GPTNeoXMLAForQuestionAnswering",
+    "GPTNeoXMLAForSequenceClassification",
+    "GPTNeoXMLAForTokenClassification",
+    "GPTNeoXMLAModel",
+    "GPTNeoXMLAPreTrainedModel",
+]

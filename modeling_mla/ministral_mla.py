@@ -1,0 +1,58 @@
+"""Ministral with Multi-head Latent Attention: windows in the layers that the configuration names."""
+
+from __future__ import annotations
+
+from huggingface_hub.dataclasses import strict
+from transformers import GenerationMixin, MinistralConfig
+from transformers.models.ministral import modeling_ministral as body
+
+from .attention_mla import MLAttention
+from .configuration_mla import MLAConfigMixin, mla_tp_plan
+from .modeling_mla import MLAPreTrainedMixin, built_with, generic_heads, register_family, with_latent_cache
+from .rope_mla import MLARotaryEmbedding
+
+
+@strict
+class MinistralMLAConfig(MLAConfigMixin, MinistralConfig):
+    """`MinistralConfig` with the fields of `MLAConfigMixin`."""
+
+    model_type = "ministral_mla"
+    base_model_tp_plan = mla_tp_plan(MinistralConfig.base_model_tp_plan)
+
+
+class MinistralMLADecoderLayer(body.MinistralDecoderLayer):
+    __init__ = built_with(body.MinistralDecoderLayer, MinistralAttention=MLAttention)
+
+
+class MinistralMLAPreTrainedModel(MLAPreTrainedMixin, body.MinistralPreTrainedModel):
+    config: MinistralMLAConfig
+    config_class = MinistralMLAConfig
+    _no_split_modules = ["MinistralMLADecoderLayer"]
+    _can_record_outputs = {"hidden_states": MinistralMLADecoderLayer, "attentions": MLAttention}
+
+
+class MinistralMLAModel(MinistralMLAPreTrainedModel, body.MinistralModel):
+    __init__ = built_with(
+        body.MinistralModel, MinistralDecoderLayer=MinistralMLADecoderLayer, MinistralRotaryEmbedding=MLARotaryEmbedding
+    )
+    forward = with_latent_cache(body.MinistralModel.forward)
+
+
+class MinistralMLAForCausalLM(MinistralMLAPreTrainedModel, body.MinistralForCausalLM, GenerationMixin):
+    __init__ = built_with(body.MinistralForCausalLM, MinistralModel=MinistralMLAModel)
+
+
+_heads = generic_heads(MinistralMLAPreTrainedModel)
+MinistralMLAForSequenceClassification, MinistralMLAForTokenClassification, MinistralMLAForQuestionAnswering = _heads
+
+register_family(MinistralMLAConfig, MinistralMLAModel, MinistralMLAForCausalLM, *_heads)
+
+__all__ = [
+    "MinistralMLAConfig",
+    "MinistralMLAForCausalLM",
+    "MinistralMLAForQuestionAnswering",
+    "MinistralMLAForSequenceClassification",
+    "MinistralMLAForTokenClassification",
+    "MinistralMLAModel",
+    "MinistralMLAPreTrainedModel",
+]
