@@ -8,6 +8,15 @@ from .attention_mla import MLAttention
 from .cache_mla import LatentCache
 from .cache_static_mla import StaticLatentCache
 from .configuration_mla import MLAConfigMixin
+from .gemma2_mla import (
+    Gemma2MLAConfig,
+    Gemma2MLAForCausalLM,
+    Gemma2MLAForQuestionAnswering,
+    Gemma2MLAForSequenceClassification,
+    Gemma2MLAForTokenClassification,
+    Gemma2MLAModel,
+    Gemma2MLAPreTrainedModel,
+)
 from .llama_mla import (
     LlamaMLAConfig,
     LlamaMLAForCausalLM,
@@ -48,6 +57,13 @@ from .qwen3_mla import (
 )
 
 __all__ = [
+    "Gemma2MLAConfig",
+    "Gemma2MLAForCausalLM",
+    "Gemma2MLAForQuestionAnswering",
+    "Gemma2MLAForSequenceClassification",
+    "Gemma2MLAForTokenClassification",
+    "Gemma2MLAModel",
+    "Gemma2MLAPreTrainedModel",
     "LatentCache",
     "LlamaMLAConfig",
     "LlamaMLAForCausalLM",

@@ -23,6 +23,11 @@ def merge_attended(
     return first + second * torch.exp(second_lse - finite).unsqueeze(-1), lse
 
 
+def sink_share(lse: torch.Tensor, s_aux: torch.Tensor) -> torch.Tensor:
+    """What attention sinks, a logit a head ``[H]``, leave of an output without them: ``[B, H, n, 1]`` from ``lse``."""
+    return torch.sigmoid(lse - s_aux[:, None]).unsqueeze(-1)
+
+
 def finite_lse(lse: torch.Tensor) -> torch.Tensor:
     """A row that sees nothing (left padding) has no softmax; with this its output is zero, not NaN."""
     return lse.masked_fill(lse == float("-inf"), 0.0)

@@ -36,6 +36,11 @@ def refuse_unservable(config: PreTrainedConfig, max_model_len: int, dtype: torch
             f"{config.model_type} normalises queries and keys of every head before they are compressed, which vLLM "
             "cannot fuse into its MLA attention; serve the model with Transformers (transformers serve)."
         )
+    if config.attention_softcap is not None:
+        raise ValueError(
+            f"the scores of this model are capped at {config.attention_softcap}, which vLLM's MLA attention ignores; "
+            "serve the model with Transformers (transformers serve)."
+        )
     if config.q_lora_rank is not None:
         raise ValueError(
             f"q_lora_rank is {config.q_lora_rank}; vLLM cannot fuse this library's low-rank queries into its MLA "

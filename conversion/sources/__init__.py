@@ -7,13 +7,21 @@ from transformers import PreTrainedConfig
 from ..checkpoint.location import Location, locate
 from ..errors import SourceError
 from .base import SourceModel
+from .gemma2 import Gemma2Source
 from .llama import LlamaSource
 from .mistral import MistralSource
 from .qwen2 import Qwen2Source
 from .qwen3 import Qwen3Source
 
 SOURCES: dict[str, type[SourceModel]] = {
-    source.model_type: source for source in (LlamaSource, MistralSource, Qwen2Source, Qwen3Source)
+    source.model_type: source
+    for source in (
+        Gemma2Source,
+        LlamaSource,
+        MistralSource,
+        Qwen2Source,
+        Qwen3Source,
+    )
 }
 
 

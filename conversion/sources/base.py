@@ -22,9 +22,8 @@ from ..checkpoint.reader import SafetensorsReader, TensorReader
 from ..errors import SourceError, first_line
 from ..layers import AttentionGeometry, AttentionWeights, MLAWeights
 from .converted_config import BIASES, converted_config
-from .inventory import account_for_all, refuse_unfit
-
-_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+from .inventory import account_for_all, refuse_rotation, refuse_unfit
+from .masks import layer_mask
 
 
 class SourceModel:
@@ -52,7 +51,7 @@ class SourceModel:
     def __init__(self, location: Location, config: PreTrainedConfig) -> None:
         self.location = location
         self.config = config
-        config._attn_implementation = "sdpa"
+        config._attn_implementation = "sdpa" if self.causal_lm._supports_sdpa else "eager"
         refuse_unfit(location.model, config, self.head_dim)
         self.refuse_unsupported()
 
@@ -61,17 +60,12 @@ class SourceModel:
 
         Frequencies that depend on the sequence length have no fixed table; the others become one.
         """
-        rope = self.config.rope_parameters
-        if rope["rope_type"] not in _ROPE_TYPES:
-            raise SourceError(
-                f"{self.location.model} has rotary scaling {rope['rope_type']!r}, whose frequencies depend on the "
-                f"length of the text; supported are {', '.join(_ROPE_TYPES)}."
-            )
-        if rope.get("partial_rotary_factor", 1.0) != 1.0:
-            raise SourceError(
-                f"{self.location.model} has partial_rotary_factor {rope['partial_rotary_factor']}, which "
-                f"{self.causal_lm.__name__} does not apply; remove it from the configuration."
-            )
+        refuse_rotation(self.location.model, self.causal_lm.__name__, self.rope_parameters)
+
+    @property
+    def rope_parameters(self) -> list[dict[str, Any]]:
+        """Every set of parameters by which layers rotate."""
+        return [self.config.rope_parameters]
 
     @property
     def head_dim(self) -> int:
@@ -79,7 +73,7 @@ class SourceModel:
 
     def geometry(self, layer: int) -> AttentionGeometry:
         """Sizes, frequencies, scale and window of one layer's attention."""
-        inv_freq, attention_factor = self._frequencies
+        inv_freq, attention_factor = self._frequencies(layer)
         return AttentionGeometry(
             hidden_size=self.config.hidden_size,
             num_heads=self.config.num_attention_heads,
@@ -92,13 +86,25 @@ class SourceModel:
         )
 
     @cached_property
-    def _frequencies(self) -> tuple[Tensor, float]:
+    def rotary(self) -> Any:
+        """The family's own rotary module."""
         try:
-            rotary: Any = self.rotary_class(self.config)
+            return self.rotary_class(self.config)
         except Exception as error:
             # Transformers' own formulas, on whatever the configuration has.
             raise self._unbuildable(error) from error
-        inv_freq, attention_factor = rotary.inv_freq.float(), float(rotary.attention_scaling)
+
+    def layer_rotary(self, layer: int) -> tuple[Tensor, float]:
+        """Inverse frequencies of a layer, and the factor for its cosines and sines, from `rotary`."""
+        return self.rotary.inv_freq, self.rotary.attention_scaling
+
+    def layer_angles(self, layer: int, hidden_states: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of a layer, from `rotary`."""
+        return self.rotary(hidden_states, position_ids)
+
+    def _frequencies(self, layer: int) -> tuple[Tensor, float]:
+        inv_freq, attention_factor = self.layer_rotary(layer)
+        inv_freq, attention_factor = inv_freq.float(), float(attention_factor)
         if not (torch.isfinite(inv_freq).all() and (inv_freq > 0).all() and 0 < attention_factor < float("inf")):
             raise SourceError(
                 f"{self.location.model} has rotary frequencies that are not positive numbers; correct rope_parameters "
@@ -220,8 +226,8 @@ class SourceModel:
             finally:
                 del attention.forward
         position_ids = torch.arange(hidden_states.shape[1])[None]
-        angles = self.rotary(hidden_states, position_ids)
-        mask = sliding_mask(hidden_states.shape[1], self.geometry(layer))
+        angles = self.layer_angles(layer, hidden_states, position_ids)
+        mask = layer_mask(hidden_states.shape[1], self.geometry(layer), additive=not self.causal_lm._supports_sdpa)
         return module(hidden_states, attention_mask=mask, position_ids=position_ids, position_embeddings=angles)
 
     def final_norm_module(self) -> nn.Module:
@@ -236,12 +242,11 @@ class SourceModel:
         norm = self.final_norm_module()
         # A head that is stored is used whatever tie_word_embeddings says, as by Transformers.
         head = self.tensors.tensor(self.head if self.head in self.tensors.names else self.embedding).float()
-        return lambda states: torch.nn.functional.linear(norm(states), head)
+        return lambda states: self.logits(torch.nn.functional.linear(norm(states), head))
 
-    @cached_property
-    def rotary(self) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Cosines and sines of the family's own rotary module."""
-        return self.rotary_class(self.config)
+    def logits(self, products: Tensor) -> Tensor:
+        """What the model makes of its head's products ``[..., V]``."""
+        return products
 
     def in_layer(self, name: str) -> bool:
         """Whether the tensor ``name`` belongs to a decoder layer."""
@@ -276,16 +281,9 @@ class SourceModel:
     def mla_config(self, layers: Iterable[MLAWeights], dtype: torch.dtype) -> PreTrainedConfig:
         """The configuration of the converted model: the source's body, the layers' attention."""
         mla_class = getattr(modeling_mla, f"{self.mla_name}Config")
-        return converted_config(self.config, mla_class, self.geometry(0), layers, dtype, self.family_fields())
+        geometries = [self.geometry(layer) for layer in range(self.num_layers)]
+        return converted_config(self.config, mla_class, geometries, layers, dtype, self.family_fields())
 
     def family_fields(self) -> dict[str, Any]:
         """What the converted configuration of this family says beside the common fields."""
         return {}
-
-
-def sliding_mask(length: int, geometry: AttentionGeometry) -> Tensor | None:
-    """Bool ``[1, 1, S, S]``, True where a query sees a key; None where causality alone decides."""
-    if geometry.sliding_window is None or geometry.sliding_window >= length:
-        return None
-    distance = torch.arange(length)[:, None] - torch.arange(length)
-    return ((distance >= 0) & (distance < geometry.sliding_window))[None, None]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ _REPLACED = {
 def converted_config(
     source: PreTrainedConfig,
     mla_class: type[PreTrainedConfig],
-    geometry: AttentionGeometry,
+    geometries: Sequence[AttentionGeometry],
     layers: Iterable[MLAWeights],
     dtype: torch.dtype,
     family_fields: dict[str, Any],
@@ -37,7 +38,7 @@ def converted_config(
 
     Args:
         mla_class: of the converted family.
-        geometry: of a layer.
+        geometries: of the source's layers, which have one softmax scale and one rotary width.
         dtype: of the weights.
         family_fields: what the family has beside the common fields.
     """
@@ -48,6 +49,9 @@ def converted_config(
         biased |= {name for name in BIASES if getattr(weights, name) is not None}
         head_dims.add((weights.qk_nope_head_dim, weights.v_head_dim))
     widths = [2 * len(row) for row in rows]
+    factors = [geometry.attention_factor for geometry in geometries]
+    one_factor = len(set(factors)) == 1
+    ((softmax_scale, rotary_dim),) = {(geometry.softmax_scale, geometry.rotary_dim) for geometry in geometries}
     ((qk_nope_head_dim, v_head_dim),) = head_dims
     return mla_class(
         **_body(source, mla_class),
@@ -61,10 +65,11 @@ def converted_config(
         qk_rope_head_dims=widths if len(set(widths)) > 1 else None,
         v_head_dim=v_head_dim,
         rope_interleave=False,
-        rope_inv_freq=rows if any(row != rows[0] for row in rows) else rows[:1],
-        rope_inv_freq_source={"head_dim": geometry.rotary_dim, "rope_parameters": dict(source.rope_parameters)},
-        rope_attention_factor=None if geometry.attention_factor == 1 else geometry.attention_factor,
-        softmax_scale=geometry.softmax_scale,
+        rope_inv_freq=rows if any(row != rows[0] for row in rows) or not one_factor else rows[:1],
+        rope_inv_freq_source={"head_dim": rotary_dim, "rope_parameters": deepcopy(source.rope_parameters)},
+        rope_attention_factor=None if not one_factor or factors[0] == 1 else factors[0],
+        rope_attention_factors=None if one_factor else factors,
+        softmax_scale=softmax_scale,
         q_bias="q_proj_bias" in biased,
         kv_a_bias="kv_a_proj_with_mqa_bias" in biased,
         o_bias="o_proj_bias" in biased,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -10,6 +11,7 @@ from ..checkpoint.json_fields import FLOATS
 from ..checkpoint.reader import TensorReader
 from ..errors import SourceError
 
+_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 _HEADS = ("score.", "classifier.", "qa_outputs.", "v_head.")
 _PACKED = (".scales", ".qweight", ".qzeros", ".weight_scale", ".weight_scale_inv", ".weight_packed", ".absmax", ".SCB")
 _FLOAT = "give the checkpoint in bfloat16, float16 or float32"
@@ -19,7 +21,7 @@ _CACHED_BY = ("attention_chunk_size", "kv_sharing_modes", "layer_types", "slidin
 
 def refuse_unfit(name: str, config: PreTrainedConfig, head_dim: int) -> None:
     """Raises `SourceError` where the configuration of the checkpoint ``name`` means weights that are packed or no
-    floats, heads that are no attention's, or caches that are not its attention's."""
+    floats, heads that are no attention's, attention that is not causal, or caches that are not its attention's."""
     for field in ("quantization_config", "quantization"):
         said = getattr(config, field, None)
         if said is not None:
@@ -35,11 +37,32 @@ def refuse_unfit(name: str, config: PreTrainedConfig, head_dim: int) -> None:
                 f"{name} has {field}, which its model ({config.model_type}) ignores, though caches do not; remove it "
                 "from the configuration, or name the model that it is in model_type."
             )
+    if getattr(config, "use_bidirectional_attention", False):
+        raise SourceError(
+            f"{name} has use_bidirectional_attention: its tokens attend to later ones, of which there are none in a "
+            "cache; give a model that generates."
+        )
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     if heads % kv_heads:
         raise SourceError(f"{name} has {heads} heads, no multiple of its {kv_heads} key/value heads.")
     if head_dim < 2:
         raise SourceError(f"{name} has heads of {head_dim} channels; at least 2 make a rotary pair.")
+
+
+def refuse_rotation(name: str, model: str, ropes: Iterable[Mapping[str, Any]]) -> None:
+    """Raises `SourceError` for rotary parameters of the checkpoint ``name`` that have no fixed table of frequencies, or
+    that its ``model`` does not apply."""
+    for rope in ropes:
+        if rope["rope_type"] not in _ROPE_TYPES:
+            raise SourceError(
+                f"{name} has rotary scaling {rope['rope_type']!r}, whose frequencies depend on the length of the text; "
+                f"supported are {', '.join(_ROPE_TYPES)}."
+            )
+        if rope.get("partial_rotary_factor", 1.0) != 1.0:
+            raise SourceError(
+                f"{name} has partial_rotary_factor {rope['partial_rotary_factor']}, which {model} does not apply; "
+                "remove it from the configuration."
+            )
 
 
 def account_for_all(name: str, reader: TensorReader, model: PreTrainedModel, found: Collection[str]) -> None:

@@ -28,6 +28,8 @@ SOURCES = {
     "partial rotary with biases": {"rotary_dim": 4, "biases": True},
     "sliding window": {"sliding_window": 3},
     "scaled rotation": {"attention_factor": 1.3},
+    "softcap": {"softcap": 0.7},
+    "sinks": {"sinks": True},
 }
 
 
@@ -76,7 +78,7 @@ def turned_partly(
         if passive:
             scores += query[:, head, 2 * pairs :] @ key[:, head // groups, 2 * pairs :].T
         value = heads(weights.v, weights.v_bias)[:, head // groups]
-        contexts.append(naive._attend(geometry, scores) @ value)
+        contexts.append(naive._attend(geometry, scores, weights.sinks, head) @ value)
     return naive._linear(torch.cat(contexts, dim=1), weights.o, weights.o_bias)
 
 
@@ -240,3 +242,20 @@ def test_caches_what_it_was_asked_to(method) -> None:
             elements,
             budget.qk_rope_head_dim,
         )
+
+
+@pytest.mark.parametrize("options", [{"softcap": 0.7}, {"sinks": True}])
+def test_transmla_keeps_biases_that_a_softcap_or_sinks_make_visible(options: dict) -> None:
+    geometry, weights = naive.random_layer(biases=True, rotary_dim=0, **options)
+    converted = factorised(TRANSMLA, geometry, weights, LayerBudget(geometry.cache_elements, 0))
+    inputs = torch.randn(7, geometry.hidden_size, dtype=torch.float64)
+    torch.testing.assert_close(
+        naive.converted_output(geometry, converted, inputs), naive.source_output(geometry, weights, inputs)
+    )
+
+
+@pytest.mark.parametrize("options", [{"softcap": 0.7}, {"sinks": True}])
+def test_mha2mla_refuses_biases_that_a_softcap_or_sinks_make_visible(options: dict) -> None:
+    geometry, weights = naive.random_layer(biases=True, **options)
+    with pytest.raises(SourceError, match="biases beside a softcap or sinks"):
+        MHA2MLA.statistics(geometry, weights, seed=0)

@@ -9,7 +9,24 @@ from tiny_source import CONTEXT, byte_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 WINDOW = 20
+YARN = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": CONTEXT // 4}
+"""Its original context is shorter than what the tests read."""
 FAMILIES = {
+    "gemma2": {
+        "head_dim": 8,
+        "attention_bias": True,
+        "query_pre_attn_scalar": 3,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 4.0,
+        "sliding_window": WINDOW,
+        "rope_parameters": YARN,
+    },
+    "gemma2-uncapped": {
+        "head_dim": 16,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+        "layer_types": ["full_attention"] * 3,
+    },
     "llama": {},
     "mistral": {"sliding_window": WINDOW},
     "mistral-full": {"sliding_window": None, "head_dim": 8},

@@ -11,6 +11,7 @@ from transformers.distributed import DistributedConfig
 from two_processes import run_in_two, whole
 
 from modeling_mla import (
+    Gemma2MLAForCausalLM,
     LlamaMLAForCausalLM,
     MistralMLAForCausalLM,
     Qwen2MLAForCausalLM,
@@ -25,6 +26,7 @@ CASES: dict[str, tuple[type, dict]] = {
     "low-rank queries and biases": (LlamaMLAForCausalLM, VARIANTS["q_lora_biases"]),
     "biases": (LlamaMLAForCausalLM, VARIANTS["biases"]),
     "layers of other widths": (LlamaMLAForCausalLM, VARIANTS["per_layer"]),
+    "gemma2": (Gemma2MLAForCausalLM, {"hidden_size": 64, "sliding_window": 6, "attn_implementation": "eager"}),
     "mistral": (MistralMLAForCausalLM, {"sliding_window": 6}),
     "qwen2": (Qwen2MLAForCausalLM, {}),
     "qwen3": (Qwen3MLAForCausalLM, NORMS),

@@ -21,6 +21,8 @@ SHRINKAGE = 0.03
 """Ridge strength, relative to each feature's variance. Between 0.01 and 0.1 held-out text hardly tells a difference."""
 SHRINKAGE_FLOOR = 1e-3
 """Added to every feature's variance, relative to the mean variance, before it is scaled by the strength."""
+_SMALLEST_POWER = 1e-20
+"""Of a row: a dead layer's has none to divide by."""
 CORRECTED_SHARE = 0.5
 """Of the distance that earlier layers left between the residual streams: on held-out text better than none or all."""
 
@@ -29,7 +31,8 @@ class ValueRidge(LayerRefit):
     """Running moments of contexts ``f`` and targets ``y + CORRECTED_SHARE * (h - h')``, each row weighted.
 
     ``y`` is the source's attention output, ``h`` and ``h'`` the residual streams that enter the source's layer and the
-    converted one. A row weighs ``1 / mean((h + y)^2)``: what the next norm divides by.
+    converted one. A row weighs ``1 / mean((h + y)^2)``: what the next norm divides by. Where that norm comes before the
+    addition, the target is ``y`` and a row weighs ``1 / mean(y^2)``.
     """
 
     def __init__(self, geometry: AttentionGeometry, weights: AttentionWeights, converted: MLAWeights) -> None:
@@ -42,8 +45,12 @@ class ValueRidge(LayerRefit):
         output = source_output(self.geometry, self.source, source.attention_input)
         contexts = converted_contexts(self.geometry, self.converted, converted.attention_input)
         features = torch.cat((contexts, contexts.new_ones(len(contexts), 1)), dim=1)
-        target = output + CORRECTED_SHARE * (source.residual - converted.residual)
-        row_weight = 1 / (source.residual + output).square().mean(-1, keepdim=True)
+        if self.geometry.output_is_normed:
+            target = normed = output
+        else:
+            target = output + CORRECTED_SHARE * (source.residual - converted.residual)
+            normed = source.residual + output
+        row_weight = 1 / normed.square().mean(-1, keepdim=True).clamp_min(_SMALLEST_POWER)
         self.moment += (features * row_weight).T @ torch.cat((features, target), dim=1)
         return contexts
 
