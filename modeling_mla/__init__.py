@@ -17,6 +17,15 @@ from .gemma2_mla import (
     Gemma2MLAModel,
     Gemma2MLAPreTrainedModel,
 )
+from .gemma3_mla import (
+    Gemma3MLAConfig,
+    Gemma3MLAForCausalLM,
+    Gemma3MLAForQuestionAnswering,
+    Gemma3MLAForSequenceClassification,
+    Gemma3MLAForTokenClassification,
+    Gemma3MLAModel,
+    Gemma3MLAPreTrainedModel,
+)
 from .llama_mla import (
     LlamaMLAConfig,
     LlamaMLAForCausalLM,
@@ -37,6 +46,24 @@ from .mistral_mla import (
 )
 from .native_mla import disable_absorbed_attention, enable_absorbed_attention
 from .native_shared_head_mla import disable_shared_head_attention, enable_shared_head_attention
+from .olmo2_mla import (
+    Olmo2MLAConfig,
+    Olmo2MLAForCausalLM,
+    Olmo2MLAForQuestionAnswering,
+    Olmo2MLAForSequenceClassification,
+    Olmo2MLAForTokenClassification,
+    Olmo2MLAModel,
+    Olmo2MLAPreTrainedModel,
+)
+from .olmo3_mla import (
+    Olmo3MLAConfig,
+    Olmo3MLAForCausalLM,
+    Olmo3MLAForQuestionAnswering,
+    Olmo3MLAForSequenceClassification,
+    Olmo3MLAForTokenClassification,
+    Olmo3MLAModel,
+    Olmo3MLAPreTrainedModel,
+)
 from .qwen2_mla import (
     Qwen2MLAConfig,
     Qwen2MLAForCausalLM,
@@ -64,6 +91,13 @@ __all__ = [
     "Gemma2MLAForTokenClassification",
     "Gemma2MLAModel",
     "Gemma2MLAPreTrainedModel",
+    "Gemma3MLAConfig",
+    "Gemma3MLAForCausalLM",
+    "Gemma3MLAForQuestionAnswering",
+    "Gemma3MLAForSequenceClassification",
+    "Gemma3MLAForTokenClassification",
+    "Gemma3MLAModel",
+    "Gemma3MLAPreTrainedModel",
     "LatentCache",
     "LlamaMLAConfig",
     "LlamaMLAForCausalLM",
@@ -81,6 +115,20 @@ __all__ = [
     "MistralMLAForTokenClassification",
     "MistralMLAModel",
     "MistralMLAPreTrainedModel",
+    "Olmo2MLAConfig",
+    "Olmo2MLAForCausalLM",
+    "Olmo2MLAForQuestionAnswering",
+    "Olmo2MLAForSequenceClassification",
+    "Olmo2MLAForTokenClassification",
+    "Olmo2MLAModel",
+    "Olmo2MLAPreTrainedModel",
+    "Olmo3MLAConfig",
+    "Olmo3MLAForCausalLM",
+    "Olmo3MLAForQuestionAnswering",
+    "Olmo3MLAForSequenceClassification",
+    "Olmo3MLAForTokenClassification",
+    "Olmo3MLAModel",
+    "Olmo3MLAPreTrainedModel",
     "Qwen2MLAConfig",
     "Qwen2MLAForCausalLM",
     "Qwen2MLAForQuestionAnswering",

@@ -8,8 +8,11 @@ from ..checkpoint.location import Location, locate
 from ..errors import SourceError
 from .base import SourceModel
 from .gemma2 import Gemma2Source
+from .gemma3 import Gemma3Source
 from .llama import LlamaSource
 from .mistral import MistralSource
+from .olmo2 import Olmo2Source
+from .olmo3 import Olmo3Source
 from .qwen2 import Qwen2Source
 from .qwen3 import Qwen3Source
 
@@ -17,8 +20,11 @@ SOURCES: dict[str, type[SourceModel]] = {
     source.model_type: source
     for source in (
         Gemma2Source,
+        Gemma3Source,
         LlamaSource,
         MistralSource,
+        Olmo2Source,
+        Olmo3Source,
         Qwen2Source,
         Qwen3Source,
     )

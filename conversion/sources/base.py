@@ -42,6 +42,8 @@ class SourceModel:
 
     layer_prefix: ClassVar[str] = "model.layers.{layer}."
     attention_prefix: ClassVar[str] = "self_attn."
+    input_norm: ClassVar[str | None] = "input_layernorm"
+    """Of a layer, before its attention; None where there is none."""
     embedding: ClassVar[str] = "model.embed_tokens.weight"
     final_norm: ClassVar[str] = "model.norm"
     head: ClassVar[str] = "lm_head.weight"
@@ -208,7 +210,7 @@ class SourceModel:
 
     def attention_input(self, module: nn.Module, hidden_states: Tensor) -> Tensor:
         """What the projections of a decoder layer read, from the hidden states that enter it."""
-        return module.get_submodule("input_layernorm")(hidden_states)
+        return hidden_states if self.input_norm is None else module.get_submodule(self.input_norm)(hidden_states)
 
     def run_layer(
         self, layer: int, module: nn.Module, hidden_states: Tensor, attention_output: Tensor | None = None

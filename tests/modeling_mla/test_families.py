@@ -10,13 +10,34 @@ from modeling_mla.cache_layers_mla import LatentLayer, SlidingLatentLayer
 from modeling_mla.transformers_seams_mla import CACHE_NAME, cache_of
 
 WINDOW = 4
+BY_LAYER_TYPE = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10.0},
+    "full_attention": {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 64},
+}
 SCALED = {"hidden_size": 64}
 """Of a square number: bodies round the factor of their embedding, its root, in the type that they are built in."""
 FAMILIES = {
     "Gemma2": SCALED | {"sliding_window": WINDOW, "attn_logit_softcapping": 0.8, "final_logit_softcapping": 2.0},
+    "Gemma3": SCALED
+    | {
+        "qk_norm_head_dim": 8,
+        "qk_norm_key_heads": 2,
+        "sliding_window": WINDOW,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": BY_LAYER_TYPE,
+    },
     "Llama": {},
     "Mistral": {"sliding_window": WINDOW},
     "Mistral full": {"sliding_window": None},
+    "Olmo2": {"qk_norm_head_dim": 8, "qk_norm_key_heads": 2},
+    "Olmo3": {
+        "qk_norm_head_dim": 8,
+        "qk_norm_key_heads": 2,
+        "sliding_window": WINDOW,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_inv_freq": [[0.9, 0.05], [0.7, 0.01]],
+        "rope_attention_factors": [1.0, 1.3],
+    },
     "Qwen2": {"q_bias": True, "kv_a_bias": True},
     "Qwen2 mixed": {
         "use_sliding_window": True,
@@ -25,7 +46,13 @@ FAMILIES = {
     },
     "Qwen3": {"qk_norm_head_dim": 8, "qk_norm_key_heads": 2},
 }
-WINDOWS = {"Gemma2": [WINDOW, None], "Mistral": [WINDOW, WINDOW], "Qwen2 mixed": [WINDOW, None]}
+WINDOWS = {
+    "Gemma2": [WINDOW, None],
+    "Gemma3": [WINDOW, None],
+    "Mistral": [WINDOW, WINDOW],
+    "Olmo3": [WINDOW, None],
+    "Qwen2 mixed": [WINDOW, None],
+}
 EAGER_ONLY = {"Gemma2"}
 """As their bodies are."""
 IMPLEMENTATIONS = [

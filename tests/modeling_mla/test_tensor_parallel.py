@@ -12,8 +12,11 @@ from two_processes import run_in_two, whole
 
 from modeling_mla import (
     Gemma2MLAForCausalLM,
+    Gemma3MLAForCausalLM,
     LlamaMLAForCausalLM,
     MistralMLAForCausalLM,
+    Olmo2MLAForCausalLM,
+    Olmo3MLAForCausalLM,
     Qwen2MLAForCausalLM,
     Qwen3MLAForCausalLM,
     enable_absorbed_attention,
@@ -27,7 +30,10 @@ CASES: dict[str, tuple[type, dict]] = {
     "biases": (LlamaMLAForCausalLM, VARIANTS["biases"]),
     "layers of other widths": (LlamaMLAForCausalLM, VARIANTS["per_layer"]),
     "gemma2": (Gemma2MLAForCausalLM, {"hidden_size": 64, "sliding_window": 6, "attn_implementation": "eager"}),
+    "gemma3": (Gemma3MLAForCausalLM, NORMS | {"hidden_size": 64}),
     "mistral": (MistralMLAForCausalLM, {"sliding_window": 6}),
+    "olmo2": (Olmo2MLAForCausalLM, NORMS | {"attention_bias": True}),
+    "olmo3": (Olmo3MLAForCausalLM, NORMS | {"sliding_window": 6}),
     "qwen2": (Qwen2MLAForCausalLM, {}),
     "qwen3": (Qwen3MLAForCausalLM, NORMS),
     "qwen3 with biases": (Qwen3MLAForCausalLM, NORMS | {"attention_bias": True}),

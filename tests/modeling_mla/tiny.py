@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from transformers import Cache
 
 from modeling_mla import LlamaMLAConfig, LlamaMLAForCausalLM, MLAConfigMixin, MLAttention
 from modeling_mla.qk_norm_mla import NormedMLAttention
-from modeling_mla.transformers_seams_mla import cache_argument, cache_of
+from modeling_mla.rope_mla import rotates_by_layer_type
+from modeling_mla.transformers_seams_mla import ROPE_INIT_FUNCTIONS, cache_argument, cache_of
 
 VOCABULARY = 61
 VARIANTS: dict[str, dict] = {
@@ -128,6 +131,17 @@ def reference_attention(
     if config.rope_inv_freq is not None:
         inv_freq = torch.tensor(config.rope_inv_freq[attention.layer_idx % len(config.rope_inv_freq)])
         factor = config.rope_attention_factor or 1.0
+        if config.rope_attention_factors is not None:
+            factor = config.rope_attention_factors[attention.layer_idx]
+    elif rotates_by_layer_type(config):
+        kind = config.layer_types[attention.layer_idx]
+        grid = copy.copy(config)
+        grid.head_dim = rope
+        parameters = config.rope_parameters[kind]
+        init = ROPE_INIT_FUNCTIONS.get(parameters["rope_type"])
+        inv_freq, factor = parameters["rope_theta"] ** (-torch.arange(0, rope, 2).float() / rope), 1.0
+        if init is not None:
+            inv_freq, factor = init(grid, layer_type=kind)
     else:
         inv_freq = config.rope_parameters["rope_theta"] ** (-torch.arange(0, rope, 2).float() / max(rope, 1))
         factor = 1.0
