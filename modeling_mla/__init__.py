@@ -7,6 +7,15 @@ each other by ``from .file import name`` alone, for they travel with every check
 from .attention_mla import MLAttention
 from .cache_mla import LatentCache
 from .cache_static_mla import StaticLatentCache
+from .cohere_mla import (
+    CohereMLAConfig,
+    CohereMLAForCausalLM,
+    CohereMLAForQuestionAnswering,
+    CohereMLAForSequenceClassification,
+    CohereMLAForTokenClassification,
+    CohereMLAModel,
+    CohereMLAPreTrainedModel,
+)
 from .configuration_mla import MLAConfigMixin
 from .gemma2_mla import (
     Gemma2MLAConfig,
@@ -84,6 +93,13 @@ from .qwen3_mla import (
 )
 
 __all__ = [
+    "CohereMLAConfig",
+    "CohereMLAForCausalLM",
+    "CohereMLAForQuestionAnswering",
+    "CohereMLAForSequenceClassification",
+    "CohereMLAForTokenClassification",
+    "CohereMLAModel",
+    "CohereMLAPreTrainedModel",
     "Gemma2MLAConfig",
     "Gemma2MLAForCausalLM",
     "Gemma2MLAForQuestionAnswering",

@@ -39,15 +39,25 @@ class NormedMLAConfigMixin(MLAConfigMixin):
     """`MLAConfigMixin` for bodies with a query and key norm.
 
     Args:
-        qk_norm_head_dim: channels of a head that are normalised together, those of the source's heads.
+        qk_norm_head_dim: channels of a head that is normalised, those of the source's heads; None where a body that
+            may normalise does not.
         qk_norm_key_heads: key heads that are normalised, the source's key/value heads.
     """
 
-    qk_norm_head_dim: int = 128
-    qk_norm_key_heads: int = 8
+    qk_norm_head_dim: int | None = 128
+    qk_norm_key_heads: int | None = 8
 
     def validate_qk_norm(self) -> None:
         """Raises `ValueError` with field, value and limit."""
+        wanted = getattr(self, "use_qk_norm", True)
+        given = [value is not None for value in (self.qk_norm_head_dim, self.qk_norm_key_heads)]
+        if given != [wanted, wanted]:
+            raise ValueError(
+                f"qk_norm_head_dim is {self.qk_norm_head_dim} and qk_norm_key_heads {self.qk_norm_key_heads}; both "
+                f"must be {'numbers' if wanted else 'None without use_qk_norm'}."
+            )
+        if self.qk_norm_head_dim is None or self.qk_norm_key_heads is None:
+            return
         if self.qk_norm_head_dim < 1 or self.qk_norm_key_heads < 1:
             raise ValueError(
                 f"qk_norm_head_dim is {self.qk_norm_head_dim} and qk_norm_key_heads {self.qk_norm_key_heads}; "

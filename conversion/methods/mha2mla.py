@@ -87,7 +87,7 @@ class MHA2MLAMethod(Method):
             )
 
     def statistics(self, geometry: AttentionGeometry, weights: AttentionWeights, seed: int) -> PairNorms:
-        if torch.equal(weights.k, torch.eye(*weights.k.shape, dtype=weights.k.dtype)):
+        if len(weights.k.nonzero()) == len(weights.k):
             # What lies behind key norms is a selection, of which no singular value decomposition says anything.
             raise SourceError(
                 f"method {self.name} does not convert models that normalise queries and keys; choose another method."

@@ -7,6 +7,7 @@ from transformers import PreTrainedConfig
 from ..checkpoint.location import Location, locate
 from ..errors import SourceError
 from .base import SourceModel
+from .cohere import CohereSource
 from .gemma2 import Gemma2Source
 from .gemma3 import Gemma3Source
 from .llama import LlamaSource
@@ -19,6 +20,7 @@ from .qwen3 import Qwen3Source
 SOURCES: dict[str, type[SourceModel]] = {
     source.model_type: source
     for source in (
+        CohereSource,
         Gemma2Source,
         Gemma3Source,
         LlamaSource,

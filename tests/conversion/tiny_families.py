@@ -12,6 +12,8 @@ WINDOW = 20
 YARN = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": CONTEXT // 4}
 """Its original context is shorter than what the tests read."""
 FAMILIES = {
+    "cohere": {"attention_bias": True, "logit_scale": 0.5, "rope_parameters": YARN},
+    "cohere-norms": {"use_qk_norm": True, "logit_scale": 2.0, "attention_bias": True, "head_dim": 8},
     "gemma2": {
         "head_dim": 8,
         "attention_bias": True,

@@ -17,6 +17,8 @@ BY_LAYER_TYPE = {
 SCALED = {"hidden_size": 64}
 """Of a square number: bodies round the factor of their embedding, its root, in the type that they are built in."""
 FAMILIES = {
+    "Cohere": {"logit_scale": 0.5},
+    "Cohere norms": {"use_qk_norm": True, "qk_norm_head_dim": 8, "qk_norm_key_heads": 2, "attention_bias": True},
     "Gemma2": SCALED | {"sliding_window": WINDOW, "attn_logit_softcapping": 0.8, "final_logit_softcapping": 2.0},
     "Gemma3": SCALED
     | {
@@ -80,7 +82,8 @@ def test_decode_equals_forward(family, route, implementation):
     model.set_attention_route("expanded")
     expected = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits[mask.bool()]
     reference = reference_logits(model, ids, mask, positions, WINDOWS.get(family))
-    assert_close(expected, reference[mask.bool()])
+    # In float64 the reference rotates more precisely than bodies that do so in float32.
+    assert_close(expected, reference[mask.bool()], 1e-6 if family.startswith("Cohere") else 1e-9)
     model.set_attention_route(route)
     cache, parts = None, []
     for rows in torch.arange(12).split([5, 3, 1, 1, 1, 1]):

@@ -11,6 +11,7 @@ from transformers.distributed import DistributedConfig
 from two_processes import run_in_two, whole
 
 from modeling_mla import (
+    CohereMLAForCausalLM,
     Gemma2MLAForCausalLM,
     Gemma3MLAForCausalLM,
     LlamaMLAForCausalLM,
@@ -31,6 +32,8 @@ CASES: dict[str, tuple[type, dict]] = {
     "layers of other widths": (LlamaMLAForCausalLM, VARIANTS["per_layer"]),
     "gemma2": (Gemma2MLAForCausalLM, {"hidden_size": 64, "sliding_window": 6, "attn_implementation": "eager"}),
     "gemma3": (Gemma3MLAForCausalLM, NORMS | {"hidden_size": 64}),
+    "cohere": (CohereMLAForCausalLM, {}),
+    "cohere with norms": (CohereMLAForCausalLM, NORMS | {"use_qk_norm": True}),
     "mistral": (MistralMLAForCausalLM, {"sliding_window": 6}),
     "olmo2": (Olmo2MLAForCausalLM, NORMS | {"attention_bias": True}),
     "olmo3": (Olmo3MLAForCausalLM, NORMS | {"sliding_window": 6}),
