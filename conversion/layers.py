@@ -19,9 +19,9 @@ class AttentionGeometry:
     pair: pair ``f`` is channels ``(f, f + rotary_dim // 2)`` of a head (half-split layout), the channels from
     ``rotary_dim`` on are not rotated. ``attention_factor`` multiplies cos and sin (YaRN); ``softmax_scale``
     multiplies scores. ``sliding_window`` counts visible keys, the current token included; None is full attention.
-    ``output_is_normed`` says that the attention output is normalised before it is added to the residual stream;
-    ``output_scale`` multiplies it there. ``long_inv_freq`` takes the place of ``inv_freq`` beyond the original context,
-    which no calibration text is.
+    ``softcap`` bounds scores: ``softcap * tanh(score / softcap)``. ``output_is_normed`` says that the attention output
+    is normalised before it is added to the residual stream; ``output_scale`` multiplies it there. ``long_inv_freq``
+    takes the place of ``inv_freq`` beyond the original context, which no calibration text is.
     """
 
     hidden_size: int
@@ -32,6 +32,7 @@ class AttentionGeometry:
     softmax_scale: float
     attention_factor: float = 1.0
     sliding_window: int | None = None
+    softcap: float | None = None
     output_is_normed: bool = False
     output_scale: float = 1.0
     long_inv_freq: Tensor | None = None
@@ -55,7 +56,8 @@ class AttentionGeometry:
 class AttentionWeights:
     """One source attention layer, un-fused, rotary pairs half-split, `nn.Linear` orientation ``[out, in]``.
 
-    ``q [H*d, D]``, ``k [n_kv*d, D]``, ``v [n_kv*d, D]``, ``o [D, H*d]``; biases where the source has them.
+    ``q [H*d, D]``, ``k [n_kv*d, D]``, ``v [n_kv*d, D]``, ``o [D, H*d]``; biases and sinks where the source has them.
+    ``sinks [H]`` are one logit a head that takes its share of the softmax and has no value.
 
     They are linear maps of the *attention input*, what the source adapter's ``attention_input`` gives. Where a source
     does something else first (Qwen3 normalises queries and keys), that has been done there, and ``q`` may read other
@@ -70,6 +72,7 @@ class AttentionWeights:
     k_bias: Tensor | None = None
     v_bias: Tensor | None = None
     o_bias: Tensor | None = None
+    sinks: Tensor | None = None
 
 
 def query_input(inputs: Tensor, query_map: Tensor) -> Tensor:
@@ -101,7 +104,7 @@ class MLAWeights:
     ``q_proj [H*(d_n+d_r), D]`` (per head: un-rotated part, then rotated part), ``kv_a_proj_with_mqa [r+d_r, D]``
     (latent, then shared rotary key), ``kv_b_proj [H*(d_n+d_v), r]`` (per head: key, then value), ``o_proj [D, H*d_v]``.
     The first two read those columns of the attention input which the source's maps read. ``inv_freq`` has ``d_r / 2``
-    entries; pair ``f`` of the rotary part is channels ``(f, f + d_r/2)``.
+    entries; pair ``f`` of the rotary part is channels ``(f, f + d_r/2)``. ``sinks`` are the source's.
     """
 
     q_proj: Tensor
@@ -114,3 +117,4 @@ class MLAWeights:
     q_proj_bias: Tensor | None = None
     kv_a_proj_with_mqa_bias: Tensor | None = None
     o_proj_bias: Tensor | None = None
+    sinks: Tensor | None = None

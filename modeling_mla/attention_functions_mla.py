@@ -27,16 +27,24 @@ def eager_attention_forward(
     scaling: float,
     dropout: float = 0.0,
     softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Plain attention over expanded ``[B, H, S, d]`` tensors; also returns the weights ``[B, H, n, S]``."""
+    """Plain attention over expanded ``[B, H, S, d]`` tensors; also returns the weights ``[B, H, n, S]``.
+
+    ``s_aux [H]`` are attention sinks, one logit a head that takes its share of the softmax and has no value.
+    """
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if attention_mask is not None:
         scores = scores + attention_mask
+    if s_aux is not None:
+        scores = torch.cat((scores, s_aux.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:-1], 1)), dim=-1)
     # float32 at least, as everywhere in Transformers, but never less than the model's own precision.
     precision = torch.promote_types(query.dtype, torch.float32)
     weights = nn.functional.softmax(scores, dim=-1, dtype=precision).to(query.dtype)
+    if s_aux is not None:
+        weights = weights[..., :-1]
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights

@@ -65,7 +65,12 @@ class MLAttention(LatentAttention):
     """Attention whose cache holds one latent and one shared rotary key a token (DeepSeek-V2, arXiv 2405.04434).
 
     Parameters bear DeepSeek's names. Dimensions are those of layer ``layer_idx``.
+
+    Attributes:
+        rotary_dtype: in which queries and keys are rotated, where the body does not rotate in its own.
     """
+
+    rotary_dtype: torch.dtype | None = None
 
     def __init__(self, config: PreTrainedConfig, layer_idx: int) -> None:
         super().__init__()
@@ -86,6 +91,7 @@ class MLAttention(LatentAttention):
         self.num_key_value_groups = 1
         self.is_causal = True
         self.sliding_window = layer_window(config, layer_idx)
+        self.softcap = config.attention_softcap
 
         hidden_size, num_heads = config.hidden_size, config.num_attention_heads
         if self.q_lora_rank is None:
@@ -116,6 +122,12 @@ class MLAttention(LatentAttention):
         """``[B, S, D] -> [B, S, kv_lora_rank + qk_rope_head_dim]``, neither normalised nor rotated."""
         return self.kv_a_proj_with_mqa(hidden_states)
 
+    def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """See `apply_rotary`."""
+        if self.rotary_dtype is None:
+            return apply_rotary(x, cos, sin, self.config.rope_interleave)
+        return apply_rotary(x.to(self.rotary_dtype), cos, sin, self.config.rope_interleave).to(x.dtype)
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -143,8 +155,8 @@ class MLAttention(LatentAttention):
         kv_c = self.kv_a_layernorm(kv_c).unsqueeze(1)
 
         cos, sin = layer_angles(position_embeddings, self.layer_idx, self.qk_rope_head_dim)
-        q_rope = apply_rotary(q_rope, cos, sin, self.config.rope_interleave)
-        k_pe = apply_rotary(k_pe.unsqueeze(1), cos, sin, self.config.rope_interleave)
+        q_rope = self.rotate(q_rope, cos, sin)
+        k_pe = self.rotate(k_pe.unsqueeze(1), cos, sin)
         k_pe = read_by_all_heads(k_pe, self.kv_b_proj)
         query = torch.cat((q_nope, q_rope), dim=-1)
 
@@ -152,6 +164,8 @@ class MLAttention(LatentAttention):
         if cache is not None:
             kv_c, k_pe = cache.update(kv_c, k_pe, self.layer_idx, kwargs=kwargs)
             kwargs["latents"] = cached_latents(cache, self.layer_idx, kv_c.device)
+        if self.softcap is not None:
+            kwargs["softcap"] = self.softcap
         key, value = self.expand_kv(kv_c, k_pe)
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward

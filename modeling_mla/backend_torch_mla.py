@@ -53,7 +53,8 @@ class TorchBackend:
 
 def _widens(tensor: torch.Tensor) -> bool:
     """Whether products are taken in float32: few processors multiply in float16, and PyTorch's loop for the others is
-    several times slower than with a copy of the latents."""
+    several times slower than with a copy of the latents.
+    """
     return tensor.dtype == torch.float16 and tensor.device.type == "cpu"
 
 

@@ -21,7 +21,8 @@ _FIELDS = {"format": str, "model": str, "content": str, "kv_lora_ranks": list}
 
 def model_fingerprint(model: PreTrainedModel) -> str:
     """A hash of the names, shapes and a sample of the values of all parameters and buffers: adapters and rotary
-    frequencies included."""
+    frequencies included.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted((*model.named_parameters(), *model.named_buffers()), key=lambda named: named[0]):
         digest.update(f"{name}{tuple(tensor.shape)}".encode())

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from .scores_mla import capped_and_masked, float32_products
-from .softmax_merge_mla import finite_lse, merge_attended
+from .softmax_merge_mla import finite_lse, merge_attended, sink_share
 
 EXPANDED_LIMIT = 1 << 29
 """Bytes of expanded keys and values above which a long context is taken piece by piece: 512 MiB."""
@@ -30,6 +30,7 @@ def attend_in_pieces(
     mask_of: Callable[[slice, slice], torch.Tensor | None],
     scaling: float,
     softcap: float | None,
+    s_aux: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention over expanded keys and values that never exist all at once.
 
@@ -39,6 +40,7 @@ def attend_in_pieces(
         kv_c, k_pe: ``[B, 1, S, r]`` and ``[B, 1, S, d_r]``.
         mask_of: the mask between a range of queries and a range of keys, broadcastable to ``[B, H, n, S]``, bool
             (True attends) or additive; None where all is visible.
+        s_aux: ``[H]``, logits of attention sinks.
 
     Returns:
         ``[B, n, H, d_v]``.
@@ -67,4 +69,6 @@ def attend_in_pieces(
                 context[:, :, rows], lse[:, :, rows], attended, own_lse
             )
     assert context is not None
+    if s_aux is not None:
+        context = context * sink_share(lse, s_aux)
     return context.to(query.dtype).transpose(1, 2)

@@ -73,6 +73,7 @@ class MLAConfigMixin(_Body):
         rope_inv_freq_source: what explicit frequencies come from, ``{"head_dim": channels, "rope_parameters": ...}``:
             a scaling that ``rope_parameters`` is given later then acts on them.
         rope_attention_factor: multiplies cos and sin beside explicit frequencies (YaRN).
+        rope_attention_factors: the same for every layer, where they differ; needs a row of frequencies a layer.
         softmax_scale: multiplies the scores; None is ``(qk_nope_head_dim + qk_rope_head_dim) ** -0.5``.
         q_bias, kv_a_bias, o_bias: biases of the query, down and output projections (``kv_b_proj`` never has one).
         latent_norm: ``"rms_norm"`` (DeepSeek) or ``"identity"`` (converted models, which have no latent norm).
@@ -95,6 +96,7 @@ class MLAConfigMixin(_Body):
     rope_long_inv_freq: list[list[float]] | None = None
     rope_inv_freq_source: dict | None = None
     rope_attention_factor: float | int | None = None
+    rope_attention_factors: list[float] | None = None
     softmax_scale: float | int | None = None
     q_bias: bool = False
     kv_a_bias: bool = False
@@ -116,6 +118,11 @@ class MLAConfigMixin(_Body):
         }
         if "auto_map" not in self.__dict__:
             self.auto_map = dict(self.model_auto_map)
+
+    @property
+    def attention_softcap(self) -> float | None:
+        """Scores become ``softcap * tanh(scores / softcap)``; None where the body has no such field."""
+        return None
 
     def validate_rope(self) -> None:
         """As the body's, over the channels that are rotated: `head_dim` is here the width of the cache."""
@@ -140,6 +147,8 @@ class MLAConfigMixin(_Body):
             raise ValueError(f"v_head_dim is {self.v_head_dim}; it must be at least 1.")
         if self.latent_norm not in ("rms_norm", "identity"):
             raise ValueError(f"latent_norm is {self.latent_norm!r}; it must be 'rms_norm' or 'identity'.")
+        if getattr(self, "use_bidirectional_attention", False):
+            raise ValueError("use_bidirectional_attention is True; latents are attended to causally only.")
         self._validate_per_layer("kv_lora_ranks", self.kv_lora_ranks, self.kv_lora_rank)
         self._validate_per_layer("qk_nope_head_dims", self.qk_nope_head_dims, self.qk_nope_head_dim)
         self._validate_per_layer("qk_rope_head_dims", self.qk_rope_head_dims, self.qk_rope_head_dim)
@@ -167,7 +176,7 @@ class MLAConfigMixin(_Body):
         if rows is None:
             if set(self.qk_rope_head_dims or ()) - {0, self.qk_rope_head_dim}:
                 raise ValueError("qk_rope_head_dims needs rope_inv_freq: the frequencies of each layer's channels.")
-            if self.rope_attention_factor is not None:
+            if self.rope_attention_factor is not None or self.rope_attention_factors is not None:
                 raise ValueError(
                     "rope_attention_factor needs rope_inv_freq; without it the factor is that of rope_parameters."
                 )
@@ -182,6 +191,13 @@ class MLAConfigMixin(_Body):
                     "rope_long_inv_freq needs original_max_position_embeddings in rope_parameters: the length beyond "
                     "which it is used."
                 )
+        if self.rope_attention_factors is not None and {len(rows), len(self.rope_attention_factors)} != {
+            self.num_hidden_layers
+        }:
+            raise ValueError(
+                f"rope_attention_factors has {len(self.rope_attention_factors)} entries beside {len(rows)} rows of "
+                f"rope_inv_freq; both must have {self.num_hidden_layers}, one for each layer."
+            )
         source = self.rope_inv_freq_source
         if source is not None and not source.keys() >= {"head_dim", "rope_parameters"}:
             raise ValueError(f"rope_inv_freq_source is {source}; it must name head_dim and rope_parameters.")

@@ -31,7 +31,9 @@ from .transformers_seams_mla import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
     GenericForTokenClassification,
+    LlamaRMSNorm,
     get_checkpoint_conversion_mapping,
+    init,
     is_checkpoint_code,
     names_used,
     register_checkpoint_conversion_mapping,
@@ -44,7 +46,7 @@ else:
     _Body = object
 
 
-def built_with(body_class: type[nn.Module], **replacements: type) -> Callable:
+def built_with(body_class: type[nn.Module], **replacements: Callable[..., Any]) -> Callable:
     """The constructor of a body's class, for which other classes stand where it names its own.
 
     The body then builds itself, whatever it is made of, and never allocates an attention that would be thrown away:
@@ -105,6 +107,9 @@ class MLAPreTrainedMixin(_Body):
     @override
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
+        if isinstance(module, LlamaRMSNorm):
+            # Bodies whose norms are ``1 + weight`` zero the weight of any norm, by its name.
+            init.ones_(module.weight)
         init_weights: Callable | None = getattr(module, "init_mla_weights", None)
         if init_weights is not None:
             init_weights(self.config.initializer_range)

@@ -25,6 +25,7 @@ from .native_classes_mla import (
     native_subclass,
     why_no_attention_function,
 )
+from .softmax_merge_mla import sink_share
 from .transformers_seams_mla import AttentionInterface, with_globals
 
 
@@ -87,7 +88,7 @@ def attend_shared_head(
     backend = select_backend(module.backend, shape)
     context, lse = backend.attend(query, key[:, 0], key.shape[3], scaling, visible, None)
     if s_aux is not None:
-        context = context * torch.sigmoid(lse - s_aux[:, None]).unsqueeze(-1).to(context.dtype)
+        context = context * sink_share(lse, s_aux).to(context.dtype)
     return context.transpose(1, 2).contiguous(), None
 
 

@@ -73,6 +73,8 @@ def rope_extension(config: PreTrainedConfig) -> RopeExtension | None:
 
 
 def _why_not_applicable(stored: dict, wanted: dict) -> str | None:
+    if "rope_type" not in stored:
+        return "its kinds of layers rotate by parameters of their own"
     if stored["rope_type"] != "default":
         return f"they are scaled by {stored['rope_type']!r} already"
     if wanted.get("rope_theta") != stored["rope_theta"]:

@@ -9,20 +9,25 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from .rope_extension_mla import rope_extension
-from .transformers_seams_mla import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from .rope_extension_mla import BY_FREQUENCY, rope_extension
+from .transformers_seams_mla import ROPE_INIT_FUNCTIONS, dynamic_rope_update, init
 
 
 class MLARotaryEmbedding(nn.Module):
     """Cosines and sines for ``qk_rope_head_dim`` channels of every layer, from one position table.
 
-    Layers that rotate alike share one row of ``inv_freq``; a compressed conversion has a row a layer. Frequencies
-    that the configuration does not list follow ``rope_parameters`` by Transformers' own functions, every type of
-    them, as if ``qk_rope_head_dim`` were the head size.
+    Layers that rotate alike share one row of ``inv_freq``; a compressed conversion has a row a layer, as has a body
+    whose kinds of layers rotate by parameters of their own. Frequencies that the configuration does not list follow
+    ``rope_parameters`` by Transformers' own functions, every type of them, as if ``qk_rope_head_dim`` were the head
+    size.
+
+    Attributes:
+        attention_scaling: the factor for cos and sin, or ``[rows, 1]`` where rows differ in it.
     """
 
     inv_freq: torch.Tensor
     original_inv_freq: torch.Tensor
+    attention_scaling: float | torch.Tensor
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
@@ -34,58 +39,100 @@ class MLARotaryEmbedding(nn.Module):
 
         # Explicit frequencies contain whatever scaling the source had.
         explicit = config.rope_inv_freq is not None
-        if not explicit:
+        fixed = explicit or rotates_by_layer_type(config)
+        if not fixed:
             # Of these channels all are rotated, whatever share a body of the family rotates.
             self.config.rope_parameters = dict(config.rope_parameters) | {"partial_rotary_factor": 1.0}
-        self.rope_type = "default" if explicit else config.rope_parameters["rope_type"]
+        self.rope_type = "default" if fixed else config.rope_parameters["rope_type"]
         init_function: Callable = self.compute_default_rope_parameters
         if self.rope_type != "default":
             init_function = ROPE_INIT_FUNCTIONS[self.rope_type]
-        inv_freq, self.attention_scaling = init_function(self.config)
+        inv_freq, scaling = init_function(self.config)
+        self.attention_scaling = nn.Buffer(scaling, persistent=False) if isinstance(scaling, torch.Tensor) else scaling
         self.inv_freq = nn.Buffer(inv_freq, persistent=False)
         self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
 
+    def init_mla_weights(self, std: float) -> None:
+        if isinstance(self.attention_scaling, torch.Tensor):
+            _, scaling = self.compute_default_rope_parameters(self.config)
+            init.copy_(self.attention_scaling, scaling)
+
     @staticmethod
-    def compute_default_rope_parameters(config: PreTrainedConfig, **kwargs) -> tuple[torch.Tensor, float]:
-        """Unscaled or explicit inverse frequencies, and the factor for cos and sin.
+    def compute_default_rope_parameters(
+        config: PreTrainedConfig, **kwargs
+    ) -> tuple[torch.Tensor, float | torch.Tensor]:
+        """Unscaled or explicit inverse frequencies, or those of each layer's kind, and the factor for cos and sin.
 
         Returns:
             ``[rows, d/2]`` float32, rows of layers with fewer channels padded by zeros, the rows for long texts behind
-            the others; the factor.
+            the others; the factor, or ``[rows, 1]``.
         """
         if config.rope_inv_freq is not None:
             width = config.qk_rope_head_dim // 2
             rows = config.rope_inv_freq + (config.rope_long_inv_freq or [])
             rows = [row + [0.0] * (width - len(row)) for row in rows]
             factor = 1.0 if config.rope_attention_factor is None else config.rope_attention_factor
+            if config.rope_attention_factors is not None:
+                factor = torch.tensor(config.rope_attention_factors, dtype=torch.float32)[:, None]
             inv_freq = torch.tensor(rows, dtype=torch.float32).view(len(rows), width)
             extension = rope_extension(config)
             return inv_freq if extension is None else extension.apply(inv_freq), factor
-        dim = config.qk_rope_head_dim
-        exponent = torch.arange(0, dim, 2, dtype=torch.float32) / max(dim, 1)
-        return 1.0 / (config.rope_parameters["rope_theta"] ** exponent), 1.0
+        if rotates_by_layer_type(config):
+            kinds = [_kind_frequencies(config, kind) for kind in config.layer_types]
+            factors = torch.tensor([[factor] for _, factor in kinds], dtype=torch.float32)
+            return torch.stack([inv_freq for inv_freq, _ in kinds]), factors
+        return _default_frequencies(config.qk_rope_head_dim, config.rope_parameters["rope_theta"]), 1.0
 
-    @torch.no_grad()
-    @dynamic_rope_update
-    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, x: torch.Tensor, position_ids: torch.Tensor, layer_type: str | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines at the positions.
 
         Args:
             x: gives dtype and device.
             position_ids: ``[B, S]``.
+            layer_type: what some bodies ask for, kind after kind; the rows of all layers serve every kind.
 
         Returns:
             cos and sin, each ``[B, S, rows, d/2]``.
         """
-        inv_freq = self.inv_freq.to(device=x.device, dtype=torch.float32)
+        return self._angles(x, position_ids)
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def _angles(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        inv_freq, scaling = self.inv_freq.to(device=x.device, dtype=torch.float32), self.attention_scaling
+        if isinstance(scaling, torch.Tensor):
+            scaling = scaling.to(device=x.device, dtype=torch.float32)
         if self.config.rope_long_inv_freq is not None:
             # As Transformers chooses (longrope): by the last position of the batch, for all positions.
             original = self.config.rope_parameters["original_max_position_embeddings"]
             short, long = inv_freq.chunk(2)
             inv_freq = torch.where(position_ids.max() >= original, long, short)
         angles = position_ids[..., None, None].float() * torch.atleast_2d(inv_freq)
-        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
-        return cos.to(x.dtype), sin.to(x.dtype)
+        return (angles.cos() * scaling).to(x.dtype), (angles.sin() * scaling).to(x.dtype)
+
+
+def rotates_by_layer_type(config: PreTrainedConfig) -> bool:
+    """Whether ``rope_parameters`` holds a dictionary for each of ``layer_types`` (Gemma 3, OLMo 3)."""
+    return any(isinstance(value, dict) for value in (config.rope_parameters or {}).values())
+
+
+def _default_frequencies(dim: int, theta: float) -> torch.Tensor:
+    return 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / max(dim, 1)))
+
+
+def _kind_frequencies(config: PreTrainedConfig, layer_type: str) -> tuple[torch.Tensor, float]:
+    parameters = config.rope_parameters[layer_type]
+    rope_type = parameters["rope_type"]
+    if rope_type == "default":
+        return _default_frequencies(config.qk_rope_head_dim, parameters["rope_theta"]), 1.0
+    if rope_type not in BY_FREQUENCY:
+        raise ValueError(
+            f"rope_parameters[{layer_type!r}] has rope_type {rope_type!r}; kinds of layers with parameters of their "
+            f"own take default, {', '.join(BY_FREQUENCY)}."
+        )
+    return ROPE_INIT_FUNCTIONS[rope_type](config, layer_type=layer_type)
 
 
 def layer_angles(

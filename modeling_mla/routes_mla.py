@@ -20,6 +20,7 @@ from .chunked_mla import EXPANDED_LIMIT, attend_in_pieces, expanded_bytes
 from .latent_attention_mla import LatentAttention
 from .masks_mla import VisibleKeys
 from .peft_mla import refuse_adapters_by_position
+from .softmax_merge_mla import sink_share
 from .transformers_seams_mla import AttentionInterface, PagedAttentionCache, tells_rows_apart
 
 _EXPANDED_ONLY = ("cu_seq_lens_q", "indices", "position_bias")
@@ -66,7 +67,7 @@ def why_expand(
     """The reason why only the attention function itself, over expanded keys and values, serves a call; else None.
 
     The one place where this is decided: absorbed attention and expansion in pieces both ask it, for both honour the
-    mask, the window, a softcap and causality, and nothing else that a function may be given.
+    mask, the window, a softcap, sinks and causality, and nothing else that a function may be given.
     """
     if dropout:
         return f"dropout is {dropout}"
@@ -109,7 +110,7 @@ def _takes_absorbed_route(module: LatentAttention, query: torch.Tensor, kv_lengt
 def _must_expand_in_pieces(
     module: LatentAttention, query: torch.Tensor, kv_length: int, reason: str | None, kwargs: dict
 ) -> bool:
-    if reason is not None or kwargs.get("s_aux") is not None or (torch.is_grad_enabled() and query.requires_grad):
+    if reason is not None or (torch.is_grad_enabled() and query.requires_grad):
         return False
     return expanded_bytes(query, kv_length, module.v_head_dim) > EXPANDED_LIMIT
 
@@ -158,8 +159,8 @@ def attend_latents(
     if _must_expand_in_pieces(module, query, kv_c.shape[2], reason, kwargs):
         visible = _visible_keys(query, kv_c, attention_mask, attn_implementation, kwargs)
         kv_c, k_pe = kv_c[:, :, : visible.keys_in_use], k_pe[:, :, : visible.keys_in_use]
-        softcap = kwargs.get("softcap")
-        return attend_in_pieces(module.expand_latents, query, kv_c, k_pe, visible.block, scaling, softcap), None
+        softcap, s_aux = kwargs.get("softcap"), kwargs.get("s_aux")
+        return attend_in_pieces(module.expand_latents, query, kv_c, k_pe, visible.block, scaling, softcap, s_aux), None
     key, value = module.expand_latents(kv_c, k_pe)
     return expanded_function(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 
@@ -214,7 +215,7 @@ def attend_absorbed(
     backend = select_backend(module.backend, shape)
     context, lse = backend.attend(query, latents, module.kv_lora_rank, scaling, visible, softcap)
     if s_aux is not None:
-        context = context * torch.sigmoid(lse - s_aux[:, None]).unsqueeze(-1).to(context.dtype)
+        context = context * sink_share(lse, s_aux).to(context.dtype)
     return weights.values(context).transpose(1, 2)
 
 

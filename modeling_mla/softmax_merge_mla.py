@@ -25,6 +25,11 @@ def merge_attended(
     return first + second * torch.exp(second_lse - finite).unsqueeze(-1), lse
 
 
+def sink_share(lse: torch.Tensor, s_aux: torch.Tensor) -> torch.Tensor:
+    """What attention sinks, a logit a head ``[H]``, leave of an output without them: ``[B, H, n, 1]`` from ``lse``."""
+    return torch.sigmoid(lse - s_aux[:, None]).unsqueeze(-1)
+
+
 def finite_lse(lse: torch.Tensor) -> torch.Tensor:
     """``lse`` with 0 for ``-inf``: a row that sees nothing (left padding) then has zeros as its output, not NaN."""
     return lse.masked_fill(lse == float("-inf"), 0.0)

@@ -31,6 +31,14 @@ def read_by_all_heads(x: torch.Tensor, projection: nn.Module) -> torch.Tensor:
     return x if group is None else _SummedGradient.apply(x, group)
 
 
+def own_heads(x: torch.Tensor, projection: nn.Module) -> torch.Tensor:
+    """Of ``x [B, S, H, d]``, which every process has whole, the heads that this one's ``projection`` serves."""
+    group = tensor_parallel_group(projection)
+    if group is None:
+        return x
+    return read_by_all_heads(x, projection).chunk(group.size(), dim=2)[group.rank()]
+
+
 class _SummedGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

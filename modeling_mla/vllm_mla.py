@@ -31,10 +31,15 @@ def refuse_unservable(config: PreTrainedConfig, max_model_len: int, dtype: torch
             "float16 cannot hold the norm that stands for none in this model (its weight is 2**20); serve it with "
             "--dtype bfloat16 or float32."
         )
-    if hasattr(config, "qk_norm_head_dim"):
+    if getattr(config, "qk_norm_head_dim", None) is not None:
         raise ValueError(
-            f"{config.model_type} normalises queries and keys of every head before they are compressed, which vLLM "
+            f"{config.model_type} normalises queries and keys before they are compressed, which vLLM "
             "cannot fuse into its MLA attention; serve the model with Transformers (transformers serve)."
+        )
+    if config.attention_softcap is not None:
+        raise ValueError(
+            f"the scores of this model are capped at {config.attention_softcap}, which vLLM's MLA attention ignores; "
+            "serve the model with Transformers (transformers serve)."
         )
     if config.q_lora_rank is not None:
         raise ValueError(

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from ..layers import AttentionGeometry, AttentionWeights, MLAWeights, encoder_input, query_input
 
+_ROWS = 128
+"""Of a window, whose scores are formed at a time."""
+
 
 @dataclass(frozen=True)
 class Rotation:
@@ -36,25 +39,40 @@ class Rotation:
         return torch.cat((real * cos - imaginary * sin, imaginary * cos + real * sin, passive), dim=-1)
 
 
-def causal_softmax(scores: Tensor, rows: Tensor, sliding_window: int | None) -> Tensor:
+def causal_softmax(scores: Tensor, rows: Tensor, sliding_window: int | None, sinks: Tensor | None = None) -> Tensor:
     """Attention weights ``[H, n, S]`` of query positions ``rows [n]`` from their scores against all S positions."""
     columns = torch.arange(scores.shape[-1])
     hidden = columns > rows[:, None]
     if sliding_window is not None:
         hidden |= columns <= rows[:, None] - sliding_window
-    return scores.masked_fill(hidden, float("-inf")).softmax(dim=-1)
+    scores = scores.masked_fill(hidden, float("-inf"))
+    if sinks is None:
+        return scores.softmax(dim=-1)
+    sink = sinks.to(scores.dtype)[:, None, None].expand(-1, scores.shape[1], 1)
+    return torch.cat((scores, sink), dim=-1).softmax(dim=-1)[..., :-1]
+
+
+def capped(geometry: AttentionGeometry, scores: Tensor) -> Tensor:
+    """Scores as the softmax sees them."""
+    return scores if geometry.softcap is None else geometry.softcap * torch.tanh(scores / geometry.softcap)
+
+
+def cap_slope(geometry: AttentionGeometry, scores: Tensor) -> Tensor | float:
+    """The derivative of `capped`: what is left of a change of a score."""
+    return 1.0 if geometry.softcap is None else 1 - torch.tanh(scores / geometry.softcap).square()
 
 
 @dataclass(frozen=True)
 class SourceHeads:
     """One window through the source's projections: queries and keys not yet rotated.
 
-    ``queries [H, n, d]`` at the sampled rows, ``keys`` and ``values [n_kv, S, d]``.
+    ``queries [H, n, d]`` at the sampled rows, ``keys`` and ``values [n_kv, S, d]``, ``sinks [H]``.
     """
 
     queries: Tensor
     keys: Tensor
     values: Tensor
+    sinks: Tensor | None = None
 
 
 def source_heads(geometry: AttentionGeometry, weights: AttentionWeights, inputs: Tensor, rows: Tensor) -> SourceHeads:
@@ -67,16 +85,26 @@ def source_heads(geometry: AttentionGeometry, weights: AttentionWeights, inputs:
         queries=heads(query_input(inputs[rows], weights.q), weights.q, weights.q_bias),
         keys=heads(encoder_input(inputs, weights.k), weights.k, weights.k_bias),
         values=heads(encoder_input(inputs, weights.v), weights.v, weights.v_bias),
+        sinks=weights.sinks,
     )
+
+
+def source_scores(geometry: AttentionGeometry, heads: SourceHeads, rows: Tensor) -> Tensor:
+    """The source's scores ``[H, n, S]``, future keys included, before a softcap."""
+    rotation = Rotation.of(geometry.inv_freq, heads.keys.shape[1], geometry.attention_factor)
+    queries, keys = rotation.apply(heads.queries, rows), rotation.apply(heads.keys)
+    grouped = (queries * geometry.softmax_scale).unflatten(0, (geometry.num_kv_heads, -1)).flatten(1, 2)
+    return (grouped @ keys.mT).unflatten(1, (geometry.num_groups, -1)).flatten(0, 1)
+
+
+def attention_of(geometry: AttentionGeometry, scores: Tensor, rows: Tensor, sinks: Tensor | None = None) -> Tensor:
+    """Attention weights ``[H, n, S]`` from scores before a softcap."""
+    return causal_softmax(capped(geometry, scores), rows, geometry.sliding_window, sinks)
 
 
 def source_attention(geometry: AttentionGeometry, heads: SourceHeads, rows: Tensor) -> Tensor:
     """The source's attention weights ``[H, n, S]``."""
-    rotation = Rotation.of(geometry.inv_freq, heads.keys.shape[1], geometry.attention_factor)
-    queries, keys = rotation.apply(heads.queries, rows), rotation.apply(heads.keys)
-    grouped = (queries * geometry.softmax_scale).unflatten(0, (geometry.num_kv_heads, -1)).flatten(1, 2)
-    scores = (grouped @ keys.mT).unflatten(1, (geometry.num_groups, -1)).flatten(0, 1)
-    return causal_softmax(scores, rows, geometry.sliding_window)
+    return attention_of(geometry, source_scores(geometry, heads, rows), rows, heads.sinks)
 
 
 def attended(geometry: AttentionGeometry, attention: Tensor, values: Tensor) -> Tensor:
@@ -85,8 +113,24 @@ def attended(geometry: AttentionGeometry, attention: Tensor, values: Tensor) -> 
     return (grouped @ values).unflatten(1, (geometry.num_groups, -1)).flatten(0, 1)
 
 
-def fused_attention(geometry: AttentionGeometry, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+def window_attention(
+    geometry: AttentionGeometry, queries: Tensor, keys: Tensor, values: Tensor, sinks: Tensor | None
+) -> Tensor:
     """Contexts ``[S, H*d_v]`` of a whole window: rotated ``queries`` and ``keys [H, S, d]``, ``values [H, S, d_v]``.
+
+    Softcaps and sinks, of which the fused kernel knows nothing, are attended to a few rows at a time.
+    """
+    if geometry.softcap is None and sinks is None:
+        return fused_attention(geometry, queries, keys, values)
+    contexts = []
+    for rows in torch.arange(queries.shape[1]).split(_ROWS):
+        scores = queries[:, rows] @ keys.mT * geometry.softmax_scale
+        contexts.append(attention_of(geometry, scores, rows, sinks) @ values)
+    return torch.cat(contexts, dim=1).transpose(0, 1).flatten(1)
+
+
+def fused_attention(geometry: AttentionGeometry, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """As `window_attention`, by a kernel.
 
     The fused kernel wants heads of one size, so the narrower ones are filled up with zeros, which change nothing.
     """
@@ -111,7 +155,7 @@ def source_output(geometry: AttentionGeometry, weights: AttentionWeights, inputs
     keys, values = (
         states.repeat_interleave(geometry.num_groups, dim=0) for states in (rotation.apply(heads.keys), heads.values)
     )
-    contexts = fused_attention(geometry, rotation.apply(heads.queries), keys, values)
+    contexts = window_attention(geometry, rotation.apply(heads.queries), keys, values, heads.sinks)
     return torch.nn.functional.linear(contexts, weights.o, weights.o_bias)
 
 
@@ -131,7 +175,7 @@ def converted_contexts(geometry: AttentionGeometry, weights: MLAWeights, inputs:
     rotation = Rotation.of(weights.inv_freq, length, geometry.attention_factor)
     shared = rotation.apply(key_rope).expand(heads, -1, -1)
     queries = torch.cat((q_nope, rotation.apply(q_rope)), dim=-1)
-    return fused_attention(geometry, queries, torch.cat((k_nope, shared), dim=-1), values)
+    return window_attention(geometry, queries, torch.cat((k_nope, shared), dim=-1), values, weights.sinks)
 
 
 def converted_output(geometry: AttentionGeometry, weights: MLAWeights, inputs: Tensor) -> Tensor:

@@ -14,9 +14,20 @@ def repeat_groups(geometry: AttentionGeometry, rows: Tensor) -> Tensor:
     return blocks.repeat_interleave(geometry.num_groups, dim=0).flatten(0, 1)
 
 
+def constants_cancel(geometry: AttentionGeometry, weights: AttentionWeights) -> bool:
+    """Whether a constant in an un-rotated key is lost on the softmax: it adds the same to every score of a row.
+
+    A softcap does not let it through unchanged, and a sink has a score without it.
+    """
+    return geometry.softcap is None and weights.sinks is None
+
+
 def value_bias_through_output(geometry: AttentionGeometry, weights: AttentionWeights) -> Tensor | None:
-    """The output bias ``[D]`` of a layer whose values have lost theirs: attention weights sum to one."""
-    if weights.v_bias is None:
+    """The output bias ``[D]`` of a layer whose values have lost theirs: attention weights sum to one.
+
+    Not beside sinks, where the values must keep their bias, and the output has its own.
+    """
+    if weights.v_bias is None or weights.sinks is not None:
         return weights.o_bias
     moved = weights.o @ repeat_groups(geometry, weights.v_bias)
     return moved if weights.o_bias is None else moved + weights.o_bias

@@ -52,6 +52,7 @@ class StreamedModel:
         # The rows of the tokens that occur, and the tokens by their place among these.
         tokens, places = windows.unique(return_inverse=True)
         embedding = self._model.get_input_embeddings()
+        self._fill_buffers(embedding)
         embedding.weight = _frozen(self._open().tensor(self._family.embedding)[tokens].float())
         with self._final_norm(), self._other_layers(note):
             for row in places:
@@ -88,6 +89,12 @@ class StreamedModel:
                 yield logits
         finally:
             self._model.set_output_embeddings(original)
+
+    def _fill_buffers(self, module: nn.Module) -> None:
+        """Gives a module the buffers that no checkpoint holds (a factor of the embedding), as its model makes them."""
+        for name in module._non_persistent_buffers_set:
+            setattr(module, name, torch.empty_like(module.get_buffer(name), device="cpu"))
+        self._model._init_weights(module)
 
     def _prefix(self, layer: int) -> str:
         return self._family.layer_prefix.format(layer=layer)

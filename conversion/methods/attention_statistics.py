@@ -10,7 +10,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..forward.attention import Rotation, SourceHeads, attended, source_attention, source_heads
+from ..forward.attention import (
+    Rotation,
+    SourceHeads,
+    attended,
+    attention_of,
+    cap_slope,
+    source_heads,
+    source_scores,
+)
 from ..layers import AttentionGeometry, AttentionWeights, encoder_input
 from .base import LayerStatistics
 
@@ -49,20 +57,23 @@ class AttentionStatistics(LayerStatistics):
     def update(self, attention_input: Tensor, residual: Tensor) -> None:
         """See `LayerStatistics.update`."""
         for inputs, stream in zip(attention_input.float(), residual.float(), strict=True):
-            self._add_window(inputs)
+            self.add_window(inputs)
             self.sums["log_power"] += stream.square().mean(-1).log().double().sum()
 
     def tensors(self) -> dict[str, Tensor]:
         """The sums, by name."""
         return dict(self.sums)
 
-    def _add_window(self, inputs: Tensor) -> None:
+    def add_window(self, inputs: Tensor) -> None:
+        """Adds the attention input ``[S, D]`` of one window, in its own precision."""
         rows = sample_rows(inputs.shape[0], ROWS_PER_WINDOW, self.seed, self.windows)
         self.windows += 1
         scale = inputs.shape[0] / len(rows)
         heads = source_heads(self.geometry, self.weights, inputs, rows)
-        attention = source_attention(self.geometry, heads, rows)
+        scores = source_scores(self.geometry, heads, rows)
+        attention = attention_of(self.geometry, scores, rows, heads.sinks)
         score_weights = output_sensitivity(self.geometry, self.weights.o, heads, attention)
+        score_weights *= cap_slope(self.geometry, scores) ** 2
 
         encoded = encoder_input(inputs, self.weights.k)
         augmented = torch.cat((encoded, encoded.new_ones(len(encoded), 1)), dim=1)
@@ -87,7 +98,8 @@ def sample_rows(length: int, count: int, seed: int, window: int) -> Tensor:
 def output_sensitivity(geometry: AttentionGeometry, output: Tensor, heads: SourceHeads, attention: Tensor) -> Tensor:
     """``W_ij = A_ij^2 |O_h (v_j - ctx_i)|^2``: squared change of the block's output per unit change of a score.
 
-    The derivative of softmax attention (the Gauss-Newton weight of one score); `[H, n, S]`.
+    The derivative of softmax attention (the Gauss-Newton weight of one score); `[H, n, S]`. Of a score as the softmax
+    sees it: the slope of a softcap is a factor besides.
     """
     gram = output_gram(geometry, output).to(attention.dtype)
     grouped = attention.unflatten(0, (geometry.num_kv_heads, geometry.num_groups))

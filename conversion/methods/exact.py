@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BudgetError
-from ..forward.heads import value_bias_through_output
+from ..forward.heads import constants_cancel, value_bias_through_output
 from ..layers import AttentionGeometry, AttentionWeights, LayerBudget, MLAWeights
 from .base import Method
 
@@ -52,11 +52,16 @@ class ExactMethod(Method):
         key_rows = torch.arange(kv * d).view(kv, d)
         rotary_rows = torch.cat((key_rows[:, : rotary // 2].flatten(), key_rows[:, rotary // 2 : rotary].flatten()))
         passive_keys = weights.k[key_rows[:, rotary:].flatten()]
-        key_bias = None
-        if weights.k_bias is not None:
-            # A constant in an un-rotated key adds the same to every score of a row: the softmax does not see it.
-            latent_bias = weights.k_bias.new_zeros(kv * (passive + d))
-            key_bias = torch.cat((latent_bias, weights.k_bias[rotary_rows]))
+        nothing = weights.k.new_zeros(kv * d)
+        key_bias = nothing if weights.k_bias is None else weights.k_bias
+        passive_bias = key_bias[key_rows[:, rotary:].flatten()]
+        # Biases whose effect is a constant of the output, or none at all, stay out of the cache.
+        if constants_cancel(geometry, weights):
+            passive_bias = torch.zeros_like(passive_bias)
+        value_bias = None if weights.sinks is None else weights.v_bias
+        has_cached_bias = weights.k_bias is not None or value_bias is not None
+        value_bias = nothing if value_bias is None else value_bias
+        cached_bias = torch.cat((passive_bias, value_bias, key_bias[rotary_rows]))
         return MLAWeights(
             q_proj=_spread_queries(geometry, weights.q),
             kv_a_proj_with_mqa=torch.cat((passive_keys, weights.v, weights.k[rotary_rows])),
@@ -66,8 +71,9 @@ class ExactMethod(Method):
             qk_nope_head_dim=passive,
             v_head_dim=d,
             q_proj_bias=None if weights.q_bias is None else _spread_queries(geometry, weights.q_bias[:, None])[:, 0],
-            kv_a_proj_with_mqa_bias=key_bias,
+            kv_a_proj_with_mqa_bias=cached_bias if has_cached_bias else None,
             o_proj_bias=value_bias_through_output(geometry, weights),
+            sinks=weights.sinks,
         )
 
 

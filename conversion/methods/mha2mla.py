@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import BudgetError, SourceError
 from ..forward.attention import source_heads
-from ..forward.heads import augmented_rows, value_bias_through_output
+from ..forward.heads import augmented_rows, constants_cancel, value_bias_through_output
 from ..layers import AttentionGeometry, AttentionWeights, LayerBudget, MLAWeights
 from .attention_statistics import pair_energy
 from .base import LayerStatistics, Method
@@ -87,10 +87,17 @@ class MHA2MLAMethod(Method):
             )
 
     def statistics(self, geometry: AttentionGeometry, weights: AttentionWeights, seed: int) -> PairNorms:
-        if torch.equal(weights.k, torch.eye(*weights.k.shape, dtype=weights.k.dtype)):
+        if len(weights.k.nonzero()) == len(weights.k):
             # What lies behind key norms is a selection, of which no singular value decomposition says anything.
             raise SourceError(
                 f"method {self.name} does not convert models that normalise queries and keys; choose another method."
+            )
+        biases = weights.k_bias is not None or weights.v_bias is not None
+        if biases and not constants_cancel(geometry, weights):
+            # Its latent has none.
+            raise SourceError(
+                f"method {self.name} does not convert models with biases beside a softcap or sinks; choose another "
+                "method."
             )
         return PairNorms(geometry, weights)
 
@@ -134,6 +141,7 @@ class MHA2MLAMethod(Method):
             q_proj_bias=None if weights.q_bias is None else query[:, -1].to(dtype),
             kv_a_proj_with_mqa_bias=None if key_bias is None else key_bias.to(dtype),
             o_proj_bias=value_bias_through_output(geometry, weights),
+            sinks=weights.sinks,
         )
 
 

@@ -153,6 +153,7 @@ def _factorise(
         q_proj_bias=None if weights.q_bias is None else query[:, -1].to(dtype),
         kv_a_proj_with_mqa_bias=cached[:, -1].to(dtype) if has_bias else None,
         o_proj_bias=weights.o_bias,
+        sinks=weights.sinks,
     )
 
 

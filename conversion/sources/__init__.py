@@ -11,6 +11,9 @@ from transformers import PreTrainedConfig
 from ..checkpoint.location import Location, locate
 from ..errors import SourceError
 from .base import SourceModel
+from .cohere import CohereSource
+from .gemma2 import Gemma2Source
+from .gemma3 import Gemma3Source
 from .glm4 import Glm4Source
 from .gpt_neox import GPTNeoXSource
 from .granite import GraniteSource
@@ -19,6 +22,8 @@ from .llama import LlamaSource
 from .ministral import MinistralSource
 from .mistral import MistralSource
 from .mixtral import MixtralSource
+from .olmo2 import Olmo2Source
+from .olmo3 import Olmo3Source
 from .phi3 import Phi3Source
 from .qwen2 import Qwen2Source
 from .qwen2_moe import Qwen2MoeSource
@@ -28,6 +33,9 @@ from .smollm3 import SmolLM3Source
 from .starcoder2 import Starcoder2Source
 
 _FAMILIES: tuple[type[SourceModel], ...] = (
+    CohereSource,
+    Gemma2Source,
+    Gemma3Source,
     Glm4Source,
     GPTNeoXSource,
     GraniteSource,
@@ -36,6 +44,8 @@ _FAMILIES: tuple[type[SourceModel], ...] = (
     MinistralSource,
     MistralSource,
     MixtralSource,
+    Olmo2Source,
+    Olmo3Source,
     Phi3Source,
     Qwen2Source,
     Qwen2MoeSource,

@@ -22,10 +22,10 @@ from ..errors import SourceError
 from ..layers import AttentionGeometry, AttentionWeights, MLAWeights
 from .converted_config import BIASES, converted_config
 from .given_output import GivenOutput
-from .inventory import refuse_unfit
+from .inventory import refuse_rotation, refuse_unfit
+from .masks import layer_mask
+from .rotary_layout import half_split
 from .stored_model import StoredModel
-
-_ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 
 
 class SourceModel(StoredModel):
@@ -40,8 +40,11 @@ class SourceModel(StoredModel):
     fused_projection: ClassVar[str | None] = None
     """The projection that makes queries, keys and values at once, which `split_fused` takes apart."""
     output_projection: ClassVar[str] = "o_proj"
+    input_norm: ClassVar[str | None] = "input_layernorm"
+    """Of a layer, before its attention; None where there is none."""
     interleaved: ClassVar[bool] = False
     """Whether rotary pairs are channels ``(2f, 2f+1)``, not ``(f, f + d/2)``."""
+    rope_types: ClassVar[tuple[str, ...]] = ("default", "linear", "llama3", "yarn", "longrope")
     rotates_partly: ClassVar[bool] = False
     """Whether the family reads ``partial_rotary_factor``."""
 
@@ -55,17 +58,13 @@ class SourceModel(StoredModel):
 
         Frequencies that depend on the sequence length have no fixed table; the others become one, or two (longrope).
         """
-        rope = self.config.rope_parameters
-        if rope["rope_type"] not in _ROPE_TYPES:
-            raise SourceError(
-                f"{self.location.model} has rotary scaling {rope['rope_type']!r}, whose frequencies depend on the "
-                f"length of the text; supported are {', '.join(_ROPE_TYPES)}."
-            )
-        if rope.get("partial_rotary_factor", 1.0) != 1.0 and not self.rotates_partly:
-            raise SourceError(
-                f"{self.location.model} has partial_rotary_factor {rope['partial_rotary_factor']}, which "
-                f"{self.causal_lm.__name__} does not apply; remove it from the configuration."
-            )
+        name, model = self.location.model, self.causal_lm.__name__
+        refuse_rotation(name, model, self.rope_parameters, self.rope_types, partly=self.rotates_partly)
+
+    @property
+    def rope_parameters(self) -> list[dict[str, Any]]:
+        """Every set of parameters by which layers rotate."""
+        return [self.config.rope_parameters]
 
     @property
     def head_dim(self) -> int:
@@ -80,9 +79,8 @@ class SourceModel(StoredModel):
     @property
     def context(self) -> int:
         """Tokens for which one set of rotary frequencies serves."""
-        rope = self.config.rope_parameters
-        longest = self.config.max_position_embeddings
-        return min(longest, rope["original_max_position_embeddings"]) if rope["rope_type"] == "longrope" else longest
+        longest, longrope = self.config.max_position_embeddings, self._longrope
+        return longest if longrope is None else min(longest, longrope["original_max_position_embeddings"])
 
     def geometry(self, layer: int) -> AttentionGeometry:
         """Sizes, frequencies, scale and window of one layer's attention."""
@@ -113,16 +111,25 @@ class SourceModel(StoredModel):
         # What a longer text has left in the module is in the other table.
         return self.rotary.original_inv_freq, self.rotary.attention_scaling
 
+    def layer_angles(self, layer: int, hidden_states: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of a layer, from `rotary`."""
+        return self.rotary(hidden_states, position_ids)
+
     def _long_frequencies(self, layer: int) -> Tensor | None:
-        if self.config.rope_parameters["rope_type"] != "longrope" or not self._frequencies(layer)[0].numel():
+        short, longrope = self._frequencies(layer)[0], self._longrope
+        if longrope is None or not short.numel():
             return None
-        if not (self._frequencies(layer)[0].diff() < 0).all():
+        if not (short.diff() < 0).all():
             raise SourceError(
                 f"{self.location.model} has a short_factor whose frequencies do not descend, so that it cannot be told "
                 "which of long_factor's take their places in longer texts; correct rope_parameters."
             )
-        beyond = self.config.rope_parameters["original_max_position_embeddings"] + 1
+        beyond = longrope["original_max_position_embeddings"] + 1
         return ROPE_INIT_FUNCTIONS["longrope"](self.config, seq_len=beyond)[0].float()
+
+    @property
+    def _longrope(self) -> dict[str, Any] | None:
+        return next((rope for rope in self.rope_parameters if rope["rope_type"] == "longrope"), None)
 
     def _frequencies(self, layer: int) -> tuple[Tensor, float]:
         inv_freq, attention_factor = self.layer_rotary(layer)
@@ -140,6 +147,11 @@ class SourceModel(StoredModel):
 
     def attention(self, layer: int, dtype: torch.dtype | None = None) -> AttentionWeights:
         """One layer's attention weights in ``dtype``; by default float32, or float64 where they are stored so."""
+        weights = self.attention_maps(layer, dtype)
+        return half_split(self.geometry(layer), weights) if self.interleaved else weights
+
+    def attention_maps(self, layer: int, dtype: torch.dtype | None) -> AttentionWeights:
+        """As `attention`, rotary pairs where the source has them."""
         prefix = self.layer_prefix.format(layer=layer) + self.attention_prefix
         names = set(self.held_tensors.names)
 
@@ -152,8 +164,6 @@ class SourceModel(StoredModel):
             output = found.pop()
             if self.fused_projection is not None:
                 found = [None, None, None] if found[0] is None else list(self.split_fused(found[0]))
-            if self.interleaved:
-                found[:2] = [None if rows is None else self._half_split(rows, layer) for rows in found[:2]]
             return dict(zip("qkvo", (*found, output), strict=True))
 
         inputs = ("q_proj", "k_proj", "v_proj") if self.fused_projection is None else (self.fused_projection,)
@@ -163,20 +173,14 @@ class SourceModel(StoredModel):
 
     def split_fused(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values from the rows of `fused_projection`, its weight ``[n, D]`` or its bias ``[n]``: here
-        one below the other."""
+        one below the other.
+        """
         queries, keys = self.config.num_attention_heads * self.head_dim, self.num_kv_heads * self.head_dim
         return rows[:queries], rows[queries : queries + keys], rows[queries + keys :]
 
-    def _half_split(self, rows: Tensor, layer: int) -> Tensor:
-        """Rows of queries or keys with pairs ``(2f, 2f+1)``, so that they are ``(f, f + d_rot/2)``: scores do not see
-        the order of channels."""
-        heads, rotary = rows.unflatten(0, (-1, self.head_dim)), self.geometry(layer).rotary_dim
-        pairs = heads[:, :rotary]
-        return torch.cat((pairs[:, 0::2], pairs[:, 1::2], heads[:, rotary:]), dim=1).flatten(0, 1)
-
     def attention_input(self, module: nn.Module, hidden_states: Tensor) -> Tensor:
         """What the projections of a decoder layer read, from the hidden states that enter it."""
-        return module.get_submodule("input_layernorm")(hidden_states)
+        return hidden_states if self.input_norm is None else module.get_submodule(self.input_norm)(hidden_states)
 
     def run_layer(
         self, layer: int, module: nn.Module, hidden_states: Tensor, attention_output: Tensor | None = None
@@ -187,8 +191,8 @@ class SourceModel(StoredModel):
             attention_output: ``[B, S, D]``, what its attention shall give; None for what it does give.
         """
         position_ids = torch.arange(hidden_states.shape[1])[None]
-        angles = self.rotary(hidden_states, position_ids)
-        mask = sliding_mask(hidden_states.shape[1], self.geometry(layer))
+        angles = self.layer_angles(layer, hidden_states, position_ids)
+        mask = layer_mask(hidden_states.shape[1], self.geometry(layer), additive=not self.causal_lm._supports_sdpa)
         attention = nullcontext() if attention_output is None else self._giving(module, attention_output)
         with attention:
             return module(hidden_states, attention_mask=mask, position_ids=position_ids, position_embeddings=angles)
@@ -239,11 +243,3 @@ class SourceModel(StoredModel):
     def family_fields(self) -> dict[str, Any]:
         """What the converted configuration of this family says beside the common fields."""
         return {}
-
-
-def sliding_mask(length: int, geometry: AttentionGeometry) -> Tensor | None:
-    """Bool ``[1, 1, S, S]``, True where a query sees a key; None where causality alone decides."""
-    if geometry.sliding_window is None or geometry.sliding_window >= length:
-        return None
-    distance = torch.arange(length)[:, None] - torch.arange(length)
-    return ((distance >= 0) & (distance < geometry.sliding_window))[None, None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ def converted_config(
 
     Args:
         mla_class: of the converted family.
-        geometries: of the source's layers, which have one softmax scale, and one rotary key or none.
+        geometries: of the source's layers, which have one softmax scale, and one rotary width or none.
         dtype: of the weights.
         family_fields: what the family has beside the common fields.
     """
@@ -56,10 +57,12 @@ def converted_config(
     (v_head_dim,) = v_head_dims
     # A layer without rotary channels has no use for what makes cosines and sines.
     rotating = [geometry for geometry in geometries if geometry.rotary_dim] or geometries
-    ((softmax_scale, attention_factor, rotary_dim),) = {
-        (geometry.softmax_scale, geometry.attention_factor, geometry.rotary_dim) for geometry in rotating
-    }
-    shared = all(row == rows[0] for row in rows) and all(row == long_rows[0] for row in long_rows)
+    ((softmax_scale, rotary_dim),) = {(geometry.softmax_scale, geometry.rotary_dim) for geometry in rotating}
+    factors = [geometry.attention_factor for geometry in geometries]
+    one_factor = len({geometry.attention_factor for geometry in rotating}) == 1
+    factor = rotating[0].attention_factor
+    alike = all(row == rows[0] for row in rows) and all(row == long_rows[0] for row in long_rows)
+    shared = alike and one_factor
     # Where a class has one, a default would stand for it.
     family_fields = ({"attention_bias": False} if hasattr(mla_class, "attention_bias") else {}) | family_fields
     return mla_class(
@@ -77,8 +80,9 @@ def converted_config(
         rope_interleave=False,
         rope_inv_freq=rows[:1] if shared else rows,
         rope_long_inv_freq=(long_rows[:1] if shared else long_rows) or None,
-        rope_inv_freq_source={"head_dim": rotary_dim, "rope_parameters": dict(source.rope_parameters)},
-        rope_attention_factor=None if attention_factor == 1 else attention_factor,
+        rope_inv_freq_source={"head_dim": rotary_dim, "rope_parameters": deepcopy(source.rope_parameters)},
+        rope_attention_factor=None if not one_factor or factor == 1 else factor,
+        rope_attention_factors=None if one_factor else factors,
         softmax_scale=softmax_scale,
         q_bias="q_proj_bias" in biased,
         kv_a_bias="kv_a_proj_with_mqa_bias" in biased,
@@ -111,7 +115,8 @@ def long_frequencies(chosen: Tensor, short: Tensor, long: Tensor) -> Tensor:
 
 def _body(source: PreTrainedConfig, mla_class: type[PreTrainedConfig]) -> dict[str, Any]:
     """What stays. A field that the source's class does not know has no meaning there; under a name that the converted
-    class knows it would get one."""
+    class knows it would get one.
+    """
 
     def known_only_to(name: str) -> bool:
         return hasattr(mla_class, name) and not hasattr(type(source), name)

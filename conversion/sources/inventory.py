@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -19,7 +20,8 @@ _CACHED_BY = ("attention_chunk_size", "kv_sharing_modes", "layer_types", "slidin
 
 def refuse_unfit(name: str, config: PreTrainedConfig, head_dim: int, kv_heads: int) -> None:
     """Raises `SourceError` where the configuration of the checkpoint ``name`` means weights that are packed or no
-    floats, heads that are no attention's, or caches that are not its attention's."""
+    floats, heads that are no attention's, attention that is not causal, or caches that are not its attention's.
+    """
     for field in ("quantization_config", "quantization"):
         said = getattr(config, field, None)
         if said is not None:
@@ -35,11 +37,41 @@ def refuse_unfit(name: str, config: PreTrainedConfig, head_dim: int, kv_heads: i
                 f"{name} has {field}, which its model ({config.model_type}) ignores, though caches do not; remove it "
                 "from the configuration, or name the model that it is in model_type."
             )
+    if getattr(config, "use_bidirectional_attention", False):
+        raise SourceError(
+            f"{name} has use_bidirectional_attention: its tokens attend to later ones, of which there are none in a "
+            "cache; give a model that generates."
+        )
     heads = config.num_attention_heads
     if heads % kv_heads:
         raise SourceError(f"{name} has {heads} heads, no multiple of its {kv_heads} key/value heads.")
     if head_dim < 2:
         raise SourceError(f"{name} has heads of {head_dim} channels; at least 2 make a rotary pair.")
+
+
+def refuse_rotation(
+    name: str, model: str, ropes: Iterable[Mapping[str, Any]], known: Collection[str], *, partly: bool
+) -> None:
+    """Raises `SourceError` for rotary parameters that have no fixed table of frequencies, or that a model ignores.
+
+    Args:
+        name: of the checkpoint, for the message.
+        model: the name of its class.
+        ropes: every set of parameters.
+        known: the types that are converted.
+        partly: whether the model reads ``partial_rotary_factor``.
+    """
+    for rope in ropes:
+        if rope["rope_type"] not in known:
+            raise SourceError(
+                f"{name} has rotary scaling {rope['rope_type']!r}, whose frequencies depend on the length of the text; "
+                f"supported are {', '.join(known)}."
+            )
+        if rope.get("partial_rotary_factor", 1.0) != 1.0 and not partly:
+            raise SourceError(
+                f"{name} has partial_rotary_factor {rope['partial_rotary_factor']}, which {model} does not apply; "
+                "remove it from the configuration."
+            )
 
 
 def account_for_all(name: str, reader: TensorReader, model: PreTrainedModel, found: Collection[str]) -> None:

@@ -38,7 +38,7 @@ class StoredModel:
     def __init__(self, location: Location, config: PreTrainedConfig) -> None:
         self.location = location
         self.config = config
-        config._attn_implementation = "sdpa"
+        config._attn_implementation = "sdpa" if self.causal_lm._supports_sdpa else "eager"
 
     @property
     def num_layers(self) -> int:

@@ -20,6 +20,8 @@ def random_layer(
     sliding_window: int | None = None,
     attention_factor: float = 1.0,
     dtype: torch.dtype = torch.float64,
+    softcap: float | None = None,
+    sinks: bool = False,
 ) -> tuple[AttentionGeometry, AttentionWeights]:
     generator = torch.Generator().manual_seed(7)
 
@@ -31,7 +33,7 @@ def random_layer(
 
     inv_freq = 3.0 * 100.0 ** (-torch.arange(rotary_dim // 2, dtype=torch.float32) / max(rotary_dim // 2, 1))
     geometry = AttentionGeometry(
-        hidden, heads, kv_heads, head_dim, inv_freq, head_dim**-0.5, attention_factor, sliding_window
+        hidden, heads, kv_heads, head_dim, inv_freq, head_dim**-0.5, attention_factor, sliding_window, softcap
     )
     weights = AttentionWeights(
         q=draw(heads * head_dim, hidden) / hidden**0.5,
@@ -42,6 +44,7 @@ def random_layer(
         k_bias=bias(kv_heads * head_dim),
         v_bias=bias(kv_heads * head_dim),
         o_bias=bias(hidden),
+        sinks=draw(heads) if sinks else None,
     )
     return geometry, weights
 
@@ -57,7 +60,7 @@ def source_output(geometry: AttentionGeometry, weights: AttentionWeights, inputs
         group = head // groups
         scores = _scores(geometry, q[:, head, : 2 * half], k[:, group, : 2 * half], geometry.inv_freq)
         scores += q[:, head, 2 * half :] @ k[:, group, 2 * half :].T
-        contexts.append(_attend(geometry, scores) @ v[:, group])
+        contexts.append(_attend(geometry, scores, weights.sinks, head) @ v[:, group])
     return _linear(torch.cat(contexts, dim=1), weights.o, weights.o_bias)
 
 
@@ -72,7 +75,7 @@ def converted_output(geometry: AttentionGeometry, weights: MLAWeights, inputs: T
     for head in range(geometry.num_heads):
         scores = _scores(geometry, q[:, head, nope:], rotary, weights.inv_freq)
         scores += q[:, head, :nope] @ (latent @ up[head, :nope].T).T
-        contexts.append(_attend(geometry, scores) @ (latent @ up[head, nope:].T))
+        contexts.append(_attend(geometry, scores, weights.sinks, head) @ (latent @ up[head, nope:].T))
     return _linear(torch.cat(contexts, dim=1), weights.o_proj, weights.o_proj_bias)
 
 
@@ -93,9 +96,13 @@ def _scores(geometry: AttentionGeometry, q: Tensor, k: Tensor, inv_freq: Tensor)
     return scores
 
 
-def _attend(geometry: AttentionGeometry, scores: Tensor) -> Tensor:
+def _attend(geometry: AttentionGeometry, scores: Tensor, sinks: Tensor | None, head: int) -> Tensor:
     attention = torch.zeros_like(scores)
     for i in range(len(scores)):
         first = 0 if geometry.sliding_window is None else max(0, i - geometry.sliding_window + 1)
-        attention[i, first : i + 1] = (scores[i, first : i + 1] * geometry.softmax_scale).softmax(0)
+        seen = scores[i, first : i + 1] * geometry.softmax_scale
+        if geometry.softcap is not None:
+            seen = geometry.softcap * torch.tanh(seen / geometry.softcap)
+        sink = 0.0 if sinks is None else sinks[head].exp()
+        attention[i, first : i + 1] = seen.exp() / (seen.exp().sum() + sink)
     return attention

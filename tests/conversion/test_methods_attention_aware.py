@@ -1,5 +1,7 @@
 """The attention-aware method as a whole, on tiny random layers."""
 
+from dataclasses import replace
+
 import naive_attention as naive
 import pytest
 import torch
@@ -20,6 +22,10 @@ SOURCES = {
     "no rotary": {"rotary_dim": 0, "biases": True},
     "sliding window": {"sliding_window": 3},
     "scaled rotation": {"attention_factor": 1.3},
+    "softcap": {"softcap": 0.7},
+    "softcap, partial rotary with biases": {"softcap": 0.7, "rotary_dim": 4, "biases": True},
+    "sinks": {"sinks": True, "sliding_window": 3},
+    "sinks, partial rotary with biases": {"sinks": True, "rotary_dim": 4, "biases": True},
 }
 
 
@@ -100,6 +106,23 @@ def test_refit_leads_the_stream_back_towards_the_source():
     corrected, ignored = distance(lost), distance(torch.zeros_like(lost))
     assert abs(corrected - 0.5) < 0.1
     assert ignored > 0.9
+
+
+def test_refit_of_a_normalised_output_knows_nothing_of_the_stream():
+    """What is normalised before it is added cannot lead the stream back, and is measured by its own size."""
+    geometry, weights = naive.random_layer(dtype=torch.float32)
+    geometry = replace(geometry, output_is_normed=True)
+    statistics, inputs, residual = measured(geometry, weights)
+    converted = METHOD.factorise(geometry, weights, statistics, LayerBudget(6, 8))
+
+    def refitted(source, left):
+        refit = METHOD.refit(geometry, weights, converted)
+        pairs = zip(windows(inputs, source), windows(inputs, source - left), strict=True)
+        return [refit.update(*pair) for pair in pairs] and refit.weights().o_proj
+
+    plain = refitted(residual, torch.zeros_like(residual))
+    assert not torch.equal(plain, converted.o_proj)
+    assert torch.equal(refitted(1000 * residual, torch.randn_like(residual)), plain)
 
 
 def test_the_same_input_gives_the_same_bytes():

@@ -21,6 +21,10 @@ SOURCES = {
     "no rotary": {"rotary_dim": 0, "biases": True},
     "sliding window": {"sliding_window": 3},
     "scaled rotation": {"attention_factor": 1.3},
+    "softcap": {"softcap": 0.7},
+    "softcap, partial rotary with biases": {"softcap": 0.7, "rotary_dim": 4, "biases": True},
+    "sinks": {"sinks": True, "sliding_window": 3},
+    "sinks, partial rotary with biases": {"sinks": True, "rotary_dim": 4, "biases": True},
 }
 
 

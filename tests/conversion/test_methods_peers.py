@@ -28,6 +28,8 @@ SOURCES = {
     "partial rotary with biases": {"rotary_dim": 4, "biases": True},
     "sliding window": {"sliding_window": 3},
     "scaled rotation": {"attention_factor": 1.3},
+    "softcap": {"softcap": 0.7},
+    "sinks": {"sinks": True},
 }
 
 
@@ -76,7 +78,7 @@ def turned_partly(
         if passive:
             scores += query[:, head, 2 * pairs :] @ key[:, head // groups, 2 * pairs :].T
         value = heads(weights.v, weights.v_bias)[:, head // groups]
-        contexts.append(naive._attend(geometry, scores) @ value)
+        contexts.append(naive._attend(geometry, scores, weights.sinks, head) @ value)
     return naive._linear(torch.cat(contexts, dim=1), weights.o, weights.o_bias)
 
 
@@ -208,9 +210,10 @@ def test_rotary_widths_that_do_not_fit_are_refused() -> None:
         MHA2MLA.check(geometry, LayerBudget(8, 6))
 
 
-def test_mha2mla_refuses_query_and_key_norms() -> None:
+@pytest.mark.parametrize("order", [torch.arange(16), torch.randperm(16, generator=torch.Generator().manual_seed(0))])
+def test_mha2mla_refuses_query_and_key_norms(order: Tensor) -> None:
     geometry, weights = naive.random_layer()
-    behind_norms = replace(weights, q=torch.eye(32)[:, :20], k=torch.eye(20)[:16], v=torch.eye(20)[4:])
+    behind_norms = replace(weights, q=torch.eye(32)[:, :20], k=torch.eye(20)[order], v=torch.eye(20)[4:])
     with pytest.raises(SourceError, match="normalise queries and keys"):
         MHA2MLA.statistics(geometry, behind_norms, seed=0)
 
@@ -240,3 +243,20 @@ def test_caches_what_it_was_asked_to(method) -> None:
             elements,
             budget.qk_rope_head_dim,
         )
+
+
+@pytest.mark.parametrize("options", [{"softcap": 0.7}, {"sinks": True}])
+def test_transmla_keeps_biases_that_a_softcap_or_sinks_make_visible(options: dict) -> None:
+    geometry, weights = naive.random_layer(biases=True, rotary_dim=0, **options)
+    converted = factorised(TRANSMLA, geometry, weights, LayerBudget(geometry.cache_elements, 0))
+    inputs = torch.randn(7, geometry.hidden_size, dtype=torch.float64)
+    torch.testing.assert_close(
+        naive.converted_output(geometry, converted, inputs), naive.source_output(geometry, weights, inputs)
+    )
+
+
+@pytest.mark.parametrize("options", [{"softcap": 0.7}, {"sinks": True}])
+def test_mha2mla_refuses_biases_that_a_softcap_or_sinks_make_visible(options: dict) -> None:
+    geometry, weights = naive.random_layer(biases=True, **options)
+    with pytest.raises(SourceError, match="biases beside a softcap or sinks"):
+        MHA2MLA.statistics(geometry, weights, seed=0)

@@ -6,11 +6,13 @@ import torch
 
 from conversion.forward.attention import (
     attended,
+    attention_of,
     causal_softmax,
     converted_output,
     source_attention,
     source_heads,
     source_output,
+    source_scores,
 )
 from conversion.methods import get_method
 from conversion.methods.attention_aware.allocation import allocate_ranks, near_median
@@ -49,7 +51,15 @@ def window(length=9, **options):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"kv_heads": 6}, {"biases": True, "rotary_dim": 4}, {"sliding_window": 3, "attention_factor": 1.3}]
+    "options",
+    [
+        {},
+        {"kv_heads": 6},
+        {"biases": True, "rotary_dim": 4},
+        {"sliding_window": 3, "attention_factor": 1.3},
+        {"softcap": 0.7, "sliding_window": 3},
+        {"sinks": True, "biases": True},
+    ],
 )
 def test_attention_is_the_definition(options):
     geometry, weights = naive.random_layer(**options)
@@ -78,6 +88,30 @@ def test_output_sensitivity_is_the_derivative_of_the_output():
         change = causal_softmax(moved, rows, 5)[head, i] - causal_softmax(scores, rows, 5)[head, i]
         output = blocks[:, head] @ (change @ heads.values[head // geometry.num_groups]) / step
         assert float(analytic[head, i, j]) == pytest.approx(float(output.square().sum()), rel=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"softcap": 0.6}, {"sinks": True}, {"softcap": 0.6, "sinks": True}])
+def test_statistics_weigh_queries_by_the_derivative_of_the_output(options):
+    """To a score before its softcap, whose slope is a factor, beside sinks, which take their share."""
+    geometry, weights = naive.random_layer(**options)
+    inputs, rows = torch.randn(9, geometry.hidden_size, dtype=torch.float64).float().double(), torch.arange(9)
+    statistics = AttentionStatistics(geometry, weights, seed=0)
+    statistics.add_window(inputs)
+    heads = source_heads(geometry, weights, inputs, rows)
+    scores, values = source_scores(geometry, heads, rows), heads.values[0]
+
+    def head_attention(moved):
+        return attention_of(geometry, moved, rows, heads.sinks)[0]
+
+    step, head = 1e-6, weights.o.view(-1, geometry.num_heads, geometry.head_dim)[:, 0]
+    expected, before = torch.zeros(8, 8, dtype=torch.float64), head_attention(scores)
+    for i in range(9):
+        for j in range(i + 1):
+            moved = scores.clone()
+            moved[0, i, j] += step
+            change = head @ ((head_attention(moved) - before)[i] @ values) / step
+            expected += change.square().sum() * torch.outer(heads.queries[0, i], heads.queries[0, i])
+    torch.testing.assert_close(statistics.tensors()["query_moment"][0], expected, rtol=1e-4, atol=1e-6)
 
 
 def test_mean_rotation_is_the_weighted_expectation():
@@ -203,7 +237,7 @@ def test_joint_latent_reaches_the_numerical_optimum():
     moment = (samples.T * token_weights) @ samples
     metrics = [torch.diag_embed(torch.rand(2, 4, dtype=torch.float64) + 0.5) for _ in range(2)]
     targets, plain = latent_targets(keys, values, *metrics, key_gain=1.5)
-    latent = joint_latent(targets, plain, moment, rank=3)
+    latent = joint_latent(targets, plain, centred(moment), rank=3)
 
     free = (samples - (token_weights @ samples) / token_weights.sum()) * token_weights.sqrt()[:, None]
 
@@ -226,7 +260,7 @@ def test_joint_latent_reaches_the_numerical_optimum():
 
     optimizer.step(objective)
     assert closed == pytest.approx(float(objective()), rel=1e-4)
-    spectrum, _ = latent_spectrum(targets, moment)
+    spectrum, _ = latent_spectrum(targets, centred(moment))
     assert closed == pytest.approx(float(spectrum[3:].sum()), rel=1e-8)
 
 

@@ -75,6 +75,9 @@ def test_a_folded_frequency_is_scaled_between_its_neighbours(name: str) -> None:
     assert not extension.apply(torch.zeros(2)).any(), "padding stays padding"
 
 
+KINDS = ("sliding_attention", "full_attention")
+
+
 @pytest.mark.parametrize(
     ("parameters", "reason"),
     [
@@ -86,6 +89,12 @@ def test_what_stored_frequencies_cannot_follow_is_refused(parameters: dict, reas
     output = convert(save_family(tmp_path / "source", "llama"), tmp_path / "out", method="exact").output
     with pytest.raises(ValueError, match=reason):
         logits(output, prompts(1, 8), rope_parameters=parameters)
+
+
+def test_kinds_of_layers_with_frequencies_of_their_own_are_not_scaled(tmp_path: Path) -> None:
+    output = convert(save_family(tmp_path / "source", "olmo3"), tmp_path / "out", method="exact").output
+    with pytest.raises(ValueError, match="its kinds of layers rotate by parameters of their own"):
+        logits(output, prompts(1, 8), rope_parameters={kind: extended("yarn") for kind in KINDS})
 
 
 def test_frequencies_that_are_scaled_already_are_not_scaled_again(tmp_path: Path) -> None:

@@ -34,6 +34,18 @@ def decoded_logits(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor
     return torch.cat(logits, dim=1)
 
 
+@pytest.fixture
+def softmax_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformers' plain attention, the only one of bodies with softcaps, takes its softmax in float32 by itself."""
+    softmax = torch.nn.functional.softmax
+
+    def at_least_as_its_input(scores: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return softmax(scores, dim=dim, dtype=None if dtype is None else torch.promote_types(dtype, scores.dtype))
+
+    monkeypatch.setattr(torch.nn.functional, "softmax", at_least_as_its_input)
+
+
+@pytest.mark.usefixtures("softmax_in_float64")
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_exact_form_equals_the_source(family: str, heads: str, tmp_path: Path) -> None:
@@ -153,3 +165,9 @@ def test_a_missing_expert_is_named(missing: str, said: str, tmp_path: Path) -> N
     save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(SourceError, match=said):
         _ = open_source(str(folder)).tensors
+
+
+def test_attention_to_later_tokens_is_refused(tmp_path: Path) -> None:
+    folder = save_family(tmp_path / "source", "gemma2", use_bidirectional_attention=True)
+    with pytest.raises(SourceError, match="use_bidirectional_attention"):
+        open_source(str(folder))

@@ -21,6 +21,45 @@ GRANITE = {
     "rope_parameters": YARN,
 }
 FAMILIES = {
+    "cohere": {"attention_bias": True, "logit_scale": 0.5, "rope_parameters": YARN},
+    "cohere-norms": {"use_qk_norm": True, "logit_scale": 2.0, "attention_bias": True, "head_dim": 8},
+    "gemma2": {
+        "head_dim": 8,
+        "attention_bias": True,
+        "query_pre_attn_scalar": 3,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 4.0,
+        "sliding_window": WINDOW,
+        "rope_parameters": YARN,
+    },
+    "gemma2-uncapped": {
+        "head_dim": 16,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+        "layer_types": ["full_attention"] * 3,
+    },
+    "gemma3_text": {
+        "head_dim": 8,
+        "attention_bias": True,
+        "query_pre_attn_scalar": 64,
+        "attn_logit_softcapping": 0.1,
+        "final_logit_softcapping": 4.0,
+        "sliding_window": WINDOW,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            "full_attention": YARN,
+        },
+    },
+    "olmo2": {"attention_bias": True, "rope_parameters": YARN},
+    "olmo3": {
+        "sliding_window": WINDOW,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0},
+            "full_attention": YARN,
+        },
+    },
     "glm4": {
         "head_dim": 16,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0, "partial_rotary_factor": 0.5},

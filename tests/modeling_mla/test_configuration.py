@@ -33,6 +33,14 @@ INVALID = {
     ),
     "rope dims, alone": ({"qk_rope_head_dims": [4, 2]}, "qk_rope_head_dims needs rope_inv_freq"),
     "factor, alone": ({"rope_attention_factor": 1.2}, "rope_attention_factor needs rope_inv_freq"),
+    "factors, count": (
+        {"rope_inv_freq": [[1.0, 0.1]] * 2, "rope_attention_factors": [1.2]},
+        "rope_attention_factors has 1 entries beside 2 rows of rope_inv_freq; both must have 2",
+    ),
+    "factors, shared row": (
+        {"rope_inv_freq": [[1.0, 0.1]], "rope_attention_factors": [1.2, 1.0]},
+        "rope_attention_factors has 2 entries beside 1 rows",
+    ),
     "rows, count": ({"rope_inv_freq": [[1.0, 0.1]] * 3}, "rope_inv_freq has 3 rows; it must have 1, or 2"),
     "rows, width": (
         {"rope_inv_freq": [[1.0, 0.1], [1.0]]},

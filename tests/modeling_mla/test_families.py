@@ -17,7 +17,24 @@ GRANITE = {
     "residual_multiplier": 0.4,
     "logits_scaling": 0.5,
 }
+BY_LAYER_TYPE = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10.0},
+    "full_attention": {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 64},
+}
+SCALED = {"hidden_size": 64}
+"""Of a square number: bodies round the factor of their embedding, its root, in the type that they are built in."""
 FAMILIES = {
+    "Cohere": {"logit_scale": 0.5},
+    "Cohere norms": {"use_qk_norm": True, "qk_norm_head_dim": 8, "qk_norm_key_heads": 2, "attention_bias": True},
+    "Gemma2": SCALED | {"sliding_window": WINDOW, "attn_logit_softcapping": 0.8, "final_logit_softcapping": 2.0},
+    "Gemma3": SCALED
+    | {
+        "qk_norm_head_dim": 8,
+        "qk_norm_key_heads": 2,
+        "sliding_window": WINDOW,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": BY_LAYER_TYPE,
+    },
     "GPTNeoX": {"q_bias": True, "o_bias": True},
     "GPTNeoX serial": {"use_parallel_residual": False, "attention_bias": False},
     "Glm4": {},
@@ -29,6 +46,15 @@ FAMILIES = {
     "Mistral full": {"sliding_window": None},
     "Mixtral": {"sliding_window": WINDOW, "num_local_experts": 4},
     "Phi3": {"sliding_window": WINDOW},
+    "Olmo2": {"qk_norm_head_dim": 8, "qk_norm_key_heads": 2},
+    "Olmo3": {
+        "qk_norm_head_dim": 8,
+        "qk_norm_key_heads": 2,
+        "sliding_window": WINDOW,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_inv_freq": [[0.9, 0.05], [0.7, 0.01]],
+        "rope_attention_factors": [1.0, 1.3],
+    },
     "Qwen2": {"q_bias": True, "kv_a_bias": True},
     "Qwen2 mixed": {
         "use_sliding_window": True,
@@ -52,6 +78,9 @@ FAMILIES = {
     "Starcoder2": {"sliding_window": WINDOW},
 }
 WINDOWS = {
+    "Gemma2": [WINDOW, None],
+    "Gemma3": [WINDOW, None],
+    "Olmo3": [WINDOW, None],
     "Ministral": [WINDOW, None],
     "Mistral": [WINDOW, WINDOW],
     "Mixtral": [WINDOW, WINDOW],
@@ -60,19 +89,29 @@ WINDOWS = {
     "Qwen2Moe": [WINDOW, None],
     "Starcoder2": [WINDOW, WINDOW],
 }
-PLAIN = ("Llama", "Ministral", "Mistral", "Qwen2", "SmolLM3")
-"""Whose layers are Llama's, as in the reference."""
+REFERENCED = (
+    *("Cohere", "Gemma2", "Gemma3", "Llama", "Ministral", "Mistral", "Olmo2", "Olmo3", "Qwen2", "Qwen3", "SmolLM3"),
+)
+"""Whose bodies the reference has."""
+EAGER_ONLY = {"Gemma2"}
+"""As their bodies are."""
+IMPLEMENTATIONS = [
+    (family, implementation)
+    for family in FAMILIES
+    for implementation in (("eager",) if family.split()[0] in EAGER_ONLY else ("eager", "sdpa"))
+]
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
 def family_model(family: str, task: str = "ForCausalLM", **options) -> torch.nn.Module:
+    if family.split()[0] in EAGER_ONLY:
+        options["attn_implementation"] = "eager"
     cls = getattr(modeling_mla, f"{family.split()[0]}MLA{task}")
     return tiny_model(cls, **FAMILIES[family], **options)
 
 
-@every_family
+@pytest.mark.parametrize(("family", "implementation"), IMPLEMENTATIONS)
 @pytest.mark.parametrize("route", ["absorbed", "expanded"])
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @torch.no_grad()
 def test_decode_equals_forward(family, route, implementation):
     model = family_model(family, attn_implementation=implementation)
@@ -80,9 +119,10 @@ def test_decode_equals_forward(family, route, implementation):
     positions = positions_of(mask)
     model.set_attention_route("expanded")
     expected = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits[mask.bool()]
-    if family.split()[0] in PLAIN:
+    if family.split()[0] in REFERENCED:
         reference = reference_logits(model, ids, mask, positions, WINDOWS.get(family))
-        assert_close(expected, reference[mask.bool()])
+        # In float64 the reference rotates more precisely than bodies that do so in float32.
+        assert_close(expected, reference[mask.bool()], 1e-6 if family.startswith("Cohere") else 1e-9)
     model.set_attention_route(route)
     cache, parts = None, []
     for rows in torch.arange(12).split([5, 3, 1, 1, 1, 1]):
@@ -132,8 +172,7 @@ def test_assisted(family):
         assert torch.equal(actual, expected)
 
 
-@every_family
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize(("family", "implementation"), IMPLEMENTATIONS)
 def test_continuous_batching(family, implementation):
     model = family_model(family, attn_implementation=implementation)
     prompts = [random_ids(1, length)[0].tolist() for length in (3, 11)]

@@ -17,6 +17,10 @@ IDS = random_ids(2, 9)
 MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 NORMS = {"qk_norm_head_dim": 6, "qk_norm_key_heads": 2}
 CASES: dict[str, tuple[str, dict]] = {
+    "cohere": ("Cohere", {}),
+    "cohere with norms": ("Cohere", NORMS | {"use_qk_norm": True}),
+    "gemma2": ("Gemma2", {"hidden_size": 64, "sliding_window": 6, "attn_implementation": "eager"}),
+    "gemma3": ("Gemma3", NORMS | {"hidden_size": 64}),
     "glm4": ("Glm4", {}),
     "gpt_neox": ("GPTNeoX", {}),
     "granite": ("Granite", {"attention_multiplier": 0.4, "residual_multiplier": 0.3}),
@@ -28,6 +32,8 @@ CASES: dict[str, tuple[str, dict]] = {
     "ministral": ("Ministral", {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}),
     "mistral": ("Mistral", {"sliding_window": 6}),
     "mixtral": ("Mixtral", {"num_local_experts": 4}),
+    "olmo2": ("Olmo2", NORMS | {"attention_bias": True}),
+    "olmo3": ("Olmo3", NORMS | {"sliding_window": 6}),
     "phi3": ("Phi3", {}),
     "qwen2": ("Qwen2", {}),
     "qwen2 with experts": ("Qwen2Moe", MIXTURE | {"shared_expert_intermediate_size": 24}),

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from transformers import Cache
 
 from modeling_mla import LlamaMLAConfig, LlamaMLAForCausalLM, MLAConfigMixin, MLAttention
-from modeling_mla.transformers_seams_mla import cache_argument, cache_of
+from modeling_mla.qk_norm_mla import NormedMLAttention
+from modeling_mla.rope_mla import rotates_by_layer_type
+from modeling_mla.transformers_seams_mla import ROPE_INIT_FUNCTIONS, cache_argument, cache_of
 
 VOCABULARY = 61
 VARIANTS: dict[str, dict] = {
@@ -129,15 +133,28 @@ def reference_attention(
     if config.rope_inv_freq is not None:
         inv_freq = torch.tensor(config.rope_inv_freq[attention.layer_idx % len(config.rope_inv_freq)])
         factor = config.rope_attention_factor or 1.0
+        if config.rope_attention_factors is not None:
+            factor = config.rope_attention_factors[attention.layer_idx]
+    elif rotates_by_layer_type(config):
+        kind = config.layer_types[attention.layer_idx]
+        grid = copy.copy(config)
+        grid.head_dim = rope
+        parameters = config.rope_parameters[kind]
+        init = ROPE_INIT_FUNCTIONS.get(parameters["rope_type"])
+        inv_freq, factor = parameters["rope_theta"] ** (-torch.arange(0, rope, 2).float() / rope), 1.0
+        if init is not None:
+            inv_freq, factor = init(grid, layer_type=kind)
     else:
         inv_freq = config.rope_parameters["rope_theta"] ** (-torch.arange(0, rope, 2).float() / max(rope, 1))
         factor = 1.0
 
-    if config.q_lora_rank is None:
+    if isinstance(attention, NormedMLAttention):
+        queries = attention.project_query(hidden[None])[0].transpose(0, 1).flatten(1)
+    elif config.q_lora_rank is None:
         queries = attention.q_proj(hidden)
     else:
         queries = attention.q_b_proj(attention.q_a_layernorm(attention.q_a_proj(hidden)))
-    compressed = attention.kv_a_proj_with_mqa(hidden)
+    compressed = attention.project_latent(hidden[None])[0]
     latent, shared_key = compressed[:, :rank], compressed[:, rank:]
     if config.latent_norm == "rms_norm":
         wide = latent.float()
@@ -153,7 +170,11 @@ def reference_attention(
         up = expanded_weights(attention)[head]
         key = torch.cat((latent @ up[:nope].T, shared_key), dim=-1)
         scores = torch.cat((query[:, :nope], query_rope), dim=-1) @ key.T * scale
-        weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
+        if config.attention_softcap is not None:
+            scores = torch.tanh(scores / config.attention_softcap) * config.attention_softcap
+        weights = scores.masked_fill(~visible, float("-inf")).exp()
+        sink = attention.sinks[head].exp() if hasattr(attention, "sinks") else 0.0
+        weights = weights / (weights.sum(-1, keepdim=True) + sink)
         outputs.append(weights.nan_to_num() @ (latent @ up[nope:].T))
     assert outputs[0].shape[-1] == value_dim
     return attention.o_proj(torch.cat(outputs, dim=-1))
@@ -169,6 +190,8 @@ def reference_logits(
 ) -> torch.Tensor:
     """``[B, S, vocabulary]`` without cache, routes or masks of Transformers; padding rows are meaningless.
 
+    The body is Transformers' own, with this attention in place of ours.
+
     Args:
         windows: keys that a query of every layer sees, itself included.
     """
@@ -177,17 +200,23 @@ def reference_logits(
     position_ids = torch.arange(length).expand(batch, -1) if position_ids is None else position_ids
     causal = torch.ones(length, length, dtype=torch.bool).tril()
     windows = windows or [None] * model.config.num_hidden_layers
-    rows = []
-    for row in range(batch):
-        hidden = model.model.embed_tokens(ids[row])
-        visible = causal & mask[row].bool()
-        for layer, window in zip(model.model.layers, windows, strict=True):
-            normed = layer.input_layernorm(hidden)
-            seen = visible.triu(1 - (window or length))
-            hidden = hidden + reference_attention(layer.self_attn, normed, position_ids[row], seen)
-            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-        rows.append(model.lm_head(model.model.norm(hidden)))
-    return torch.stack(rows)
+
+    def attends(attention: MLAttention, window: int | None):
+        def forward(hidden_states: torch.Tensor, **_) -> tuple[torch.Tensor, None]:
+            seen = [(causal & own.bool()).triu(1 - (window or length)) for own in mask]
+            rows = zip(hidden_states, position_ids, seen, strict=True)
+            return torch.stack([reference_attention(attention, *row) for row in rows]), None
+
+        return forward
+
+    attentions = [layer.self_attn for layer in model.model.layers]
+    for attention, window in zip(attentions, windows, strict=True):
+        attention.forward = attends(attention, window)
+    try:
+        return model(ids, position_ids=position_ids, use_cache=False).logits
+    finally:
+        for attention in attentions:
+            del attention.forward
 
 
 @torch.no_grad()

@@ -50,8 +50,12 @@ def latent_targets(
 
 
 def latent_spectrum(targets: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, descending, and eigenvectors of ``T Sigma_c T^T``: the loss of cutting at r is their tail sum."""
-    covariance = targets @ centred(moment) @ targets.mT
+    """Eigenvalues, descending, and eigenvectors of ``T Sigma T^T``: the loss of cutting at r is their tail sum.
+
+    Args:
+        moment: `centred` where constants cost nothing.
+    """
+    covariance = targets @ moment @ targets.mT
     eigenvalues, vectors = torch.linalg.eigh((covariance + covariance.mT) / 2)
     return eigenvalues.flip(-1).clamp_min(0), vectors.flip(-1)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ...errors import BudgetError
-from ...forward.heads import augmented_rows, repeat_groups
+from ...forward.heads import augmented_rows, constants_cancel, repeat_groups
 from ...layers import AttentionGeometry, AttentionWeights, LayerBudget, MLAWeights
 from ..attention_statistics import AttentionStatistics, output_gram, pair_energy
 from ..base import LayerRefit, Method
@@ -32,7 +32,7 @@ from ..rotary_pca import (
     unexplained_energy,
 )
 from .allocation import allocate_ranks, near_median
-from .joint_latent import JointLatent, joint_latent, latent_spectrum, latent_targets
+from .joint_latent import JointLatent, centred, joint_latent, latent_spectrum, latent_targets
 from .value_ridge import ValueRidge
 
 KEY_GAIN = 2.5
@@ -56,6 +56,8 @@ class _Measured:
     """``[n_kv, d, D+1]``"""
     moment: Tensor
     """``[D+1, D+1]``"""
+    coded_moment: Tensor
+    """``[D+1, D+1]``: of what the latent must hold, constants left out where they cost nothing"""
     mean: Tensor
     """``[D+1]``, of ``x~``"""
     mean_rotation: Tensor
@@ -74,7 +76,7 @@ class _Measured:
         def over_group(per_head: Tensor) -> Tensor:
             return per_head.unflatten(0, (kv, geometry.num_groups)).sum(1)
 
-        tokens = float(statistics["mean"][-1])
+        tokens, moment = float(statistics["mean"][-1]), statistics["moment"].double()
         query_moment = statistics["query_moment"].double() / (tokens * d)
         energy = pair_energy_of_moment(geometry, query_moment)
         rho = mean_rotation(statistics["rotation"].double() / (tokens * d), energy)
@@ -84,7 +86,8 @@ class _Measured:
             query=augmented_rows(weights.q, weights.q_bias, d),
             key=augmented_rows(weights.k, weights.k_bias, d),
             value=augmented_rows(weights.v, weights.v_bias, d),
-            moment=statistics["moment"].double(),
+            moment=moment,
+            coded_moment=centred(moment) if constants_cancel(geometry, weights) else moment,
             mean=statistics["mean"].double() / tokens,
             mean_rotation=rotation,
             rotary_weight=over_group(unexplained_energy(energy, rho)),
@@ -158,7 +161,7 @@ class AttentionAwareMethod(Method):
         for geometry, budget, sums, layer, change in layers:
             measured = _Measured.of(geometry, layer, sums)
             targets, _ = self._targets(measured, self._rotary_key(geometry, measured, budget), geometry)
-            spectrum, _ = latent_spectrum(targets, measured.moment)
+            spectrum, _ = latent_spectrum(targets, measured.coded_moment)
             spectrum = spectrum / _residual_power(sums)
             spectra.append(spectrum)
             rates.append(max(change, 0.0) / float(spectrum[budget.kv_lora_rank :].sum().clamp_min(1e-30)))
@@ -181,7 +184,7 @@ class AttentionAwareMethod(Method):
         measured = _Measured.of(geometry, weights, statistics)
         rotary = self._rotary_key(geometry, measured, budget)
         targets, plain_units = self._targets(measured, rotary, geometry)
-        latent = joint_latent(targets, plain_units, measured.moment, budget.kv_lora_rank)
+        latent = joint_latent(targets, plain_units, measured.coded_moment, budget.kv_lora_rank)
         return _assemble(geometry, weights, measured, rotary, latent)
 
     def refit(self, geometry: AttentionGeometry, weights: AttentionWeights, converted: MLAWeights) -> LayerRefit:
@@ -210,21 +213,27 @@ class AttentionAwareMethod(Method):
 def _assemble(
     geometry: AttentionGeometry, weights: AttentionWeights, measured: _Measured, rotary: RotaryKey, latent: JointLatent
 ) -> MLAWeights:
-    """Puts the parts in DeepSeek's layout; constants of keys drop out, those of values become the output bias."""
+    """Puts the parts in DeepSeek's layout.
+
+    Constants of keys drop out and those of values become the output bias, or the latent holds them.
+    """
     pairs, groups = geometry.rotary_dim // 2, geometry.num_groups
     query = torch.cat((measured.query, rotary_queries(groups, as_pairs(measured.query, pairs), rotary)), dim=1)
     query = query.flatten(0, 1)
     rotary_rows = from_pairs(rotary.encoder)
     up_key, up_value = (up.repeat_interleave(groups, dim=0) for up in (latent.up_key, latent.up_value))
     up = torch.cat((measured.mean_rotation @ up_key, up_value), dim=1).flatten(0, 1)
-    down = latent.down[:, :-1]
-    lost = measured.value @ measured.mean - latent.up_value @ (down @ measured.mean[:-1])
+    down, latent_bias = latent.down[:, :-1], latent.down[:, -1]
+    has_cached_bias = weights.k_bias is not None
+    if constants_cancel(geometry, weights):
+        latent_bias = torch.zeros_like(latent_bias)
+    else:
+        has_cached_bias |= weights.v_bias is not None
+    lost = measured.value @ measured.mean - latent.up_value @ (down @ measured.mean[:-1] + latent_bias)
     output_bias = weights.o.double() @ repeat_groups(geometry, lost.flatten())
     if weights.o_bias is not None:
         output_bias = output_bias + weights.o_bias.double()
-    key_bias = None
-    if weights.k_bias is not None:
-        key_bias = torch.cat((down.new_zeros(len(down)), rotary_rows[:, -1]))
+    key_bias = torch.cat((latent_bias, rotary_rows[:, -1])) if has_cached_bias else None
     dtype = weights.q.dtype
     return MLAWeights(
         q_proj=query[:, :-1].to(dtype),
@@ -237,4 +246,5 @@ def _assemble(
         q_proj_bias=None if weights.q_bias is None else query[:, -1].to(dtype),
         kv_a_proj_with_mqa_bias=None if key_bias is None else key_bias.to(dtype),
         o_proj_bias=output_bias.to(dtype),
+        sinks=weights.sinks,
     )

@@ -1,0 +1,67 @@
+"""Gemma 2 with Multi-head Latent Attention: capped scores, windows in every second layer."""
+
+from __future__ import annotations
+
+from huggingface_hub.dataclasses import strict
+from transformers import Gemma2Config, GenerationMixin
+from transformers.models.gemma2 import modeling_gemma2 as body
+
+from .attention_mla import MLAttention
+from .configuration_mla import MLAConfigMixin, mla_tp_plan
+from .modeling_mla import MLAPreTrainedMixin, built_with, generic_heads, register_family, with_latent_cache
+from .rope_mla import MLARotaryEmbedding
+
+
+@strict
+class Gemma2MLAConfig(MLAConfigMixin, Gemma2Config):
+    """`Gemma2Config` with the fields of `MLAConfigMixin`; ``softmax_scale`` is that of ``query_pre_attn_scalar``."""
+
+    model_type = "gemma2_mla"
+    base_model_tp_plan = mla_tp_plan(Gemma2Config.base_model_tp_plan)
+
+    def __post_init__(self, **kwargs) -> None:
+        if self.softmax_scale is None:
+            self.softmax_scale = self.query_pre_attn_scalar**-0.5
+        super().__post_init__(**kwargs)
+
+    @property
+    def attention_softcap(self) -> float | None:
+        return self.attn_logit_softcapping
+
+
+class Gemma2MLADecoderLayer(body.Gemma2DecoderLayer):
+    __init__ = built_with(body.Gemma2DecoderLayer, Gemma2Attention=MLAttention)
+
+
+class Gemma2MLAPreTrainedModel(MLAPreTrainedMixin, body.Gemma2PreTrainedModel):
+    config: Gemma2MLAConfig
+    config_class = Gemma2MLAConfig
+    _no_split_modules = ["Gemma2MLADecoderLayer"]
+    _can_record_outputs = {"hidden_states": Gemma2MLADecoderLayer, "attentions": MLAttention}
+
+
+class Gemma2MLAModel(Gemma2MLAPreTrainedModel, body.Gemma2Model):
+    __init__ = built_with(
+        body.Gemma2Model, Gemma2DecoderLayer=Gemma2MLADecoderLayer, Gemma2RotaryEmbedding=MLARotaryEmbedding
+    )
+    forward = with_latent_cache(body.Gemma2Model.forward)
+
+
+class Gemma2MLAForCausalLM(Gemma2MLAPreTrainedModel, body.Gemma2ForCausalLM, GenerationMixin):
+    __init__ = built_with(body.Gemma2ForCausalLM, Gemma2Model=Gemma2MLAModel)
+
+
+_heads = generic_heads(Gemma2MLAPreTrainedModel)
+Gemma2MLAForSequenceClassification, Gemma2MLAForTokenClassification, Gemma2MLAForQuestionAnswering = _heads
+
+register_family(Gemma2MLAConfig, Gemma2MLAModel, Gemma2MLAForCausalLM, *_heads)
+
+__all__ = [
+    "Gemma2MLAConfig",
+    "Gemma2MLAForCausalLM",
+    "Gemma2MLAForQuestionAnswering",
+    "Gemma2MLAForSequenceClassification",
+    "Gemma2MLAForTokenClassification",
+    "Gemma2MLAModel",
+    "Gemma2MLAPreTrainedModel",
+]
