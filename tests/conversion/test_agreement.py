@@ -57,6 +57,15 @@ def test_limits_of_an_exact_conversion(
         refuse_contradiction(found(0, 1.01 * layer), **promise)
 
 
+def test_a_router_may_choose_other_experts_where_weights_are_rounded(verification: Verification) -> None:
+    found = replace(verification, domains=tuple(replace(domain, kl=0.03) for domain in verification.domains))
+    promise = {"lossless": True, "vocabulary": 258}
+    refuse_contradiction(found, rounded_to=torch.bfloat16, routed=True, **promise)
+    for rounded_to, routed in ((torch.bfloat16, False), (torch.float16, True), (None, True)):
+        with pytest.raises(VerificationError, match="KL .* above the .* nothing is published"):
+            refuse_contradiction(found, rounded_to=rounded_to, routed=routed, **promise)
+
+
 @pytest.mark.parametrize(("source", "limit", "shown"), [(20.0, 258, "258"), (600.0, 2400, "2,400")])
 def test_limits_of_a_compressed_conversion(verification: Verification, source: float, limit: float, shown: str) -> None:
     promise = {"lossless": False, "rounded_to": torch.bfloat16, "vocabulary": 258}
