@@ -14,8 +14,8 @@ ROUNDED_LAYER_ERROR = 4
 ROUNDED_KL = 64
 """Times the squared precision of the type that weights were rounded to; ten times what models show."""
 ROUTED_KL = 4
-"""Times the precision itself, in a model that chooses experts: for so large a share of its tokens rounding chooses others.
-Four times what tiny random models show."""
+"""Times the precision itself, in a model that chooses experts: for such a share of tokens rounding chooses others. Four
+times what tiny random models show."""
 WORST_LAYER_ERROR = 16
 """Of a compressed layer, whose output is then off by four times its own norm. Zeros would be off by once."""
 WORST_PERPLEXITY = 4

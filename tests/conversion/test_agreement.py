@@ -62,7 +62,7 @@ def test_a_router_may_choose_other_experts_where_weights_are_rounded(verificatio
     promise = {"lossless": True, "vocabulary": 258}
     refuse_contradiction(found, rounded_to=torch.bfloat16, routed=True, **promise)
     for rounded_to, routed in ((torch.bfloat16, False), (torch.float16, True), (None, True)):
-        with pytest.raises(VerificationError, match="KL .* above the .* nothing is published"):
+        with pytest.raises(VerificationError, match=r"KL .* above the .* nothing is published"):
             refuse_contradiction(found, rounded_to=rounded_to, routed=routed, **promise)
 
 
@@ -100,7 +100,7 @@ def test_a_method_that_goes_wrong_publishes_nothing(
 
 
 def test_rounding_is_no_contradiction(tmp_path: Path) -> None:
-    for family in FAMILIES:
+    for family in [name for name in FAMILIES if "-" not in name]:
         source = save_family(tmp_path / family, family, dtype=torch.float32)
         for dtype in ("bfloat16", "float16"):
             convert(source, tmp_path / f"{family}-{dtype}", method="exact", dtype=dtype)
