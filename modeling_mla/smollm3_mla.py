@@ -22,7 +22,7 @@ class SmolLM3MLAConfig(MLAConfigMixin, SmolLM3Config):
     def __post_init__(self, **kwargs) -> None:
         super().__post_init__(**kwargs)
         rotates = self.no_rope_layers[: self.num_hidden_layers]
-        if self.qk_rope_head_dims is None and not all(rotates):
+        if self.rope_inv_freq is None and self.qk_rope_head_dims is None and not all(rotates):
             self.qk_rope_head_dims = [self.qk_rope_head_dim if own else 0 for own in rotates]
 
 

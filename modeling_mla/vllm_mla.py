@@ -46,10 +46,32 @@ def refuse_unservable(config: PreTrainedConfig, max_model_len: int, dtype: torch
             f"q_lora_rank is {config.q_lora_rank}; vLLM cannot fuse this library's low-rank queries into its MLA "
             "attention; serve the model with Transformers (transformers serve)."
         )
+    if hasattr(config, "num_experts_per_tok"):
+        raise ValueError(
+            f"{config.model_type} has experts, which are stored otherwise than vLLM's backend for Transformers' models "
+            "looks for them; serve the model with Transformers (transformers serve)."
+        )
+    if getattr(config, "logits_scaling", 1) != 1:
+        raise ValueError(
+            f"logits_scaling is {config.logits_scaling}, which vLLM's backend for Transformers' models does not apply; "
+            "serve the model with Transformers (transformers serve)."
+        )
+    if hasattr(config, "use_parallel_residual"):
+        raise ValueError(
+            f"{config.model_type} stores its head under a name that vLLM's backend for Transformers' models does not "
+            "look for; serve the model with Transformers (transformers serve)."
+        )
+    if config.rope_long_inv_freq is not None:
+        original = config.rope_parameters["original_max_position_embeddings"]
+        if max_model_len > original:
+            raise ValueError(
+                f"beyond {original} tokens this model rotates by other frequencies, of which vLLM would choose one set "
+                f"for all sequences of a step; serve at most so many with --max-model-len {original}."
+            )
     layers = range(config.num_hidden_layers)
     ranks = sorted({config.layer_kv_lora_rank(layer) for layer in layers})
     widths = sorted({config.layer_qk_rope_head_dim(layer) for layer in layers})
-    if len(ranks) > 1 or len(widths) > 1:
+    if len(ranks) > 1 or len(widths) > 1 or config.qk_nope_head_dims is not None:
         raise ValueError(
             f"the layers of this model cache latents of {ranks[0]} to {ranks[-1]} and rotary keys of {widths[0]} to "
             f"{widths[-1]} values, and vLLM wants one size; pad them with: mla export MODEL DIR --to vllm."

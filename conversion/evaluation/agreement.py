@@ -13,6 +13,9 @@ EXACT_KL = 1e-4
 ROUNDED_LAYER_ERROR = 4
 ROUNDED_KL = 64
 """Both in squared precisions of the type that weights were rounded to; ten times what models show."""
+ROUTED_KL = 4
+"""In precisions of that type, of a model that chooses experts: for such a share of tokens rounding chooses others. Four
+times what tiny random models show."""
 WORST_LAYER_ERROR = 16
 """Of a compressed layer, whose output is then off by four times its own norm; zeros would be off by once its norm."""
 WORST_PERPLEXITY = 4
@@ -20,7 +23,7 @@ WORST_PERPLEXITY = 4
 
 
 def refuse_contradiction(
-    verification: Verification, *, lossless: bool, rounded_to: torch.dtype | None, vocabulary: int
+    verification: Verification, *, lossless: bool, rounded_to: torch.dtype | None, vocabulary: int, routed: bool = False
 ) -> None:
     """Refuses a checkpoint that its method should not have made.
 
@@ -30,14 +33,15 @@ def refuse_contradiction(
             among all tokens.
         rounded_to: the type of the weights where some are not stored as they were computed.
         vocabulary: tokens of the model.
+        routed: the model chooses experts for every token.
 
     Raises:
         VerificationError: what was found is above what the method may leave.
     """
     if lossless:
-        squared = 0.0 if rounded_to is None else torch.finfo(rounded_to).eps ** 2
-        layer_limit = max(EXACT_LAYER_ERROR, ROUNDED_LAYER_ERROR * squared)
-        kl_limit = max(EXACT_KL, ROUNDED_KL * squared)
+        precision = 0.0 if rounded_to is None else torch.finfo(rounded_to).eps
+        layer_limit = max(EXACT_LAYER_ERROR, ROUNDED_LAYER_ERROR * precision**2)
+        kl_limit = max(EXACT_KL, ROUNDED_KL * precision**2, ROUTED_KL * precision if routed else 0.0)
         advice = "report this source as one that is converted wrongly"
         if rounded_to is not None:
             advice = f"keep the source's type instead of {str(rounded_to).removeprefix('torch.')}, or {advice}"

@@ -24,7 +24,7 @@ QK_ROPE_HEAD_DIM = 64
 HEAD_DIMS = ((64, 128), (128, 128), (192, 256))
 """(qk_nope_head_dim, v_head_dim) beside 64 rotary channels for which there are prefill kernels on GPUs."""
 
-_ATTENTION = re.compile(r"model\.layers\.(\d+)\.self_attn\.(\w+)\.(weight|bias)")
+_ATTENTION = re.compile(r"\w+\.layers\.(\d+)\.(?:self_attn|attention)\.(\w+)\.(weight|bias)")
 
 
 class VllmExporter(Exporter):
@@ -56,9 +56,10 @@ class VllmExporter(Exporter):
         self._refuse_unpaddable(config)
         qk_head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
         padded = copy.deepcopy(config.to_dict())
-        rows = config.rope_inv_freq
-        if rows is not None:
-            padded["rope_inv_freq"] = [row + [0.0] * (QK_ROPE_HEAD_DIM // 2 - len(row)) for row in rows]
+        for field in ("rope_inv_freq", "rope_long_inv_freq"):
+            rows = getattr(config, field)
+            if rows is not None:
+                padded[field] = [row + [0.0] * (QK_ROPE_HEAD_DIM // 2 - len(row)) for row in rows]
         for derived in ("head_dim", "num_key_value_heads", "qk_head_dim"):
             padded.pop(derived, None)
         return type(config)(
@@ -69,6 +70,7 @@ class VllmExporter(Exporter):
                 "qk_rope_head_dim": QK_ROPE_HEAD_DIM,
                 "qk_rope_head_dims": None,
                 "qk_nope_head_dim": fitting[0][0],
+                "qk_nope_head_dims": None,
                 "v_head_dim": fitting[0][1],
                 "softmax_scale": qk_head_dim**-0.5 if config.softmax_scale is None else config.softmax_scale,
             }
@@ -95,7 +97,7 @@ class VllmExporter(Exporter):
         layer, projection = int(match.group(1)), match.group(2)
         rank, rotary = before.layer_kv_lora_rank(layer), before.layer_qk_rope_head_dim(layer)
         half, heads = rotary // 2, before.num_attention_heads
-        nope = (before.qk_nope_head_dim, after.qk_nope_head_dim)
+        nope = (before.layer_qk_nope_head_dim(layer), after.qk_nope_head_dim)
         value = (before.v_head_dim, after.v_head_dim)
         halves = [(half, after.qk_rope_head_dim // 2)] * 2
         latent = (rank, after.kv_lora_rank)

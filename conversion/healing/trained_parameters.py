@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from modeling_mla.latent_attention_mla import LatentAttention
+
 from ..checkpoint.reader import TensorReader
 from ..errors import ConversionError
 
@@ -21,11 +23,17 @@ LORA_RATE = 5e-4
 
 def trainable_names(model: PreTrainedModel) -> list[str]:
     """The attention's projections: neither norms, nor anything outside of attention."""
+    attention = _attention(model)
     return [
         name
         for name, parameter in model.named_parameters()
-        if ".self_attn." in name and "norm." not in name and parameter.detach().abs().max() > 0
+        if name.startswith(attention) and "norm." not in name and parameter.detach().abs().max() > 0
     ]
+
+
+def _attention(model: PreTrainedModel) -> tuple[str, ...]:
+    """How the names of its parameters begin, in every layer."""
+    return tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, LatentAttention))
 
 
 def unfrozen(model: PreTrainedModel, names: list[str]) -> list[dict[str, Any]]:
@@ -34,7 +42,7 @@ def unfrozen(model: PreTrainedModel, names: list[str]) -> list[dict[str, Any]]:
     groups = []
     for name in names:
         parameter = model.get_parameter(name).requires_grad_(True)
-        share = QUERY_SHARE if ".self_attn.q_" in name else 1.0
+        share = QUERY_SHARE if name.split(".")[-2].startswith("q_") else 1.0
         rate = RATE * share * parameter.detach().square().mean().sqrt().item()
         groups.append({"params": [parameter], "lr": rate})
     return groups
@@ -51,7 +59,7 @@ def with_adapters(model: PreTrainedModel, rank: int, seed: int) -> tuple[Any, li
     except ImportError as error:
         raise ConversionError("adapters need PEFT; install it with: pip install peft.") from error
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    targets = [name for name in linear if ".self_attn." in name]
+    targets = [name for name in linear if name.startswith(_attention(model))]
     torch.manual_seed(seed)
     student = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets))
     adapters = [parameter for parameter in student.parameters() if parameter.requires_grad]

@@ -45,6 +45,11 @@ class StoredModel:
         return self.config.num_hidden_layers
 
     @property
+    def chooses_experts(self) -> bool:
+        """Whether the model has experts, a few of which serve a token."""
+        return hasattr(type(self.config), "num_experts_per_tok")
+
+    @property
     def dtype(self) -> torch.dtype:
         """What the weights are stored as; float32 for a GGUF, whose tensors are dequantised."""
         if self.location.gguf_file is not None:

@@ -3,13 +3,15 @@
 import pytest
 import torch
 from tiny_families import FAMILIES, save_family
-from tiny_source import CONTEXT, LAYERS, byte_tokenizer, convert, write_text
+from tiny_source import LAYERS, byte_tokenizer, convert, write_text
 from transformers import AutoModelForCausalLM
 
 from conversion.forward.hidden_states import HiddenStates
 from conversion.methods.attention_aware.method import AttentionAwareMethod
 from conversion.methods.attention_aware.value_ridge import ValueRidge
 from conversion.pipeline.refit import refitted_windows
+from conversion.planning.text_use import window_length
+from conversion.sources import open_source
 from conversion.text.windows import load_windows
 
 
@@ -43,7 +45,7 @@ def test_it_reads_the_converted_model_beside_the_source(family, tmp_path, monkey
     folder, text = save_family(tmp_path / "source", family, dtype=torch.float32), write_text(tmp_path / "text.txt")
     output = convert(folder, tmp_path / "out", cache="60%", calibration=str(text), tokens=256).output
 
-    windows = load_windows(str(text), byte_tokenizer(), CONTEXT, 256, seed=0)
+    windows = load_windows(str(text), byte_tokenizer(), window_length(open_source(str(folder))), 256, seed=0)
     models = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for path in (folder, output)]
     expected = [model(windows, output_hidden_states=True).hidden_states for model in models]
     assert len(seen) == LAYERS

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_families import prompts, save_family
+from tiny_families import FAMILIES, ORIGINAL, prompts, save_family
 from tiny_source import CONTEXT, convert
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from conversion.errors import SourceError
+from conversion.sources.converted_config import long_frequencies
 from modeling_mla import LlamaMLAConfig
 from modeling_mla.rope_extension_mla import rope_extension
 
@@ -104,3 +106,36 @@ def test_frequencies_that_are_scaled_already_are_not_scaled_again(tmp_path: Path
     torch.testing.assert_close(logits(output, ids), logits(source, ids), rtol=0, atol=1e-9)
     with pytest.raises(ValueError, match="they are scaled by 'llama3' already"):
         logits(output, ids, rope_parameters=extended("yarn"))
+
+
+def test_generation_goes_over_to_the_long_frequencies_as_the_source_does(tmp_path: Path) -> None:
+    """From one token to the next the cache is made anew, by the other set."""
+    source = save_family(tmp_path / "source", "phi3-longrope")
+    output = convert(source, tmp_path / "out", method="exact").output
+    models = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64).eval() for path in (source, output)]
+    options = {"max_new_tokens": 12, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    expected, found = (model.generate(prompts(1, ORIGINAL - 6), **options) for model in models)
+    assert torch.equal(found.sequences, expected.sequences)
+    torch.testing.assert_close(torch.cat(found.logits), torch.cat(expected.logits), rtol=0, atol=1e-9)
+    models[1].config.rope_long_inv_freq = models[1].config.rope_inv_freq
+    short = AutoModelForCausalLM.from_pretrained(output, config=models[1].config, dtype=torch.float64).eval()
+    ids = prompts(1, CONTEXT)
+    assert (short(ids).logits - models[0](ids).logits).abs().max() > 1e-2, "the other set must matter"
+
+
+def test_a_folded_frequency_is_as_far_between_the_long_ones() -> None:
+    short = torch.tensor([1.0, 0.3, 0.1, 0.02])
+    long = torch.tensor([0.9, 0.15, 0.08, 0.001])
+    chosen = torch.tensor([0.1, 1.0, 1.0, 0.02])
+    assert torch.equal(long_frequencies(chosen, short, long), long[[2, 0, 0, 3]])
+    folded = torch.cat((chosen, (short[:-1] * short[1:]).sqrt()))
+    found = long_frequencies(folded, short, long)
+    assert torch.equal(found[:4], long[[2, 0, 0, 3]])
+    torch.testing.assert_close(found[4:], (long[:-1] * long[1:]).sqrt())
+
+
+def test_short_frequencies_that_do_not_descend_are_refused(tmp_path: Path) -> None:
+    rope = FAMILIES["phi3-longrope"]["rope_parameters"] | {"short_factor": [10.0, 1.1, 1.3, 1.2, 1.4, 1.5]}
+    source = save_family(tmp_path / "source", "phi3-longrope", rope_parameters=rope)
+    with pytest.raises(SourceError, match="short_factor whose frequencies do not descend"):
+        convert(source, tmp_path / "out", method="exact")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_families import FAMILIES, save_family
-from tiny_source import CONTEXT, LAYERS, byte_tokenizer, convert, save_source, write_text
+from tiny_source import LAYERS, byte_tokenizer, convert, save_source, write_text
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -20,6 +20,7 @@ from conversion.methods.base import TwoPassMethod
 from conversion.methods.transmla import TransMLAMethod
 from conversion.pipeline.work.journal import WorkFolder
 from conversion.pipeline.work.measurements import SharedMeasurements
+from conversion.planning.text_use import window_length
 from conversion.sources import open_source
 from conversion.text.windows import load_windows
 
@@ -43,7 +44,7 @@ def test_it_reads_the_model_that_lost_its_rotations(family: str, tmp_path: Path)
     (second,) = (tmp_path / "statistics").glob("intermediate-*")
 
     source = open_source(str(folder))
-    windows = load_windows(str(text), byte_tokenizer(), CONTEXT, 256, seed=0)
+    windows = load_windows(str(text), byte_tokenizer(), window_length(source), 256, seed=0)
     model = AutoModelForCausalLM.from_pretrained(intermediate, dtype=torch.float32).eval()
     with torch.no_grad():
         states = model(windows, output_hidden_states=True).hidden_states

@@ -51,16 +51,17 @@ def test_sensitivity_is_the_divergence_of_the_model_with_one_converted_layer(fam
     other = converted_model(source, original, [converted(layer) for layer in range(LAYERS)])
     reference = original(windows).logits.log_softmax(-1)
     for layer in range(LAYERS):
-        attention = other.model.layers[layer].self_attn
+        name = source.layer_prefix.format(layer=layer) + source.attention_prefix.removesuffix(".")
+        attention = other.get_submodule(name)
 
         def replace(
             _: nn.Module, args: Any, kwargs: dict[str, Any], output: Any, attention: nn.Module = attention
         ) -> Any:
-            states, mask = kwargs["hidden_states"], kwargs["attention_mask"]
-            angles = other.model.rotary_emb(states, torch.arange(states.shape[1])[None])
+            states, mask = kwargs["hidden_states"] if not args else args[0], kwargs["attention_mask"]
+            angles = other.base_model.rotary_emb(states, torch.arange(states.shape[1])[None])
             return attention(hidden_states=states, position_embeddings=angles, attention_mask=mask)
 
-        hook = original.model.layers[layer].self_attn.register_forward_hook(replace, with_kwargs=True)
+        hook = original.get_submodule(name).register_forward_hook(replace, with_kwargs=True)
         found = original(windows).logits.log_softmax(-1)
         hook.remove()
         expected = (reference.exp() * (reference - found)).sum(-1).mean()

@@ -17,7 +17,7 @@ GRANITE = {
     "attention_multiplier": 0.3,
     "embedding_multiplier": 3.0,
     "residual_multiplier": 0.4,
-    "logits_scaling": 0.5,
+    "logits_scaling": 2.0,
     "rope_parameters": YARN,
 }
 FAMILIES = {

@@ -32,6 +32,21 @@ INVALID = {
         r"qk_rope_head_dims is \[4, 3\]; every entry must be even",
     ),
     "rope dims, alone": ({"qk_rope_head_dims": [4, 2]}, "qk_rope_head_dims needs rope_inv_freq"),
+    "nope dims, largest": ({"qk_nope_head_dims": [6, 4]}, "qk_nope_head_dims reaches 6, but qk_nope_head_dim is 8"),
+    "nope dims, negative": ({"qk_nope_head_dims": [8, -1]}, "qk_nope_head_dims contains -1; no entry may be negative"),
+    "no channel in a layer": (
+        {"qk_nope_head_dims": [8, 0], "qk_rope_head_dims": [4, 0]},
+        "layer 1 has no un-rotated and no rotary channels",
+    ),
+    "long rows, alone": ({"rope_long_inv_freq": [[1.0, 0.1]]}, "rope_long_inv_freq needs rope_inv_freq"),
+    "long rows, count": (
+        {"rope_inv_freq": [[1.0, 0.1]], "rope_long_inv_freq": [[1.0]]},
+        "rope_long_inv_freq must have as many rows and frequencies",
+    ),
+    "long rows, from where": (
+        {"rope_inv_freq": [[1.0, 0.1]], "rope_long_inv_freq": [[0.5, 0.05]]},
+        "rope_long_inv_freq needs original_max_position_embeddings",
+    ),
     "factor, alone": ({"rope_attention_factor": 1.2}, "rope_attention_factor needs rope_inv_freq"),
     "factors, count": (
         {"rope_inv_freq": [[1.0, 0.1]] * 2, "rope_attention_factors": [1.2]},

@@ -120,3 +120,25 @@ def test_rotation_equals_the_body():
     cos, sin = torch.rand(2, 5, DIM // 2), torch.rand(2, 5, DIM // 2)
     expected, _ = apply_rotary_pos_emb(x, x, torch.cat((cos, cos), -1), torch.cat((sin, sin), -1))
     torch.testing.assert_close(apply_rotary(x, cos, sin, interleave=False), expected, rtol=0, atol=1e-6)
+
+
+def test_explicit_frequencies_change_where_those_of_the_body_do():
+    """The same table, stored as the body's two sets of frequencies."""
+    parameters = ROPE_PARAMETERS["longrope"]
+    _, body = tables(parameters)
+    short = body.inv_freq.clone()
+    body(torch.zeros(1), torch.tensor([[99]]))
+    assert not torch.equal(body.inv_freq, short)
+    config = tiny_config(
+        qk_rope_head_dim=DIM,
+        rope_parameters=dict(parameters),
+        rope_inv_freq=[short.tolist()],
+        rope_long_inv_freq=[body.inv_freq.tolist()],
+        rope_attention_factor=body.attention_scaling,
+    )
+    own = MLARotaryEmbedding(config)
+    x = torch.zeros(1, 1, dtype=torch.float64)
+    for last in (10, 15, 16, 40, 12):
+        positions = torch.arange(last + 1)[None]
+        for mine, theirs in zip(own(x, positions), body(x, positions), strict=True):
+            assert_close(mine[:, :, 0], theirs[..., : DIM // 2], 0.0)

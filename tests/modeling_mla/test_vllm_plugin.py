@@ -16,10 +16,33 @@ import torch
 from tiny import tiny_config
 
 import modeling_mla
-from modeling_mla import LlamaMLAConfig, MistralMLAConfig, MLAttention, Qwen2MLAConfig, Qwen3MLAConfig
+from modeling_mla import (
+    GPTNeoXMLAConfig,
+    GraniteMLAConfig,
+    LlamaMLAConfig,
+    MistralMLAConfig,
+    MixtralMLAConfig,
+    MLAttention,
+    Phi3MLAConfig,
+    Qwen2MLAConfig,
+    Qwen3MLAConfig,
+    SmolLM3MLAConfig,
+)
 from modeling_mla.attention_mla import IdentityRMSNorm
 from modeling_mla.vllm_mla import refuse_unservable
 
+LONGROPE = {
+    "original_max_position_embeddings": 16,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0] * 4,
+        "long_factor": [2.0] * 4,
+        "original_max_position_embeddings": 16,
+    },
+    "rope_inv_freq": [[1.0, 0.1]],
+    "rope_long_inv_freq": [[0.5, 0.05]],
+}
 PROJECT = Path(__file__).parents[2] / "pyproject.toml"
 
 
@@ -68,6 +91,11 @@ def test_plugin_registers_every_family(monkeypatch: pytest.MonkeyPatch) -> None:
         (LlamaMLAConfig, {"q_lora_rank": 8}, "q_lora_rank is 8"),
         (LlamaMLAConfig, {"kv_lora_ranks": [5, 16]}, "latents of 5 to 16 .*mla export"),
         (MistralMLAConfig, {"sliding_window": 100}, "sliding window is 100 tokens"),
+        (SmolLM3MLAConfig, {"no_rope_layers": [1, 0]}, "rotary keys of 0 to 4 values"),
+        (MixtralMLAConfig, {}, "mixtral_mla has experts"),
+        (GraniteMLAConfig, {"logits_scaling": 4.0}, r"logits_scaling is 4\.0"),
+        (GPTNeoXMLAConfig, {}, "gpt_neox_mla stores its head"),
+        (Phi3MLAConfig, LONGROPE, "beyond 16 tokens .* --max-model-len 16"),
         (Qwen2MLAConfig, {"use_sliding_window": True, "sliding_window": 99, "max_window_layers": 1}, "window is 99"),
     ],
 )

@@ -26,5 +26,6 @@ def verify(job: ConversionJob) -> None:
         lossless=job.method.lossless,
         rounded_to=job.plan.dtype if rounded else None,
         vocabulary=job.source.config.vocab_size,
+        routed=job.source.chooses_experts,
     )
     job.work.journal.verification = found
