@@ -35,6 +35,15 @@ from .gemma3_mla import (
     Gemma3MLAModel,
     Gemma3MLAPreTrainedModel,
 )
+from .gpt_oss_mla import (
+    GptOssMLAConfig,
+    GptOssMLAForCausalLM,
+    GptOssMLAForQuestionAnswering,
+    GptOssMLAForSequenceClassification,
+    GptOssMLAForTokenClassification,
+    GptOssMLAModel,
+    GptOssMLAPreTrainedModel,
+)
 from .llama_mla import (
     LlamaMLAConfig,
     LlamaMLAForCausalLM,
@@ -114,6 +123,13 @@ __all__ = [
     "Gemma3MLAForTokenClassification",
     "Gemma3MLAModel",
     "Gemma3MLAPreTrainedModel",
+    "GptOssMLAConfig",
+    "GptOssMLAForCausalLM",
+    "GptOssMLAForQuestionAnswering",
+    "GptOssMLAForSequenceClassification",
+    "GptOssMLAForTokenClassification",
+    "GptOssMLAModel",
+    "GptOssMLAPreTrainedModel",
     "LatentCache",
     "LlamaMLAConfig",
     "LlamaMLAForCausalLM",

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from modeling_mla.configuration_mla import identity_norm_weight
+from modeling_mla.vllm_mla import why_no_mla_attention
 
 from ..errors import BudgetError, SourceError
 from .base import Exporter
@@ -33,11 +34,9 @@ class VllmExporter(Exporter):
 
     def config(self, config: PreTrainedConfig) -> PreTrainedConfig:
         """See `Exporter.config`."""
-        if hasattr(config, "qk_norm_head_dim"):
-            raise SourceError(
-                f"{config.model_type} normalises queries and keys of every head, which vLLM cannot fuse into its MLA "
-                "attention; serve the model with Transformers."
-            )
+        reason = why_no_mla_attention(config)
+        if reason is not None:
+            raise SourceError(f"{config.model_type} {reason}; serve the model with Transformers.")
         for field, limit in (("kv_lora_rank", KV_LORA_RANK), ("qk_rope_head_dim", QK_ROPE_HEAD_DIM)):
             if getattr(config, field) > limit:
                 raise BudgetError(

@@ -10,6 +10,7 @@ from .base import SourceModel
 from .cohere import CohereSource
 from .gemma2 import Gemma2Source
 from .gemma3 import Gemma3Source
+from .gpt_oss import GptOssSource
 from .llama import LlamaSource
 from .mistral import MistralSource
 from .olmo2 import Olmo2Source
@@ -23,6 +24,7 @@ SOURCES: dict[str, type[SourceModel]] = {
         CohereSource,
         Gemma2Source,
         Gemma3Source,
+        GptOssSource,
         LlamaSource,
         MistralSource,
         Olmo2Source,

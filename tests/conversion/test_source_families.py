@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +76,8 @@ import sys, torch
 sys.modules["modeling_mla"] = None
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, dtype=torch.float64)
+if model._can_set_experts_implementation():
+    model.set_experts_implementation("eager")
 torch.save(model(torch.arange(2, 50)[None]).logits, sys.argv[2])
 """
 
@@ -135,4 +138,13 @@ def test_mistral_with_layer_types_is_refused(tmp_path: Path) -> None:
 def test_attention_to_later_tokens_is_refused(tmp_path: Path) -> None:
     folder = save_family(tmp_path / "source", "gemma2", use_bidirectional_attention=True)
     with pytest.raises(SourceError, match="use_bidirectional_attention"):
+        open_source(str(folder))
+
+
+def test_mxfp4_is_refused_by_name(tmp_path: Path) -> None:
+    packed = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
+    folder = save_family(tmp_path / "source", "gpt_oss")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": packed}))
+    with pytest.raises(SourceError, match=r"quantised by mxfp4, which cannot be converted; give the checkpoint in bfl"):
         open_source(str(folder))

@@ -29,6 +29,13 @@ FAMILIES = {
         "final_logit_softcapping": None,
         "layer_types": ["full_attention"] * 3,
     },
+    "gpt_oss": {
+        "head_dim": 8,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": WINDOW,
+        "rope_parameters": YARN | {"truncate": False},
+    },
     "llama": {},
     "gemma3_text": {
         "head_dim": 8,
@@ -89,7 +96,7 @@ def save_family(folder: Path, family: str, kv_heads: int = 2, dtype: torch.dtype
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith(".bias"):
+            if name.endswith(("bias", "sinks")):
                 parameter.normal_(std=0.5)
             elif "norm" in name:
                 parameter.uniform_(0.5, 1.5)
@@ -101,6 +108,9 @@ def save_family(folder: Path, family: str, kv_heads: int = 2, dtype: torch.dtype
 def load(folder: Path, route: str = "auto") -> PreTrainedModel:
     """A causal model in float64; the route is for MLA models."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    if model._can_set_experts_implementation():
+        # The grouped product knows no float64.
+        model.set_experts_implementation("eager")
     if hasattr(model, "set_attention_route"):
         model.set_attention_route(route)
     return model

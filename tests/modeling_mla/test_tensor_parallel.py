@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import VARIANTS, assert_close, decode, random_ids, tiny_model
+from tiny import EXPERTS, VARIANTS, assert_close, decode, plain_experts, random_ids, tiny_model
 from torch import nn
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, PreTrainedModel
 from transformers.distributed import DistributedConfig
@@ -14,6 +14,7 @@ from modeling_mla import (
     CohereMLAForCausalLM,
     Gemma2MLAForCausalLM,
     Gemma3MLAForCausalLM,
+    GptOssMLAForCausalLM,
     LlamaMLAForCausalLM,
     MistralMLAForCausalLM,
     Olmo2MLAForCausalLM,
@@ -34,6 +35,7 @@ CASES: dict[str, tuple[type, dict]] = {
     "gemma3": (Gemma3MLAForCausalLM, NORMS | {"hidden_size": 64}),
     "cohere": (CohereMLAForCausalLM, {}),
     "cohere with norms": (CohereMLAForCausalLM, NORMS | {"use_qk_norm": True}),
+    "gpt-oss": (GptOssMLAForCausalLM, EXPERTS | {"sliding_window": 6, "attn_implementation": "eager"}),
     "mistral": (MistralMLAForCausalLM, {"sliding_window": 6}),
     "olmo2": (Olmo2MLAForCausalLM, NORMS | {"attention_bias": True}),
     "olmo3": (Olmo3MLAForCausalLM, NORMS | {"sliding_window": 6}),
@@ -78,7 +80,7 @@ def generate(model: PreTrainedModel) -> torch.Tensor:
 
 def split(cls: type, folder: Path) -> PreTrainedModel:
     config = DistributedConfig(tp_size=2, tp_plan="auto")
-    model = cls.from_pretrained(folder, dtype=torch.float64, distributed_config=config).eval()
+    model = plain_experts(cls.from_pretrained(folder, dtype=torch.float64, distributed_config=config).eval())
     projection = model.model.layers[0].self_attn.kv_b_proj
     assert projection.weight.to_local().shape[0] == projection.out_features / 2, "heads must be split"
     return model
@@ -98,7 +100,7 @@ def compare_families(folder: Path) -> None:
             model(IDS, labels=IDS)
         model.save_pretrained(folder / f"{name} again")
         torch.distributed.barrier()
-        again = cls.from_pretrained(folder / f"{name} again", dtype=torch.float64).eval()
+        again = plain_experts(cls.from_pretrained(folder / f"{name} again", dtype=torch.float64).eval())
         assert_close(decode(again, IDS), expected["logits"])
 
 
