@@ -11,6 +11,7 @@ from . import (
     gemma3_mla,
     glm4_mla,
     gpt_neox_mla,
+    gpt_oss_mla,
     granite_mla,
     granitemoe_mla,
     llama_mla,
@@ -36,6 +37,7 @@ from .gemma2_mla import *
 from .gemma3_mla import *
 from .glm4_mla import *
 from .gpt_neox_mla import *
+from .gpt_oss_mla import *
 from .granite_mla import *
 from .granitemoe_mla import *
 from .llama_mla import *
@@ -69,6 +71,7 @@ __all__ += gemma2_mla.__all__
 __all__ += gemma3_mla.__all__
 __all__ += glm4_mla.__all__
 __all__ += gpt_neox_mla.__all__
+__all__ += gpt_oss_mla.__all__
 __all__ += granite_mla.__all__
 __all__ += granitemoe_mla.__all__
 __all__ += llama_mla.__all__

@@ -124,6 +124,11 @@ class MLAConfigMixin(_Body):
         """Scores become ``softcap * tanh(scores / softcap)``; None where the body has no such field."""
         return None
 
+    @property
+    def attention_sinks(self) -> bool:
+        """Whether every head has a logit that takes its share of the softmax."""
+        return False
+
     def validate_rope(self) -> None:
         """As the body's, over the channels that are rotated: `head_dim` is here the width of the cache."""
         rotary = copy.copy(self)

@@ -24,6 +24,17 @@ def register() -> None:
             ModelRegistry.register_model(name, f"{__package__}.vllm_models_mla:TransformersForCausalLM")
 
 
+def why_no_mla_attention(config: PreTrainedConfig) -> str | None:
+    """What a model of this library does that vLLM's MLA attention does not, whatever its sizes; None for nothing."""
+    if getattr(config, "qk_norm_head_dim", None) is not None:
+        return "normalises queries and keys before they are compressed, which vLLM cannot fuse into its MLA attention"
+    if config.attention_softcap is not None:
+        return f"caps its scores at {config.attention_softcap}, which vLLM's MLA attention ignores"
+    if config.attention_sinks:
+        return "has attention sinks, which vLLM's MLA attention ignores"
+    return None
+
+
 def refuse_unservable(config: PreTrainedConfig, max_model_len: int, dtype: torch.dtype) -> None:
     """Raises `ValueError`, by name, for what vLLM's MLA attention would ignore or cannot be given."""
     if dtype == torch.float16 and config.latent_norm == "identity":
@@ -31,16 +42,9 @@ def refuse_unservable(config: PreTrainedConfig, max_model_len: int, dtype: torch
             "float16 cannot hold the norm that stands for none in this model (its weight is 2**20); serve it with "
             "--dtype bfloat16 or float32."
         )
-    if getattr(config, "qk_norm_head_dim", None) is not None:
-        raise ValueError(
-            f"{config.model_type} normalises queries and keys before they are compressed, which vLLM "
-            "cannot fuse into its MLA attention; serve the model with Transformers (transformers serve)."
-        )
-    if config.attention_softcap is not None:
-        raise ValueError(
-            f"the scores of this model are capped at {config.attention_softcap}, which vLLM's MLA attention ignores; "
-            "serve the model with Transformers (transformers serve)."
-        )
+    reason = why_no_mla_attention(config)
+    if reason is not None:
+        raise ValueError(f"{config.model_type} {reason}; serve the model with Transformers (transformers serve).")
     if config.q_lora_rank is not None:
         raise ValueError(
             f"q_lora_rank is {config.q_lora_rank}; vLLM cannot fuse this library's low-rank queries into its MLA "

@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig
 from typing_extensions import override
 
 from modeling_mla.configuration_mla import identity_norm_weight
+from modeling_mla.vllm_mla import why_no_mla_attention
 
 from ..errors import BudgetError, SourceError
 from .base import Exporter
@@ -34,11 +35,9 @@ class VllmExporter(Exporter):
 
     @override
     def config(self, config: PreTrainedConfig) -> PreTrainedConfig:
-        if hasattr(config, "qk_norm_head_dim"):
-            raise SourceError(
-                f"{config.model_type} normalises queries and keys of every head, which vLLM cannot fuse into its MLA "
-                "attention; serve the model with Transformers."
-            )
+        reason = why_no_mla_attention(config)
+        if reason is not None:
+            raise SourceError(f"{config.model_type} {reason}; serve the model with Transformers.")
         for field, limit in (("kv_lora_rank", KV_LORA_RANK), ("qk_rope_head_dim", QK_ROPE_HEAD_DIM)):
             if getattr(config, field) > limit:
                 raise BudgetError(

@@ -16,6 +16,7 @@ from .gemma2 import Gemma2Source
 from .gemma3 import Gemma3Source
 from .glm4 import Glm4Source
 from .gpt_neox import GPTNeoXSource
+from .gpt_oss import GptOssSource
 from .granite import GraniteSource
 from .granitemoe import GraniteMoeSource
 from .llama import LlamaSource
@@ -38,6 +39,7 @@ _FAMILIES: tuple[type[SourceModel], ...] = (
     Gemma3Source,
     Glm4Source,
     GPTNeoXSource,
+    GptOssSource,
     GraniteSource,
     GraniteMoeSource,
     LlamaSource,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -170,4 +171,13 @@ def test_a_missing_expert_is_named(missing: str, said: str, tmp_path: Path) -> N
 def test_attention_to_later_tokens_is_refused(tmp_path: Path) -> None:
     folder = save_family(tmp_path / "source", "gemma2", use_bidirectional_attention=True)
     with pytest.raises(SourceError, match="use_bidirectional_attention"):
+        open_source(str(folder))
+
+
+def test_mxfp4_is_refused_by_name(tmp_path: Path) -> None:
+    packed = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
+    folder = save_family(tmp_path / "source", "gpt_oss")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": packed}))
+    with pytest.raises(SourceError, match=r"quantised by mxfp4, which cannot be converted; give the checkpoint in bfl"):
         open_source(str(folder))

@@ -38,6 +38,13 @@ FAMILIES = {
         "final_logit_softcapping": None,
         "layer_types": ["full_attention"] * 3,
     },
+    "gpt_oss": {
+        "head_dim": 8,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": WINDOW,
+        "rope_parameters": YARN | {"truncate": False},
+    },
     "gemma3_text": {
         "head_dim": 8,
         "attention_bias": True,
@@ -164,7 +171,7 @@ def save_family(folder: Path, family: str, kv_heads: int = 2, dtype: torch.dtype
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith(".bias"):
+            if name.endswith(("bias", "sinks")):
                 parameter.normal_(std=0.5)
             elif "norm" in name:
                 parameter.uniform_(0.5, 1.5)

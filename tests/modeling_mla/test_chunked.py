@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny import (
+    EXPERTS,
     VARIANTS,
     assert_close,
     every_variant,
@@ -13,7 +14,7 @@ from tiny import (
     tiny_model,
 )
 
-from modeling_mla import LatentCache, chunked_mla, routes_mla
+from modeling_mla import Gemma2MLAForCausalLM, GptOssMLAForCausalLM, LatentCache, chunked_mla, routes_mla
 from modeling_mla.cache_static_mla import StaticLatentCache
 from modeling_mla.transformers_seams_mla import cache_argument
 
@@ -52,6 +53,22 @@ def test_prefill_equals_reference(pieces, variant, implementation):
     assert_close(actual[mask.bool()], reference_logits(model, ids, mask, positions)[mask.bool()])
     assert pieces == [64, 64, 22] * 2
     assert_close(model(ids).logits, reference_logits(model, ids))
+
+
+@pytest.mark.parametrize(
+    ("cls", "fields"),
+    [
+        (Gemma2MLAForCausalLM, {"hidden_size": 64, "attn_logit_softcapping": 0.8}),
+        (GptOssMLAForCausalLM, EXPERTS | {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}),
+    ],
+)
+@torch.no_grad()
+def test_softcaps_and_sinks(pieces, cls, fields):
+    model = tiny_model(cls, attn_implementation="eager", sliding_window=90, **fields)
+    model.set_attention_route("expanded")
+    ids = random_ids(1, LENGTH)
+    assert_close(model(ids).logits, reference_logits(model, ids, windows=[90, None]))
+    assert pieces == [64, 64, 22] * 2
 
 
 @pytest.mark.parametrize("cache", [LatentCache, lambda config: StaticLatentCache(config, 200)])

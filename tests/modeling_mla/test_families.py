@@ -2,7 +2,16 @@
 
 import pytest
 import torch
-from tiny import assert_close, decode, left_padding, positions_of, random_ids, reference_logits, tiny_model
+from tiny import (
+    EXPERTS,
+    assert_close,
+    decode,
+    left_padding,
+    positions_of,
+    random_ids,
+    reference_logits,
+    tiny_model,
+)
 from transformers import AutoModel, AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
 import modeling_mla
@@ -40,6 +49,11 @@ FAMILIES = {
     "Glm4": {},
     "Granite": GRANITE,
     "GraniteMoe": GRANITE | {"num_local_experts": 4},
+    "GptOss": EXPERTS
+    | {
+        "sliding_window": WINDOW,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+    },
     "Llama": {},
     "Ministral": {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]},
     "Mistral": {"sliding_window": WINDOW},
@@ -80,6 +94,7 @@ FAMILIES = {
 WINDOWS = {
     "Gemma2": [WINDOW, None],
     "Gemma3": [WINDOW, None],
+    "GptOss": [WINDOW, None],
     "Olmo3": [WINDOW, None],
     "Ministral": [WINDOW, None],
     "Mistral": [WINDOW, WINDOW],
@@ -90,10 +105,23 @@ WINDOWS = {
     "Starcoder2": [WINDOW, WINDOW],
 }
 REFERENCED = (
-    *("Cohere", "Gemma2", "Gemma3", "Llama", "Ministral", "Mistral", "Olmo2", "Olmo3", "Qwen2", "Qwen3", "SmolLM3"),
+    *(
+        "Cohere",
+        "Gemma2",
+        "Gemma3",
+        "GptOss",
+        "Llama",
+        "Ministral",
+        "Mistral",
+        "Olmo2",
+        "Olmo3",
+        "Qwen2",
+        "Qwen3",
+        "SmolLM3",
+    ),
 )
 """Whose bodies the reference has."""
-EAGER_ONLY = {"Gemma2"}
+EAGER_ONLY = {"Gemma2", "GptOss"}
 """As their bodies are."""
 IMPLEMENTATIONS = [
     (family, implementation)
@@ -152,8 +180,8 @@ def test_decode_equals_forward(family, route, implementation):
     ids=str,
 )
 def test_generation(family, options):
-    if "assistant_early_exit" in options and family.startswith("GPTNeoX"):
-        pytest.skip("GPT-NeoX's body runs all its layers, whatever num_hidden_layers says then")
+    if "assistant_early_exit" in options and family.startswith(("GPTNeoX", "GptOss")):
+        pytest.skip("its body runs all its layers, whatever num_hidden_layers says then")
     model, ids = family_model(family), random_ids(1, 5).repeat(1, 3)
     sequences = []
     for own in ({**options, "use_cache": True}, {k: v for k, v in options.items() if k in ("num_beams", "do_sample")}):

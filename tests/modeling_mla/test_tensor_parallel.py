@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import VARIANTS, assert_close, decode, random_ids, tiny_model
+from tiny import EXPERTS, VARIANTS, assert_close, decode, random_ids, tiny_model
 from torch import nn
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, PreTrainedModel
 from transformers.distributed import DistributedConfig
@@ -23,6 +23,7 @@ CASES: dict[str, tuple[str, dict]] = {
     "gemma3": ("Gemma3", NORMS | {"hidden_size": 64}),
     "glm4": ("Glm4", {}),
     "gpt_neox": ("GPTNeoX", {}),
+    "gpt-oss": ("GptOss", EXPERTS | {"sliding_window": 6, "attn_implementation": "eager"}),
     "granite": ("Granite", {"attention_multiplier": 0.4, "residual_multiplier": 0.3}),
     "granite with experts": ("GraniteMoe", {"attention_multiplier": 0.4, "num_local_experts": 4}),
     "llama": ("Llama", {}),

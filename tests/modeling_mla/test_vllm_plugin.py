@@ -17,7 +17,10 @@ from tiny import tiny_config
 
 import modeling_mla
 from modeling_mla import (
+    CohereMLAConfig,
+    Gemma2MLAConfig,
     GPTNeoXMLAConfig,
+    GptOssMLAConfig,
     GraniteMLAConfig,
     LlamaMLAConfig,
     MistralMLAConfig,
@@ -88,6 +91,13 @@ def test_plugin_registers_every_family(monkeypatch: pytest.MonkeyPatch) -> None:
     ("config_class", "fields", "message"),
     [
         (Qwen3MLAConfig, {}, "qwen3_mla normalises"),
+        (Gemma2MLAConfig, {"attn_logit_softcapping": 30.0}, "gemma2_mla caps its scores at 30.0"),
+        (GptOssMLAConfig, {}, "gpt_oss_mla has attention sinks"),
+        (
+            CohereMLAConfig,
+            {"use_qk_norm": True, "qk_norm_head_dim": 8, "qk_norm_key_heads": 2},
+            "cohere_mla normalises",
+        ),
         (LlamaMLAConfig, {"q_lora_rank": 8}, "q_lora_rank is 8"),
         (LlamaMLAConfig, {"kv_lora_ranks": [5, 16]}, "latents of 5 to 16 .*mla export"),
         (MistralMLAConfig, {"sliding_window": 100}, "sliding window is 100 tokens"),

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from transformers import Cache
+from transformers import Cache, PreTrainedModel
 
 from modeling_mla import LlamaMLAConfig, LlamaMLAForCausalLM, MLAConfigMixin, MLAttention
 from modeling_mla.qk_norm_mla import NormedMLAttention
@@ -35,6 +35,8 @@ VARIANTS: dict[str, dict] = {
     "rope_in_one_layer": {"qk_rope_head_dims": [0, 4], "rope_inv_freq": [[], [1.1, 0.02]]},
 }
 """Every shape of attention that a configuration can ask for."""
+
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
 
 def tiny_config(config_class: type[MLAConfigMixin] = LlamaMLAConfig, **overrides) -> MLAConfigMixin:
@@ -78,7 +80,14 @@ def tiny_model(
     options = {"attn_implementation": attn_implementation, "experts_implementation": "eager"}
     model = cls._from_config(tiny_config(cls.config_class, **overrides), **options)
     randomize(model)
-    return model.to(dtype).eval()
+    return plain_experts(model.to(dtype).eval())
+
+
+def plain_experts(model: PreTrainedModel) -> PreTrainedModel:
+    """``model``, whose experts are computed one by one: the grouped product knows no float64."""
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation("eager")
+    return model
 
 
 def random_ids(batch: int, length: int) -> torch.Tensor:

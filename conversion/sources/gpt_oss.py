@@ -1,0 +1,35 @@
+"""gpt-oss: `GptOssForCausalLM`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from transformers import GptOssForCausalLM
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssDecoderLayer, GptOssRotaryEmbedding
+
+from ..layers import AttentionWeights
+from .base import SourceModel
+
+
+class GptOssSource(SourceModel):
+    """Attention sinks, biases on all projections, windows in every second layer, experts.
+
+    Its releases are stored in MXFP4, which is refused with every other packed form; Transformers' `dequantize` makes
+    bfloat16 of it.
+    """
+
+    model_type = "gpt_oss"
+    causal_lm = GptOssForCausalLM
+    decoder_layer_class = GptOssDecoderLayer
+    rotary_class = GptOssRotaryEmbedding
+    mla_name = "GptOssMLA"
+
+    def attention(self, layer: int, dtype: torch.dtype | None = None) -> AttentionWeights:
+        weights = super().attention(layer, dtype)
+        sinks = self.tensors.tensor(f"{self.layer_prefix.format(layer=layer)}{self.attention_prefix}sinks")
+        return replace(weights, sinks=sinks.to(weights.q.dtype))
+
+    def replaced(self, name: str) -> int | None:
+        """Sinks stay."""
+        return None if name.endswith(".sinks") else super().replaced(name)
