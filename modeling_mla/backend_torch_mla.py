@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from .backend_base_mla import AbsorbedShape
+from .latent_tiles_mla import CodedLatents, CodedTile, PlainTile, latent_tiles
 from .masks_mla import VisibleKeys
-from .scores_mla import capped_and_masked, float32_products
+from .scores_mla import capped_and_masked
 from .softmax_merge_mla import finite_lse, merge_attended
 
 _BLOCK_SCORES = 1 << 18
@@ -15,7 +18,7 @@ _MIN_BLOCK = 1024
 
 
 class TorchBackend:
-    """Runs everywhere, at every shape and precision.
+    """Runs everywhere, at every shape and precision, over plain and coded latents.
 
     All heads read one latent head, so they are rows of one query matrix, and a sequence is two matrix products over
     its latents where they lie: batched products and attention with repeated heads would copy the cache.
@@ -29,7 +32,7 @@ class TorchBackend:
     def attend(
         self,
         query: torch.Tensor,
-        latents: torch.Tensor,
+        latents: torch.Tensor | CodedLatents,
         kv_lora_rank: int,
         scale: float,
         visible: VisibleKeys,
@@ -43,9 +46,10 @@ class TorchBackend:
         mask = None if mask is None else mask.expand(batch, heads, length, -1)
         for index in range(batch):
             rows = query[index].reshape(heads * length, width)
-            own_mask = None if mask is None else mask[index]
-            attend = _attend_block if latents.shape[1] <= _block_length(rows) else _attend_blocks
-            attended, own_lse = attend(rows, latents[index], kv_lora_rank, scale, own_mask, softcap)
+            block = _MIN_BLOCK if _widens(rows) else max(_BLOCK_SCORES // rows.shape[0], _MIN_BLOCK)
+            rows = rows.float() if _widens(rows) else rows
+            tiles = latent_tiles(latents, index, kv_lora_rank, rows.dtype, block)
+            attended, own_lse = _attend_tiles(rows, tiles, scale, None if mask is None else mask[index], softcap)
             context[index] = attended.view(heads, length, kv_lora_rank)
             lse[index] = own_lse.view(heads, length)
         return context, lse
@@ -57,45 +61,31 @@ def _widens(tensor: torch.Tensor) -> bool:
     return tensor.dtype == torch.float16 and tensor.device.type == "cpu"
 
 
-def _block_length(rows: torch.Tensor) -> int:
-    """Keys that are taken at once by ``rows [m, r + d_r]``."""
-    return _MIN_BLOCK if _widens(rows) else max(_BLOCK_SCORES // rows.shape[0], _MIN_BLOCK)
-
-
-def _attend_block(
+def _attend_tiles(
     rows: torch.Tensor,
-    latents: torch.Tensor,
-    kv_lora_rank: int,
+    tiles: Iterable[tuple[slice, PlainTile | CodedTile]],
     scale: float,
     mask: torch.Tensor | None,
     softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """All scores of one sequence at once: ``rows [H*n, r + d_r]``, ``latents [S, r + d_r]``, ``mask [H, n, S]``."""
-    if _widens(rows):
-        rows, latents = rows.float(), latents.float()
+    """``rows [H*n, r + d_r]`` to one sequence, tile by tile in bounded memory: the online softmax (Milakov and
+    Gimelshein, arXiv 1805.02867). ``mask`` is ``[H, n, S]``."""
+    merged: tuple[torch.Tensor, torch.Tensor] | None = None
+    for part, tile in tiles:
+        attended, lse = _attend_tile(rows, tile, scale, None if mask is None else mask[..., part], softcap)
+        merged = (
+            (attended, lse) if merged is None else merge_attended(merged[0].to(lse.dtype), merged[1], attended, lse)
+        )
+    assert merged is not None
+    return merged
+
+
+def _attend_tile(
+    rows: torch.Tensor, tile: PlainTile | CodedTile, scale: float, mask: torch.Tensor | None, softcap: float | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """All scores of some tokens at once."""
     mask = None if mask is None else mask.reshape(rows.shape[0], -1)
-    scores = capped_and_masked(float32_products(rows, latents.t()) * scale, mask, softcap)
+    scores = capped_and_masked(tile.scores(rows) * scale, mask, softcap)
     lse = torch.logsumexp(scores, dim=-1)
     weights = torch.exp(scores - finite_lse(lse).unsqueeze(-1))
-    return torch.mm(weights.to(rows.dtype), latents[:, :kv_lora_rank]), lse
-
-
-def _attend_blocks(
-    rows: torch.Tensor,
-    latents: torch.Tensor,
-    kv_lora_rank: int,
-    scale: float,
-    mask: torch.Tensor | None,
-    softcap: float | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same block by block, by the online softmax (Milakov and Gimelshein, arXiv 1805.02867), in bounded memory."""
-    precision = torch.promote_types(rows.dtype, torch.float32)
-    block = _block_length(rows)
-    context = rows.new_zeros(rows.shape[0], kv_lora_rank, dtype=precision)
-    lse = rows.new_full((rows.shape[0],), float("-inf"), dtype=precision)
-    for start in range(0, latents.shape[0], block):
-        part = slice(start, start + block)
-        own_mask = None if mask is None else mask[..., part]
-        attended, own_lse = _attend_block(rows, latents[part], kv_lora_rank, scale, own_mask, softcap)
-        context, lse = merge_attended(context, lse, attended.to(precision), own_lse)
-    return context.to(rows.dtype), lse
+    return tile.context(weights), lse

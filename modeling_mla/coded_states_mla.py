@@ -1,0 +1,195 @@
+"""Coded latents and rotary keys: how they are written, and what stands for them where they are read.
+
+The attention function gets `CodedStates` where it would get tensors, and reads them tile by tile.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from .bit_planes_mla import pack_levels, unpack_levels
+from .hartley_mla import hartley_matrix
+from .latent_code_mla import LatentCode, PartCode, largest, offset, plane_bytes, planes
+from .scores_mla import float32_products
+
+
+class Codec:
+    """Writes and reads one `PartCode` on a device.
+
+    Attributes:
+        dtype: of the states that are coded, and of what they are decoded to.
+        matrix: ``[n, n]`` orthogonal, applied from the right before coding; None where the code is not rotated.
+    """
+
+    def __init__(self, code: PartCode, dtype: torch.dtype, device: torch.device) -> None:
+        self.code, self.dtype = code, dtype
+        self.exact_dtype = torch.float16 if dtype == torch.float16 else torch.bfloat16
+        self.precision = torch.promote_types(dtype, torch.float32)
+        self.matrix = hartley_matrix(code.channels, self.precision, device) if code.rotated else None
+        widths = [channels for channels, _ in code.segments]
+        bits = [bits for _, bits in code.segments]
+        repeats = torch.tensor(widths, dtype=torch.long)
+        self.groups = torch.tensor(code.groups, dtype=torch.long, device=device)
+        if not code.is_exact:
+            limits = torch.tensor([largest(width) for width in bits], dtype=torch.float32)
+            offsets = torch.tensor([offset(width) for width in bits], dtype=torch.float32)
+            self.limits = limits.repeat_interleave(repeats).to(device)
+            self.offsets = offsets.repeat_interleave(repeats).to(device)
+
+    def rotate(self, states: torch.Tensor) -> torch.Tensor:
+        """``[..., n]`` as they are coded, in float32 or wider where that takes products."""
+        return states if self.matrix is None else states.to(self.precision) @ self.matrix
+
+    def rotate_back(self, states: torch.Tensor) -> torch.Tensor:
+        return states if self.matrix is None else states @ self.matrix.to(states.dtype).t()
+
+    def encode(self, rotated: torch.Tensor) -> torch.Tensor:
+        """``[..., n]``, rotated, to bytes ``[..., code.nbytes]`` int8: scales, then the planes of every segment."""
+        code = self.code
+        if code.is_exact:
+            return rotated.to(self.exact_dtype).contiguous().view(torch.int8)
+        states = rotated.float()
+        shares = (states.abs() / self.limits).split(code.groups, dim=-1)
+        scales = _rounded_up(torch.stack([share.amax(-1) for share in shares], dim=-1))
+        # Of a scale that is zero all states are.
+        steps = self._by_channel(scales.float()).clamp(min=torch.finfo(torch.float32).tiny)
+        levels = (states / steps - self.offsets).round()
+        levels = levels.clamp(-self.limits - self.offsets, self.limits - self.offsets).to(torch.int8)
+        parts = [scales.view(torch.int8)]
+        for part, (_, bits) in zip(levels.split([n for n, _ in code.segments], dim=-1), code.segments, strict=True):
+            parts.append(pack_levels(part, bits))
+        rows = torch.cat(parts, dim=-1)
+        return torch.nn.functional.pad(rows, (0, code.nbytes - rows.shape[-1]))
+
+    def _by_channel(self, scales: torch.Tensor) -> torch.Tensor:
+        """``[..., groups]`` spread over the channels, or, of one scale, as it is."""
+        return scales if len(self.code.groups) == 1 else scales.repeat_interleave(self.groups, dim=-1)
+
+    def tile(self, rows: torch.Tensor, dtype: torch.dtype) -> Tile:
+        """Bytes ``[..., code.nbytes]`` as numbers of ``dtype``."""
+        code = self.code
+        if code.is_exact:
+            return Tile(rows.view(self.exact_dtype).to(dtype))
+        scales = rows[..., : code.scale_bytes].view(torch.bfloat16)
+        levels = rows.new_empty(*rows.shape[:-1], code.channels, dtype=dtype)
+        start, first = code.scale_bytes, 0
+        for channels, bits in code.segments:
+            stop = start + sum(plane_bytes(channels, width) for width in planes(bits))
+            levels[..., first : first + channels] = unpack_levels(rows[..., start:stop], channels, bits)
+            start, first = stop, first + channels
+        if len(code.groups) == 1:
+            return Tile(levels, scales[..., 0].to(torch.promote_types(dtype, torch.float32)), self.offsets)
+        return Tile((levels + self.offsets.to(dtype)) * self._by_channel(scales.to(dtype)))
+
+    def decode(self, rows: torch.Tensor) -> torch.Tensor:
+        """Bytes ``[..., code.nbytes]`` as states ``[..., n]``, still rotated, in float32 or wider."""
+        return self.tile(rows, self.precision).values()
+
+
+def _rounded_up(scales: torch.Tensor) -> torch.Tensor:
+    """The next bfloat16 that is not below a positive float32, so that no level passes the largest."""
+    return ((scales.view(torch.int32) + 0xFFFF) >> 16).to(torch.int16).view(torch.bfloat16)
+
+
+class Tile(NamedTuple):
+    """Some tokens' states, ``scales * (levels + offsets)``: ``[T, n]``, ``[T]`` and ``[n]``.
+
+    A scale multiplies its token's score and weight and is never spread over the channels. Without scales the levels
+    are the states.
+    """
+
+    levels: torch.Tensor
+    scales: torch.Tensor | None = None
+    offsets: torch.Tensor | None = None
+
+    def values(self) -> torch.Tensor:
+        if self.scales is None or self.offsets is None:
+            return self.levels
+        return (self.levels + self.offsets.to(self.levels.dtype)) * self.scales.unsqueeze(-1)
+
+    def scores(self, rows: torch.Tensor) -> torch.Tensor:
+        """``[m, n] -> [m, T]``, in float32 or wider."""
+        products = float32_products(rows, self.levels.t())
+        if self.scales is None or self.offsets is None:
+            return products
+        return (products + (rows.to(products.dtype) @ self.offsets.to(products.dtype)).unsqueeze(-1)) * self.scales
+
+    def context(self, weights: torch.Tensor) -> torch.Tensor:
+        """``[m, T] -> [m, n]``, in the dtype of the levels."""
+        if self.scales is None or self.offsets is None:
+            return torch.mm(weights.to(self.levels.dtype), self.levels)
+        weights = (weights * self.scales).to(self.levels.dtype)
+        return torch.addmm(torch.outer(weights.sum(-1), self.offsets.to(weights.dtype)), weights, self.levels)
+
+
+class CodedStates:
+    """Stands for a tensor ``[B, 1, S, n]`` of latents or rotary keys that are cached in codes.
+
+    Args:
+        codec: that wrote them.
+        rows: ``[B, S, code.nbytes]`` int8, strided views of a cache.
+        exact: ``[B, e, n]``, rotated, which stand in the place of the first e rows.
+    """
+
+    def __init__(self, codec: Codec, rows: torch.Tensor, exact: torch.Tensor) -> None:
+        self.codec, self.rows, self.exact = codec, rows, exact
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((self.rows.shape[0], 1, self.rows.shape[1], self.codec.code.channels))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.codec.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.rows.device
+
+    def narrow(self, dim: int, start: int, length: int) -> CodedStates:
+        """As of a tensor, along the tokens."""
+        if dim != 2:
+            raise ValueError(f"coded states are cut along their tokens, dimension 2, not {dim}; decode them first.")
+        part = slice(start, start + length)
+        return CodedStates(self.codec, self.rows[:, part], self.exact[:, part])
+
+    def decode(self) -> torch.Tensor:
+        """The tensor ``[B, 1, S, n]``."""
+        states = self.codec.decode(self.rows)
+        states[:, : self.exact.shape[1]] = self.exact
+        return self.codec.rotate_back(states).to(self.dtype).unsqueeze(1)
+
+
+class LatentCodec:
+    """Writes and reads the rows of one `LatentCode`: latents, then rotary keys."""
+
+    def __init__(self, code: LatentCode, dtype: torch.dtype, device: torch.device) -> None:
+        self.latent, self.rope = (Codec(part, dtype, device) for part in (code.latent, code.rope))
+        self.widths = [code.latent.channels, code.rope.channels]
+        self.width = sum(self.widths)
+
+    def rotated(self, kv_c: torch.Tensor, k_pe: torch.Tensor) -> torch.Tensor:
+        """``[..., r]`` and ``[..., d_r]`` to ``[..., r + d_r]``, as they are coded."""
+        return torch.cat((self.latent.rotate(kv_c), self.rope.rotate(k_pe)), dim=-1)
+
+    def encode(self, rotated: torch.Tensor) -> torch.Tensor:
+        """``[..., r + d_r]`` to rows ``[..., code.nbytes]`` int8."""
+        latent, rope = rotated.split(self.widths, dim=-1)
+        return torch.cat((self.latent.encode(latent), self.rope.encode(rope)), dim=-1)
+
+    def states(self, rows: torch.Tensor, exact: torch.Tensor) -> tuple[CodedStates, CodedStates]:
+        """What stands for the latents and the rotary keys in ``rows [B, S, code.nbytes]``.
+
+        Args:
+            exact: ``[B, e, r + d_r]``, rotated, the first e tokens of the rows as they are.
+        """
+        own, rope = rows.split([self.latent.code.nbytes, self.rope.code.nbytes], dim=-1)
+        exact_latent, exact_rope = exact.split(self.widths, dim=-1)
+        return CodedStates(self.latent, own, exact_latent), CodedStates(self.rope, rope, exact_rope)
+
+
+def decoded(states: torch.Tensor | CodedStates) -> torch.Tensor:
+    """``[B, 1, S, n]`` of a cache that may be coded."""
+    return states.decode() if isinstance(states, CodedStates) else states
