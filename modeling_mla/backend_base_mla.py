@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 
+from .latent_code_mla import LatentCode
 from .latent_tiles_mla import CodedLatents
 from .masks_mla import VisibleKeys
 
@@ -28,7 +29,7 @@ class AbsorbedShape:
     device: torch.device
     has_mask: bool
     softcap: float | None = None
-    coded: bool = False
+    code: LatentCode | None = None
 
 
 class AbsorbedBackend(Protocol):
@@ -53,7 +54,7 @@ class AbsorbedBackend(Protocol):
         Args:
             query: ``[B, H, n, r + d_r]``, the absorbed query beside the rotary query.
             latents: ``[B, S, r + d_r]``, the latents beside the rotary keys; rows may be strided, channels are dense.
-                Coded where the shape says so: query and context are then rotated as the codes are.
+                Coded where the shape has a code: query and context are then rotated as what is in the codes.
             kv_lora_rank: r, how many of the channels are the value as well.
             scale: of the scores.
             visible: which of the S keys each query sees, as a mask or as what one would be made of.

@@ -25,7 +25,7 @@ class CpuBackend:
             return f"it takes float32 on a CPU, not {shape.dtype} on {shape.device.type}"
         if shape.has_mask or shape.softcap is not None:
             return "it takes neither a mask nor a softcap"
-        if shape.coded:
+        if shape.code is not None:
             return "it takes no coded latents"
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return "it has no gradient and is not compiled"

@@ -29,7 +29,7 @@ class TritonBackend:
             return f"it takes tensors on an NVIDIA GPU, not on {shape.device.type}"
         if shape.dtype not in _DTYPES:
             return f"it takes bfloat16, float16 and float32, not {shape.dtype}"
-        if shape.coded:
+        if shape.code is not None:
             return "it takes no coded latents"
         if shape.kv_lora_rank % _RANK_STEP or not 0 < shape.kv_lora_rank <= _MAX_RANK:
             return f"it takes ranks up to {_MAX_RANK} that {_RANK_STEP} divides, not {shape.kv_lora_rank}"

@@ -7,54 +7,49 @@ unpacking is one shift and one mask over whole ranges of channels.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from .latent_code_mla import plane_bytes, planes
 
 
 def pack_levels(levels: torch.Tensor, bits: int) -> torch.Tensor:
-    """``levels [..., n]``, int8 from ``-2**(bits - 1)`` to ``2**(bits - 1) - 1``, to ``[..., bytes]`` int8."""
+    """``levels [..., n]``, uint8 below ``2**bits``, to ``[..., bytes]`` uint8."""
     packed, below = [], bits
     for width in planes(bits):
         below -= width
-        packed.append(_pack_plane(levels >> below, width))
+        fields = levels.bitwise_right_shift(below).bitwise_and_((1 << width) - 1)
+        size = plane_bytes(levels.shape[-1], width)
+        plane = levels.new_zeros(*levels.shape[:-1], size)
+        for place, channels in _places(levels.shape[-1], width):
+            own = fields[..., channels]
+            plane[..., : own.shape[-1]] |= own << (place * width)
+        packed.append(plane)
     return torch.cat(packed, dim=-1)
 
 
-def unpack_levels(packed: torch.Tensor, channels: int, bits: int) -> torch.Tensor:
-    """The inverse of `pack_levels`: ``[..., bytes]`` int8, of any strides, to ``[..., channels]`` int8."""
-    levels: torch.Tensor | None = None
-    start = 0
-    for width in planes(bits):
-        stop = start + plane_bytes(channels, width)
-        fields = _unpack_plane(packed[..., start:stop], channels, width, signed=levels is None)
-        levels = fields if levels is None else levels.bitwise_left_shift_(width).bitwise_or_(fields)
-        start = stop
-    assert levels is not None
-    return levels
+def unpack_levels(packed: torch.Tensor, bits: int, levels: torch.Tensor) -> None:
+    """The inverse of `pack_levels`, from ``[..., bytes]`` into ``levels [..., n]``, both uint8 and of any strides."""
+    start, channels = 0, levels.shape[-1]
+    for index, width in enumerate(planes(bits)):
+        plane = packed[..., start : start + plane_bytes(channels, width)]
+        start += plane.shape[-1]
+        fields = levels if index == 0 else torch.empty_like(levels)
+        for place, own in _places(channels, width):
+            field = fields[..., own]
+            # In place throughout: a temporary of this size is slower than the work.
+            field.copy_(plane[..., : field.shape[-1]])
+            if place:
+                field.bitwise_right_shift_(place * width)
+            if (place + 1) * width < 8:
+                field.bitwise_and_((1 << width) - 1)
+        if index:
+            levels.bitwise_left_shift_(width).bitwise_or_(fields)
 
 
-def _pack_plane(fields: torch.Tensor, width: int) -> torch.Tensor:
-    if width == 8:
-        return fields
-    size, places = plane_bytes(fields.shape[-1], width), 8 // width
-    fields = torch.nn.functional.pad(fields & ((1 << width) - 1), (0, places * size - fields.shape[-1]))
-    packed = fields[..., :size]
-    for place in range(1, places):
-        packed = packed | (fields[..., place * size : (place + 1) * size] << (place * width))
-    return packed
-
-
-def _unpack_plane(packed: torch.Tensor, channels: int, width: int, signed: bool) -> torch.Tensor:
-    if width == 8:
-        return packed
-    places = 8 // width
-    fields = []
-    for place in range(places):
-        if signed:
-            # Up to the sign, then down again with it.
-            above = 8 - (place + 1) * width
-            fields.append((packed << above if above else packed) >> (8 - width))
-        else:
-            fields.append((packed >> (place * width) if place else packed) & ((1 << width) - 1))
-    return torch.cat(fields, dim=-1)[..., :channels]
+def _places(channels: int, width: int) -> Iterator[tuple[int, slice]]:
+    """The places of a plane's bytes, and the channels whose fields are there."""
+    size = plane_bytes(channels, width)
+    for place, first in enumerate(range(0, channels, size)):
+        yield place, slice(first, min(first + size, channels))

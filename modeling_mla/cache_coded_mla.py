@@ -15,7 +15,7 @@ logger = logging.get_logger(__name__)
 
 
 class CodedLatentLayer(LatentLayer):
-    """A `LatentLayer` whose buffer holds bytes, ``[B, capacity, code.nbytes]`` int8, and a few first tokens besides.
+    """A `LatentLayer` whose buffer holds bytes, ``[B, capacity, code.nbytes]`` uint8, and a few first tokens besides.
 
     Rows are coded once, when they are appended. `update` returns `CodedStates`, which are decoded where they are read;
     ``keys`` and ``values`` decode all. Where a gradient is wanted `update` returns tensors, and the gradient passes the
@@ -34,7 +34,7 @@ class CodedLatentLayer(LatentLayer):
         self.code.check_widths(self.kv_lora_rank, value_states.shape[-1])
         self.codec = LatentCodec(self.code, self.dtype, self.device)
         batch = key_states.shape[0]
-        self.buffer = torch.zeros(batch, self.capacity, self.code.nbytes, dtype=torch.int8, device=self.device)
+        self.buffer = torch.zeros(batch, self.capacity, self.code.nbytes, dtype=torch.uint8, device=self.device)
         self.exact = key_states.new_zeros(batch, 0, self.codec.width)
         self.is_initialized = True
 

@@ -27,7 +27,7 @@ class SavedLayer:
     """What a layer holds of some tokens.
 
     Args:
-        rows: ``[B, S, r + d_r]`` in the model's dtype, or of a code ``[B, S, code.nbytes]`` int8.
+        rows: ``[B, S, r + d_r]`` in the model's dtype, or of a code ``[B, S, code.nbytes]`` uint8.
         kv_lora_rank: r.
         code: of the rows, None where they are not coded.
         exact: ``[B, e, r + d_r]``, the first tokens that a code keeps besides; None where there is no code.
@@ -168,5 +168,5 @@ def _fits(layer: SavedLayer, tokens: torch.Size, dtype: str) -> bool:
     if layer.exact is None or str(layer.exact.dtype) != dtype:
         return False
     exact = (tokens[0], min(layer.code.exact_tokens, tokens[1]), layer.code.latent.channels + layer.code.rope.channels)
-    coded = layer.rows.dtype == torch.int8 and width == layer.code.nbytes
+    coded = layer.rows.dtype == torch.uint8 and width == layer.code.nbytes
     return coded and layer.code.latent.channels == layer.kv_lora_rank and tuple(layer.exact.shape) == exact

@@ -103,7 +103,7 @@ class StaticLatentLayer(StaticLayer):
 
 
 class CodedStaticLatentLayer(StaticLatentLayer):
-    """A `StaticLatentLayer` whose ``latents`` are bytes, ``[B, max_cache_len, code.nbytes]`` int8, with a few first
+    """A `StaticLatentLayer` whose ``latents`` are bytes, ``[B, max_cache_len, code.nbytes]`` uint8, with a few first
     tokens besides; `update` returns `CodedStates`."""
 
     visible = None
@@ -117,7 +117,7 @@ class CodedStaticLatentLayer(StaticLatentLayer):
     def _allocate(self) -> None:
         self.codec = LatentCodec(self.code, self.dtype, self.device)
         size = (self.batch_size, self.max_cache_len, self.code.nbytes)
-        self.latents = torch.zeros(size, dtype=torch.int8, device=self.device)
+        self.latents = torch.zeros(size, dtype=torch.uint8, device=self.device)
         # One row more than is kept: all later tokens are written there.
         size = (self.batch_size, self.exact_tokens + 1, self.codec.width)
         self.exact = torch.zeros(size, dtype=self.dtype, device=self.device)

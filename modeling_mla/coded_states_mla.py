@@ -5,14 +5,11 @@ The attention function gets `CodedStates` where it would get tensors, and reads 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
 from .bit_planes_mla import pack_levels, unpack_levels
 from .hartley_mla import hartley_matrix
-from .latent_code_mla import LatentCode, PartCode, largest, offset, plane_bytes, planes
-from .scores_mla import float32_products
+from .latent_code_mla import LatentCode, PartCode, largest, middle, plane_bytes, planes
 
 
 class Codec:
@@ -21,6 +18,7 @@ class Codec:
     Attributes:
         dtype: of the states that are coded, and of what they are decoded to.
         matrix: ``[n, n]`` orthogonal, applied from the right before coding; None where the code is not rotated.
+        middles: ``[n]`` float32, what is taken from every channel's level.
     """
 
     def __init__(self, code: PartCode, dtype: torch.dtype, device: torch.device) -> None:
@@ -28,15 +26,12 @@ class Codec:
         self.exact_dtype = torch.float16 if dtype == torch.float16 else torch.bfloat16
         self.precision = torch.promote_types(dtype, torch.float32)
         self.matrix = hartley_matrix(code.channels, self.precision, device) if code.rotated else None
-        widths = [channels for channels, _ in code.segments]
-        bits = [bits for _, bits in code.segments]
-        repeats = torch.tensor(widths, dtype=torch.long)
         self.groups = torch.tensor(code.groups, dtype=torch.long, device=device)
         if not code.is_exact:
-            limits = torch.tensor([largest(width) for width in bits], dtype=torch.float32)
-            offsets = torch.tensor([offset(width) for width in bits], dtype=torch.float32)
-            self.limits = limits.repeat_interleave(repeats).to(device)
-            self.offsets = offsets.repeat_interleave(repeats).to(device)
+            self.middles, self.limits = (
+                torch.tensor([of(bits) for channels, bits in code.segments for _ in range(channels)]).to(device)
+                for of in (middle, largest)
+            )
 
     def rotate(self, states: torch.Tensor) -> torch.Tensor:
         """``[..., n]`` as they are coded, in float32 or wider where that takes products."""
@@ -46,18 +41,18 @@ class Codec:
         return states if self.matrix is None else states @ self.matrix.to(states.dtype).t()
 
     def encode(self, rotated: torch.Tensor) -> torch.Tensor:
-        """``[..., n]``, rotated, to bytes ``[..., code.nbytes]`` int8: scales, then the planes of every segment."""
+        """``[..., n]``, rotated, to bytes ``[..., code.nbytes]`` uint8: scales, then the planes of every segment."""
         code = self.code
         if code.is_exact:
-            return rotated.to(self.exact_dtype).contiguous().view(torch.int8)
+            return rotated.to(self.exact_dtype).contiguous().view(torch.uint8)
         states = rotated.float()
         shares = (states.abs() / self.limits).split(code.groups, dim=-1)
         scales = _rounded_up(torch.stack([share.amax(-1) for share in shares], dim=-1))
-        # Of a scale that is zero all states are.
+        # Where a scale is zero all its states are.
         steps = self._by_channel(scales.float()).clamp(min=torch.finfo(torch.float32).tiny)
-        levels = (states / steps - self.offsets).round()
-        levels = levels.clamp(-self.limits - self.offsets, self.limits - self.offsets).to(torch.int8)
-        parts = [scales.view(torch.int8)]
+        levels = (states / steps + self.middles).round()
+        levels = levels.clamp(self.middles - self.limits, self.middles + self.limits).to(torch.int8).view(torch.uint8)
+        parts = [scales.view(torch.uint8)]
         for part, (_, bits) in zip(levels.split([n for n, _ in code.segments], dim=-1), code.segments, strict=True):
             parts.append(pack_levels(part, bits))
         rows = torch.cat(parts, dim=-1)
@@ -67,25 +62,38 @@ class Codec:
         """``[..., groups]`` spread over the channels, or, of one scale, as it is."""
         return scales if len(self.code.groups) == 1 else scales.repeat_interleave(self.groups, dim=-1)
 
-    def tile(self, rows: torch.Tensor, dtype: torch.dtype) -> Tile:
-        """Bytes ``[..., code.nbytes]`` as numbers of ``dtype``."""
-        code = self.code
-        if code.is_exact:
-            return Tile(rows.view(self.exact_dtype).to(dtype))
-        scales = rows[..., : code.scale_bytes].view(torch.bfloat16)
-        levels = rows.new_empty(*rows.shape[:-1], code.channels, dtype=dtype)
-        start, first = code.scale_bytes, 0
-        for channels, bits in code.segments:
+    def scales(self, rows: torch.Tensor) -> torch.Tensor:
+        """``[..., groups]`` bfloat16, as they lie in ``rows [..., code.nbytes]``."""
+        return rows[..., : self.code.scale_bytes].view(torch.bfloat16)
+
+    def unpack(self, rows: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+        """Writes the levels in ``rows [..., code.nbytes]`` to ``levels [..., n]`` uint8; returns these as int8."""
+        start, first = self.code.scale_bytes, 0
+        for channels, bits in self.code.segments:
             stop = start + sum(plane_bytes(channels, width) for width in planes(bits))
-            levels[..., first : first + channels] = unpack_levels(rows[..., start:stop], channels, bits)
+            unpack_levels(rows[..., start:stop], bits, levels[..., first : first + channels])
             start, first = stop, first + channels
-        if len(code.groups) == 1:
-            return Tile(levels, scales[..., 0].to(torch.promote_types(dtype, torch.float32)), self.offsets)
-        return Tile((levels + self.offsets.to(dtype)) * self._by_channel(scales.to(dtype)))
+        return levels.view(torch.int8)
+
+    def tile(self, rows: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Bytes ``[..., code.nbytes]`` as numbers of ``dtype``, still rotated.
+
+        Returns:
+            ``[..., n]``, and ``[...]`` by which they have to be multiplied, in float32 or wider; None for one.
+        """
+        if self.code.is_exact:
+            return rows.view(self.exact_dtype).to(dtype), None
+        levels = self.unpack(rows, rows.new_empty(*rows.shape[:-1], self.code.channels))
+        centred = levels.to(dtype).sub_(self.middles.to(dtype))
+        scales = self.scales(rows)
+        if scales.shape[-1] > 1:
+            return centred.mul_(self._by_channel(scales.to(dtype))), None
+        return centred, scales[..., 0].to(torch.promote_types(dtype, torch.float32))
 
     def decode(self, rows: torch.Tensor) -> torch.Tensor:
         """Bytes ``[..., code.nbytes]`` as states ``[..., n]``, still rotated, in float32 or wider."""
-        return self.tile(rows, self.precision).values()
+        states, scales = self.tile(rows, self.precision)
+        return states if scales is None else states.mul_(scales.unsqueeze(-1))
 
 
 def _rounded_up(scales: torch.Tensor) -> torch.Tensor:
@@ -93,43 +101,12 @@ def _rounded_up(scales: torch.Tensor) -> torch.Tensor:
     return ((scales.view(torch.int32) + 0xFFFF) >> 16).to(torch.int16).view(torch.bfloat16)
 
 
-class Tile(NamedTuple):
-    """Some tokens' states, ``scales * (levels + offsets)``: ``[T, n]``, ``[T]`` and ``[n]``.
-
-    A scale multiplies its token's score and weight and is never spread over the channels. Without scales the levels
-    are the states.
-    """
-
-    levels: torch.Tensor
-    scales: torch.Tensor | None = None
-    offsets: torch.Tensor | None = None
-
-    def values(self) -> torch.Tensor:
-        if self.scales is None or self.offsets is None:
-            return self.levels
-        return (self.levels + self.offsets.to(self.levels.dtype)) * self.scales.unsqueeze(-1)
-
-    def scores(self, rows: torch.Tensor) -> torch.Tensor:
-        """``[m, n] -> [m, T]``, in float32 or wider."""
-        products = float32_products(rows, self.levels.t())
-        if self.scales is None or self.offsets is None:
-            return products
-        return (products + (rows.to(products.dtype) @ self.offsets.to(products.dtype)).unsqueeze(-1)) * self.scales
-
-    def context(self, weights: torch.Tensor) -> torch.Tensor:
-        """``[m, T] -> [m, n]``, in the dtype of the levels."""
-        if self.scales is None or self.offsets is None:
-            return torch.mm(weights.to(self.levels.dtype), self.levels)
-        weights = (weights * self.scales).to(self.levels.dtype)
-        return torch.addmm(torch.outer(weights.sum(-1), self.offsets.to(weights.dtype)), weights, self.levels)
-
-
 class CodedStates:
     """Stands for a tensor ``[B, 1, S, n]`` of latents or rotary keys that are cached in codes.
 
     Args:
         codec: that wrote them.
-        rows: ``[B, S, code.nbytes]`` int8, strided views of a cache.
+        rows: ``[B, S, code.nbytes]`` uint8, strided views of a cache.
         exact: ``[B, e, n]``, rotated, which stand in the place of the first e rows.
     """
 
@@ -175,7 +152,7 @@ class LatentCodec:
         return torch.cat((self.latent.rotate(kv_c), self.rope.rotate(k_pe)), dim=-1)
 
     def encode(self, rotated: torch.Tensor) -> torch.Tensor:
-        """``[..., r + d_r]`` to rows ``[..., code.nbytes]`` int8."""
+        """``[..., r + d_r]`` to rows ``[..., code.nbytes]`` uint8."""
         latent, rope = rotated.split(self.widths, dim=-1)
         return torch.cat((self.latent.encode(latent), self.rope.encode(rope)), dim=-1)
 

@@ -1,6 +1,6 @@
 """How a latent and its rotary key are kept in few bits: the description that a configuration carries.
 
-A value is ``scale * (level + offset)``: the level an integer of as many bits as its channel has, the scale one number
+A value is ``scale * (level - middle)``: the level an integer of as many bits as its channel has, the scale one number
 for a token, or for a group of a token's channels. What prepares a latent for few bits (mean, scale, rotation) is folded
 into the weights by whoever made the checkpoint; where it cannot be, because a norm or RoPE stands between, the code
 says ``rotated``, and a fixed orthogonal matrix is applied when a token is cached.
@@ -26,15 +26,17 @@ def planes(bits: int) -> tuple[int, ...]:
     return _PLANES[bits]
 
 
-def offset(bits: int) -> float:
-    """Levels of few bits lie half a step from zero, on both sides alike; at 8 bits the step is too small to matter, and
-    the half would not fit into bfloat16."""
-    return 0.0 if bits == 8 else 0.5
+def middle(bits: int) -> float:
+    """Half of the largest level, so that values lie on both sides of zero alike.
+
+    Levels of 8 bits are signed and have none: half a step matters little there, and would not fit into bfloat16.
+    """
+    return 0.0 if bits == 8 else (2**bits - 1) / 2
 
 
 def largest(bits: int) -> float:
-    """The largest absolute value of ``level + offset``."""
-    return 127.0 if bits == 8 else 2 ** (bits - 1) - 0.5
+    """The largest absolute value of ``level - middle``."""
+    return 127.0 if bits == 8 else middle(bits)
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,10 @@ from typing import NamedTuple
 
 import torch
 
-from .coded_states_mla import CodedStates, Tile
+from .coded_states_mla import CodedStates
+from .latent_code_mla import LatentCode
 from .scores_mla import float32_products
+from .tiled_attention_mla import Tile
 
 _CODED_TOKENS = 1024
 """Tokens that are decoded at once: what they decode to must stay in a processor's cache until it is used."""
@@ -25,6 +27,10 @@ class CodedLatents(NamedTuple):
         batch, _, length, rank = self.latent.shape
         return torch.Size((batch, length, rank + self.rope.shape[-1]))
 
+    @property
+    def code(self) -> LatentCode:
+        return LatentCode(self.latent.codec.code, self.rope.codec.code)
+
     def rotated_query(self, query: torch.Tensor) -> torch.Tensor:
         """``[..., r + d_r]`` as it is multiplied with what is in the codes."""
         latent, rope = query.split([self.latent.shape[-1], self.rope.shape[-1]], dim=-1)
@@ -35,35 +41,15 @@ class CodedLatents(NamedTuple):
         """``[..., r]`` from what attention over the codes gives."""
         return self.latent.codec.rotate_back(rotated)
 
+    def exact(self, index: int) -> torch.Tensor:
+        """``[e, r + d_r]``: the first tokens of a sequence, which are kept besides."""
+        return torch.cat((self.latent.exact[index], self.rope.exact[index]), dim=-1)
 
-class PlainTile(NamedTuple):
-    """``[T, r + d_r]``."""
-
-    latents: torch.Tensor
-    kv_lora_rank: int
-
-    def scores(self, rows: torch.Tensor) -> torch.Tensor:
-        """``[m, r + d_r] -> [m, T]``, in float32 or wider."""
-        return float32_products(rows, self.latents.t())
-
-    def context(self, weights: torch.Tensor) -> torch.Tensor:
-        """``[m, T] -> [m, r]``."""
-        return torch.mm(weights.to(self.latents.dtype), self.latents[:, : self.kv_lora_rank])
-
-
-class CodedTile(NamedTuple):
-    """The same of codes."""
-
-    latent: Tile
-    rope: Tile
-
-    def scores(self, rows: torch.Tensor) -> torch.Tensor:
-        rank = self.latent.levels.shape[-1]
-        scores = self.latent.scores(rows[:, :rank])
-        return scores + self.rope.scores(rows[:, rank:]) if rank < rows.shape[1] else scores
-
-    def context(self, weights: torch.Tensor) -> torch.Tensor:
-        return self.latent.context(weights)
+    def pieces(self, index: int, tokens: int) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+        """The other tokens, at most so many at once: their place, their rows of the latents and of the rotary keys."""
+        for start in range(self.latent.exact.shape[1], self.shape[1], tokens):
+            part = slice(start, min(start + tokens, self.shape[1]))
+            yield part, self.latent.rows[index, part], self.rope.rows[index, part]
 
 
 def narrowed(latents: torch.Tensor | CodedLatents, length: int) -> torch.Tensor | CodedLatents:
@@ -73,20 +59,60 @@ def narrowed(latents: torch.Tensor | CodedLatents, length: int) -> torch.Tensor 
     return latents[:, :length]
 
 
+class PlainTile(NamedTuple):
+    """``latents [T, r + d_r]`` for the queries ``rows [m, r + d_r]``."""
+
+    rows: torch.Tensor
+    latents: torch.Tensor
+    kv_lora_rank: int
+
+    def scores(self) -> torch.Tensor:
+        return float32_products(self.rows, self.latents.t())
+
+    def context(self, weights: torch.Tensor) -> torch.Tensor:
+        return torch.mm(weights.to(self.latents.dtype), self.latents[:, : self.kv_lora_rank])
+
+
+class CodedTile(NamedTuple):
+    """``latent [T, r]`` and ``rope [T, d_r]``, and what each token of either is to be multiplied with, ``[T]``.
+
+    A token's factor multiplies its score and its weight, and is never spread over its channels.
+    """
+
+    rows: torch.Tensor
+    latent: torch.Tensor
+    latent_scales: torch.Tensor | None
+    rope: torch.Tensor
+    rope_scales: torch.Tensor | None
+
+    def scores(self) -> torch.Tensor:
+        latent_rows, rope_rows = self.rows.split([self.latent.shape[-1], self.rope.shape[-1]], dim=-1)
+        scores = scaled(float32_products(latent_rows, self.latent.t()), self.latent_scales)
+        if not self.rope.shape[-1]:
+            return scores
+        return scores + scaled(float32_products(rope_rows, self.rope.t()), self.rope_scales)
+
+    def context(self, weights: torch.Tensor) -> torch.Tensor:
+        return torch.mm(scaled(weights, self.latent_scales).to(self.latent.dtype), self.latent)
+
+
+def scaled(by_token: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
+    """``[m, T]`` times ``[T]``, where there are scales."""
+    return by_token if scales is None else by_token * scales
+
+
 def latent_tiles(
-    latents: torch.Tensor | CodedLatents, index: int, kv_lora_rank: int, dtype: torch.dtype, tokens: int
-) -> Iterator[tuple[slice, PlainTile | CodedTile]]:
-    """Sequence ``index`` in pieces of at most ``tokens`` tokens, as numbers of ``dtype``, with their places."""
+    rows: torch.Tensor, latents: torch.Tensor | CodedLatents, index: int, kv_lora_rank: int, tokens: int
+) -> Iterator[tuple[slice, Tile]]:
+    """Sequence ``index``, at most so many tokens at once, as numbers of the dtype of the queries ``rows``."""
     if not isinstance(latents, CodedLatents):
         for start in range(0, max(latents.shape[1], 1), tokens):
             part = slice(start, min(start + tokens, latents.shape[1]))
-            yield part, PlainTile(latents[index, part].to(dtype), kv_lora_rank)
+            yield part, PlainTile(rows, latents[index, part].to(rows.dtype), kv_lora_rank)
         return
-    exact = latents.latent.exact.shape[1]
-    if exact:
-        both = torch.cat((latents.latent.exact[index], latents.rope.exact[index]), dim=-1)
-        yield slice(0, exact), PlainTile(both.to(dtype), kv_lora_rank)
-    tokens = min(tokens, _CODED_TOKENS)
-    for start in range(exact, latents.shape[1], tokens):
-        part = slice(start, min(start + tokens, latents.shape[1]))
-        yield part, CodedTile(*(states.codec.tile(states.rows[index, part], dtype) for states in latents))
+    exact = latents.exact(index)
+    if len(exact):
+        yield slice(0, len(exact)), PlainTile(rows, exact.to(rows.dtype), kv_lora_rank)
+    codecs = latents.latent.codec, latents.rope.codec
+    for part, latent, rope in latents.pieces(index, min(tokens, _CODED_TOKENS)):
+        yield part, CodedTile(rows, *codecs[0].tile(latent, rows.dtype), *codecs[1].tile(rope, rows.dtype))

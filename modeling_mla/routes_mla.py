@@ -214,7 +214,7 @@ def attend_absorbed(
         device=query.device,
         has_mask=visible.hides_keys,
         softcap=softcap,
-        coded=coded is not None,
+        code=None if coded is None else coded.code,
     )
     backend = select_backend(module.backend, shape)
     context, lse = backend.attend(query, latents, module.kv_lora_rank, scaling, visible, softcap)
