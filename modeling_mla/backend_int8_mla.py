@@ -16,8 +16,9 @@ from .masks_mla import VisibleKeys
 from .scores_mla import float32_products
 from .tiled_attention_mla import Tile, attend_tiled
 
-_TOKENS = 1024
-"""Tokens that are unpacked at once; their levels stay in a core's own cache."""
+_SCORES = 1 << 16
+"""Scores that are held at once for one sequence: large enough that the calls do not cost more than the work."""
+_MIN_TOKENS, _MAX_TOKENS = 512, 4096
 _MAX_ROWS = 256
 """Queries of all heads beyond which splitting them into digits costs more than converting the codes."""
 
@@ -81,10 +82,11 @@ def _tiles(
     exact = latents.exact(index)
     if len(exact):
         yield slice(0, len(exact)), PlainTile(rows, exact.float(), kv_lora_rank)
-    latent = _Levels(latents.latent.codec, rows[:, :kv_lora_rank], digits)
+    tokens = min(max(_SCORES // len(rows), _MIN_TOKENS), _MAX_TOKENS)
+    latent = _Levels(latents.latent.codec, rows[:, :kv_lora_rank], digits, tokens)
     rope_codec, rope_rows = latents.rope.codec, rows[:, kv_lora_rank:]
-    rope = None if rope_codec.code.is_exact else _Levels(rope_codec, rope_rows, digits)
-    for part, own, other in latents.pieces(index, _TOKENS):
+    rope = None if rope_codec.code.is_exact else _Levels(rope_codec, rope_rows, digits, tokens)
+    for part, own, other in latents.pieces(index, tokens):
         scores = latent.scores(own)
         if rope is not None:
             scores.add_(rope.scores(other))
@@ -96,11 +98,11 @@ def _tiles(
 class _Levels:
     """The levels of some tokens at a time, in one place, and the queries to them."""
 
-    def __init__(self, codec: Codec, rows: torch.Tensor, digits: int) -> None:
+    def __init__(self, codec: Codec, rows: torch.Tensor, digits: int, tokens: int) -> None:
         self.codec, self.digits = codec, digits
         self.queries = FixedPoint.of(rows, digits)
         self.middles = (rows @ codec.middles).unsqueeze(-1)
-        self.place = rows.new_empty(_TOKENS, rows.shape[1], dtype=torch.uint8)
+        self.place = rows.new_empty(tokens, rows.shape[1], dtype=torch.uint8)
 
     def scores(self, packed: torch.Tensor) -> torch.Tensor:
         """``packed [T, code.nbytes]`` to ``[m, T]``."""

@@ -13,6 +13,9 @@ import torch
 
 from .latent_code_mla import plane_bytes, planes
 
+_NARROW = 64
+"""Bytes below which a plane is copied before its fields are taken out."""
+
 
 def pack_levels(levels: torch.Tensor, bits: int) -> torch.Tensor:
     """``levels [..., n]``, uint8 below ``2**bits``, to ``[..., bytes]`` uint8."""
@@ -35,15 +38,14 @@ def unpack_levels(packed: torch.Tensor, bits: int, levels: torch.Tensor) -> None
     for index, width in enumerate(planes(bits)):
         plane = packed[..., start : start + plane_bytes(channels, width)]
         start += plane.shape[-1]
+        # Rows of a few bytes cost more than their bytes, and a place of few channels makes such rows.
+        plane = plane.contiguous() if plane.shape[-1] < _NARROW else plane
         fields = levels if index == 0 else torch.empty_like(levels)
         for place, own in _places(channels, width):
-            field = fields[..., own]
-            # In place throughout: a temporary of this size is slower than the work.
-            field.copy_(plane[..., : field.shape[-1]])
-            if place:
-                field.bitwise_right_shift_(place * width)
+            field = plane >> (place * width) if place else plane
             if (place + 1) * width < 8:
-                field.bitwise_and_((1 << width) - 1)
+                field = field & ((1 << width) - 1)
+            fields[..., own] = field[..., : own.stop - own.start]
         if index:
             levels.bitwise_left_shift_(width).bitwise_or_(fields)
 
