@@ -14,8 +14,8 @@ from .latent_code_mla import LatentCode
 class PagedCodes:
     """What one layer needs besides the pages.
 
-    A sequence's first tokens lie at the start of its first page, so those that are kept exact have their place by its
-    block. What is read is decoded at once, for it is gathered from the pages at every step anyway.
+    A sequence's first tokens lie at the start of its first page, so those that are kept exact, never more than a page
+    has, have their place by its block. What is read is decoded at once, for it is gathered from the pages at every step anyway.
 
     Args:
         allocator: Transformers', of the layer's pages.
@@ -25,11 +25,6 @@ class PagedCodes:
         self.codec, self.allocator, self.dtype = LatentCodec(code, dtype, device), allocator, dtype
         self.nbytes = code.nbytes
         self.exact_tokens = 0 if allocator.layer_type != "full_attention" else code.exact_tokens
-        if self.exact_tokens > allocator.tokens_per_page:
-            raise ValueError(
-                f"The code keeps {self.exact_tokens} first tokens exact, a page has {allocator.tokens_per_page}; set "
-                f"page_size to at least {self.exact_tokens} in the ContinuousBatchingConfig."
-            )
         # Slots count keys and values apart.
         blocks = -(-2 * len(allocator.cache_tensor) // allocator.block_physical_stride)
         # One token more than is kept: all others are written there.

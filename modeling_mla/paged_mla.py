@@ -119,11 +119,16 @@ class LatentBatchingManager(ContinuousBatchingManager):
     def __init__(self, model: PreTrainedModel, *args, **kwargs) -> None:
         super().__init__(PagedModelView(model), *args, **kwargs)
         self.model = model
-        kept, space = PagedConfigView(model).exact_tokens, self.continuous_batching_config.cpu_offload_space
-        if kept and space != 0:
+        kept, paging = PagedConfigView(model).exact_tokens, self.continuous_batching_config
+        if kept > paging.page_size:
             raise ValueError(
-                f"cpu_offload_space is {space}, and the {kept} first tokens that the latent code keeps exact stay "
-                "beside the pages; set cpu_offload_space=0, or cache uncoded (latent_bits=16)."
+                f"page_size is {paging.page_size}, and the latent code keeps {kept} first tokens exact; set page_size to "
+                f"at least {kept}."
+            )
+        if kept and paging.cpu_offload_space != 0:
+            raise ValueError(
+                f"cpu_offload_space is {paging.cpu_offload_space}, and the {kept} first tokens that the latent code "
+                "keeps exact stay beside the pages; set cpu_offload_space=0, or cache uncoded (latent_bits=16)."
             )
 
     def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:
