@@ -9,7 +9,7 @@ from .cache_file_mla import SavedLayer
 from .cache_indexed_mla import IndexedLatentLayer
 from .cache_layers_mla import LatentLayer, SlidingLatentLayer
 from .coded_states_mla import CodedStates, LatentCodec
-from .latent_code_mla import LatentCode
+from .latent_code_mla import LatentCode, code_for
 
 logger = logging.get_logger(__name__)
 
@@ -20,18 +20,22 @@ class CodedLatentLayer(LatentLayer):
     Rows are coded once, when they are appended. `update` returns `CodedStates`, which are decoded where they are read;
     ``keys`` and ``values`` decode all. Where a gradient is wanted `update` returns tensors, and the gradient passes the
     code unchanged to the tokens of that call.
+
+    Args:
+        code: of the rows, or the bits of a uniform one.
     """
 
     visible = None
+    code: LatentCode
 
-    def __init__(self, code: LatentCode, *args, **kwargs) -> None:
+    def __init__(self, code: LatentCode | int, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self.code = code
+        self.wanted = code
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         self.kv_lora_rank = key_states.shape[-1]
-        self.code.check_widths(self.kv_lora_rank, value_states.shape[-1])
+        self.code = code_for(self.wanted, self.kv_lora_rank, value_states.shape[-1])
         self.codec = LatentCodec(self.code, self.dtype, self.device)
         batch = key_states.shape[0]
         self.buffer = torch.zeros(batch, self.capacity, self.code.nbytes, dtype=torch.uint8, device=self.device)
@@ -88,7 +92,9 @@ class CodedLatentLayer(LatentLayer):
 
     def restore(self, saved: SavedLayer, dtype: torch.dtype) -> None:
         assert saved.exact is not None
+        assert saved.code is not None
         super().restore(saved, dtype)
+        self.code = saved.code
         self.codec, self.exact = LatentCodec(self.code, dtype, self.device), saved.exact
 
     def offload(self) -> None:

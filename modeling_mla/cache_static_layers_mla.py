@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .coded_states_mla import CodedStates, LatentCodec
-from .latent_code_mla import LatentCode
+from .latent_code_mla import LatentCode, code_for
 from .transformers_seams_mla import StaticLayer, is_torchdynamo_compiling
 
 
@@ -108,11 +108,10 @@ class CodedStaticLatentLayer(StaticLatentLayer):
 
     visible = None
 
-    def __init__(self, code: LatentCode, max_cache_len: int, kv_lora_rank: int, qk_rope_head_dim: int) -> None:
+    def __init__(self, code: LatentCode | int, max_cache_len: int, kv_lora_rank: int, qk_rope_head_dim: int) -> None:
         super().__init__(max_cache_len, kv_lora_rank, qk_rope_head_dim)
-        code.check_widths(kv_lora_rank, qk_rope_head_dim)
-        self.code = code
-        self.exact_tokens = min(code.exact_tokens, max_cache_len)
+        self.code = code_for(code, kv_lora_rank, qk_rope_head_dim)
+        self.exact_tokens = min(self.code.exact_tokens, max_cache_len)
 
     def _allocate(self) -> None:
         self.codec = LatentCodec(self.code, self.dtype, self.device)

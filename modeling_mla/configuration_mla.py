@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from transformers import PreTrainedConfig
 
-from .latent_code_mla import EXACT, LatentCode, check_latent_bits, uniform_code
+from .latent_code_mla import EXACT, LatentCode, check_latent_bits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig as _Body
@@ -219,13 +219,14 @@ def latent_widths(config: PreTrainedConfig, layer_idx: int) -> tuple[int, int]:
     return layer.kv_lora_rank, layer.qk_rope_head_dim
 
 
-def layer_code(config: PreTrainedConfig, layer_idx: int, latent_bits: int | None) -> LatentCode | None:
-    """The code in which a cache keeps a layer: that of so many bits, or of the configuration where none are asked for.
+def layer_code(config: PreTrainedConfig, layer_idx: int, latent_bits: int | None) -> LatentCode | int | None:
+    """The code in which a cache keeps a layer: the configuration's, or `uniform_code` of ``latent_bits``, where given.
 
-    None for the model's precision.
+    Returns:
+        The code, or the bits of a uniform one, whatever the layer's widths are; None for the model's precision.
     """
-    if latent_bits is None:
-        own = getattr(config, "layer_latent_code", None)
-        return None if own is None else own(layer_idx)
     check_latent_bits(latent_bits)
-    return None if latent_bits == EXACT else uniform_code(latent_bits, *latent_widths(config, layer_idx))
+    if latent_bits is not None:
+        return None if latent_bits == EXACT else latent_bits
+    own = getattr(config, "layer_latent_code", None)
+    return None if own is None else own(layer_idx)

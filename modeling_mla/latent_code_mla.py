@@ -176,6 +176,18 @@ def _check_fields(name: str, written: Any, required: set[str], optional: set[str
         )
 
 
+def code_for(code: LatentCode | int, kv_lora_rank: int, qk_rope_head_dim: int) -> LatentCode:
+    """The code for a layer of these widths: ``code`` itself, or `uniform_code` of so many bits.
+
+    Raises:
+        ValueError: the code is for other widths.
+    """
+    if isinstance(code, int):
+        return uniform_code(code, kv_lora_rank, qk_rope_head_dim)
+    code.check_widths(kv_lora_rank, qk_rope_head_dim)
+    return code
+
+
 def check_latent_bits(bits: int | None) -> None:
     """Raises `ValueError` where a cache cannot be asked for so many bits."""
     if bits is not None and bits not in BITS:

@@ -15,7 +15,7 @@ class PagedCodes:
     """What one layer needs besides the pages.
 
     A sequence's first tokens lie at the start of its first page, so those that are kept exact, never more than a page
-    has, have their place by its block. What is read is decoded at once, for it is gathered from the pages at every step anyway.
+    has, have their place by its block. What is read is decoded at once, for it is gathered at every step anyway.
 
     Args:
         allocator: Transformers', of the layer's pages.

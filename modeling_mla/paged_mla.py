@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .latent_code_mla import EXACT, LatentCode, uniform_code
+from .configuration_mla import layer_code
+from .latent_code_mla import LatentCode, code_for
 from .paged_codes_mla import PagedCodes
 from .transformers_seams_mla import ContinuousBatchingManager, PagedAttentionCache
 
@@ -28,9 +29,12 @@ class PagedConfigView:
     def __init__(self, model: PreTrainedModel) -> None:
         config = model.config.get_text_config(decoder=True)
         self._config, self._latent_bits = config, model.latent_bits
-        code_of = getattr(config, "layer_latent_code", None)
-        layers = range(config.num_hidden_layers) if code_of is not None and model.latent_bits is None else (0,)
-        codes = [self.layer_code(layer, config.kv_lora_rank, config.qk_rope_head_dim) for layer in layers]
+        if hasattr(config, "layer_kv_lora_rank"):
+            layers = range(config.num_hidden_layers)
+            widths = [(config.layer_kv_lora_rank(layer), config.layer_qk_rope_head_dim(layer)) for layer in layers]
+        else:
+            widths = [(config.kv_lora_rank, config.qk_rope_head_dim)]
+        codes = [self.layer_code(layer, *own) for layer, own in enumerate(widths)]
         plain = config.kv_lora_rank + config.qk_rope_head_dim
         values = max(plain if code is None else -(-code.nbytes // model.dtype.itemsize) for code in codes)
         self.head_dim = -(-values // 2)
@@ -38,12 +42,8 @@ class PagedConfigView:
 
     def layer_code(self, layer_idx: int, kv_lora_rank: int, qk_rope_head_dim: int) -> LatentCode | None:
         """The code of a layer of these widths, None where pages hold its latents as they are."""
-        if self._latent_bits == EXACT:
-            return None
-        if self._latent_bits is not None:
-            return uniform_code(self._latent_bits, kv_lora_rank, qk_rope_head_dim)
-        code_of = getattr(self._config, "layer_latent_code", None)
-        return None if code_of is None else code_of(layer_idx)
+        code = layer_code(self._config, layer_idx, self._latent_bits)
+        return None if code is None else code_for(code, kv_lora_rank, qk_rope_head_dim)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._config, name)
@@ -122,8 +122,8 @@ class LatentBatchingManager(ContinuousBatchingManager):
         kept, paging = PagedConfigView(model).exact_tokens, self.continuous_batching_config
         if kept > paging.page_size:
             raise ValueError(
-                f"page_size is {paging.page_size}, and the latent code keeps {kept} first tokens exact; set page_size to "
-                f"at least {kept}."
+                f"page_size is {paging.page_size}, and the latent code keeps {kept} first tokens exact; set page_size "
+                f"to at least {kept}."
             )
         if kept and paging.cpu_offload_space != 0:
             raise ValueError(
