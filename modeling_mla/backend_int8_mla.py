@@ -79,9 +79,9 @@ def _why_not_of_bytes(code: LatentCode) -> str | None:
 def _tiles(
     rows: torch.Tensor, latents: CodedLatents, index: int, kv_lora_rank: int, digits: int
 ) -> Iterator[tuple[slice, Tile]]:
-    exact = latents.exact(index)
+    places, exact = latents.exact(index)
     if len(exact):
-        yield slice(0, len(exact)), PlainTile(rows, exact.float(), kv_lora_rank)
+        yield places, PlainTile(rows, exact.float(), kv_lora_rank)
     tokens = min(max(_SCORES // len(rows), _MIN_TOKENS), _MAX_TOKENS)
     latent = _Levels(latents.latent.codec, rows[:, :kv_lora_rank], digits, tokens)
     rope_codec, rope_rows = latents.rope.codec, rows[:, kv_lora_rank:]

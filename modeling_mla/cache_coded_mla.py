@@ -9,6 +9,7 @@ from .cache_file_mla import SavedLayer
 from .cache_indexed_mla import IndexedLatentLayer
 from .cache_layers_mla import LatentLayer, SlidingLatentLayer
 from .coded_states_mla import CodedStates, LatentCodec
+from .first_tokens_mla import FirstTokens
 from .latent_code_mla import LatentCode, code_for
 
 logger = logging.get_logger(__name__)
@@ -31,6 +32,7 @@ class CodedLatentLayer(LatentLayer):
     def __init__(self, code: LatentCode | int, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.wanted = code
+        self.padding: tuple[int, ...] | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -39,7 +41,7 @@ class CodedLatentLayer(LatentLayer):
         self.codec = LatentCodec(self.code, self.dtype, self.device)
         batch = key_states.shape[0]
         self.buffer = torch.zeros(batch, self.capacity, self.code.nbytes, dtype=torch.uint8, device=self.device)
-        self.exact = key_states.new_zeros(batch, 0, self.codec.width)
+        self.first = FirstTokens(self.exact_tokens, batch, self.codec.width, self.dtype, self.device)
         self.is_initialized = True
 
     @property
@@ -50,7 +52,7 @@ class CodedLatentLayer(LatentLayer):
     @property
     def nbytes(self) -> int:
         """Bytes that the rows occupy, free capacity included, with the first tokens."""
-        return super().nbytes + (self.exact.nbytes if self.is_initialized else 0)
+        return super().nbytes + (self.first.rows.nbytes if self.is_initialized else 0)
 
     @property
     def keys(self) -> torch.Tensor | None:
@@ -61,7 +63,11 @@ class CodedLatentLayer(LatentLayer):
         return self._states(self.stored)[1].decode() if self.is_initialized else None
 
     def _states(self, rows: torch.Tensor) -> tuple[CodedStates, CodedStates]:
-        return self.codec.states(rows, self.exact[:, : self.filled])
+        return self.codec.states(rows, self.first.rows[:, : self.first.count], self.first.starts)
+
+    def skip_padding(self, padding: tuple[int, ...]) -> None:
+        """Is told, before a prompt is cached, how many padded tokens stand before each of its sequences."""
+        self.padding = padding
 
     def update(  # type: ignore[override]
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
@@ -73,9 +79,7 @@ class CodedLatentLayer(LatentLayer):
         with torch.no_grad():
             rotated = self.codec.rotated(key_states[:, 0], value_states[:, 0])
             self._make_room(new_tokens)
-            if self.filled < self.exact_tokens:
-                first = rotated[:, : self.exact_tokens - self.filled].to(self.dtype)
-                self.exact = torch.cat((self.exact[:, : self.filled], first), dim=1)
+            self._keep_first(rotated)
             self.buffer[:, self.filled : self.filled + new_tokens] = self.codec.encode(rotated)
         self._count(new_tokens)
         states = self._states(self._visible())
@@ -87,35 +91,50 @@ class CodedLatentLayer(LatentLayer):
             return _with_gradient(states[0], key_states), _with_gradient(states[1], value_states)
         return states
 
+    def _keep_first(self, rotated: torch.Tensor) -> None:
+        if self.padding is not None and self.exact_tokens:
+            self.first.skip_padding(self.padding, self.filled)
+        self.padding = None
+        if self.filled < self.first.end:
+            self.first.write(rotated, torch.arange(self.filled, self.filled + rotated.shape[1], device=self.device))
+
     def saved(self) -> SavedLayer:
-        return SavedLayer(self.stored, self.kv_lora_rank, self.code, self.exact[:, : self.filled])
+        if any(self.first.starts):
+            raise ValueError(
+                "This cache holds sequences that are padded on the left, and a file says nothing of padding; save a "
+                "cache of sequences of one length."
+            )
+        exact = self.first.rows[:, : min(self.first.count, self.filled)]
+        return SavedLayer(self.stored, self.kv_lora_rank, self.code, exact)
 
     def restore(self, saved: SavedLayer, dtype: torch.dtype) -> None:
         assert saved.exact is not None
         assert saved.code is not None
         super().restore(saved, dtype)
         self.code = saved.code
-        self.codec, self.exact = LatentCodec(self.code, dtype, self.device), saved.exact
+        self.codec = LatentCodec(self.code, dtype, self.device)
+        self.first = FirstTokens(self.exact_tokens, len(saved.rows), self.codec.width, dtype, self.device)
+        self.first.rows[:, : saved.exact.shape[1]] = saved.exact
 
     def offload(self) -> None:
         super().offload()
         if self.is_initialized:
-            self.exact = self.exact.to("cpu", non_blocking=True)
+            self.first.rows = self.first.rows.to("cpu", non_blocking=True)
 
     def prefetch(self) -> None:
         super().prefetch()
-        if self.is_initialized and self.exact.device != self.device:
-            self.exact = self.exact.to(self.device, non_blocking=True)
+        if self.is_initialized and self.first.rows.device != self.device:
+            self.first.rows = self.first.rows.to(self.device, non_blocking=True)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
         if self.filled:
-            self.exact = self.exact.repeat_interleave(repeats, dim=0)
+            self.first.repeat(repeats)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         super().batch_select_indices(indices)
         if self.filled:
-            self.exact = self.exact[indices.to(self.exact.device)]
+            self.first.select(indices)
 
 
 def _with_gradient(states: CodedStates, new: torch.Tensor) -> torch.Tensor:

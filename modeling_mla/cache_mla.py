@@ -58,6 +58,12 @@ class LatentCache(DynamicCache):
                 layers.append(DYNAMIC_LAYER_TYPE_MAPPING[layer_type](**kwargs))
         super(DynamicCache, self).__init__(layers=layers, offloading=offloading)
 
+    def skip_padding(self, padding: tuple[int, ...]) -> None:
+        """Tells the coded layers how many padded tokens stand before each sequence of a prompt that comes next."""
+        for layer in self.layers:
+            if hasattr(layer, "skip_padding"):
+                layer.skip_padding(padding)
+
     @property
     def nbytes(self) -> int:
         """Bytes that the latent layers occupy, free capacity included."""

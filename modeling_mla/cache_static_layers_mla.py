@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .coded_states_mla import CodedStates, LatentCodec
+from .first_tokens_mla import FirstTokens
 from .latent_code_mla import LatentCode, code_for
 from .transformers_seams_mla import StaticLayer, is_torchdynamo_compiling
 
@@ -111,21 +112,24 @@ class CodedStaticLatentLayer(StaticLatentLayer):
     def __init__(self, code: LatentCode | int, max_cache_len: int, kv_lora_rank: int, qk_rope_head_dim: int) -> None:
         super().__init__(max_cache_len, kv_lora_rank, qk_rope_head_dim)
         self.code = code_for(code, kv_lora_rank, qk_rope_head_dim)
-        self.exact_tokens = min(self.code.exact_tokens, max_cache_len)
+        self.padding: tuple[int, ...] | None = None
 
     def _allocate(self) -> None:
         self.codec = LatentCodec(self.code, self.dtype, self.device)
         size = (self.batch_size, self.max_cache_len, self.code.nbytes)
         self.latents = torch.zeros(size, dtype=torch.uint8, device=self.device)
-        # One row more than is kept: all later tokens are written there.
-        size = (self.batch_size, self.exact_tokens + 1, self.codec.width)
-        self.exact = torch.zeros(size, dtype=self.dtype, device=self.device)
+        count = self.code.exact_tokens
+        self.first = FirstTokens(count, self.batch_size, self.codec.width, self.dtype, self.device)
 
     def _tensors(self) -> tuple[torch.Tensor, ...]:
-        return self.latents, self.exact
+        return self.latents, self.first.rows
 
     def _states(self) -> tuple[CodedStates, CodedStates]:
-        return self.codec.states(self.latents, self.exact[:, : self.exact_tokens])
+        return self.codec.states(self.latents, self.first.rows[:, : self.first.count], self.first.starts)
+
+    def skip_padding(self, padding: tuple[int, ...]) -> None:
+        """Is told, before a prompt is cached, how many padded tokens stand before each of its sequences."""
+        self.padding = padding
 
     @property
     def keys(self) -> torch.Tensor | None:
@@ -142,17 +146,30 @@ class CodedStaticLatentLayer(StaticLatentLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         rotated = self.codec.rotated(key_states[:, 0], value_states[:, 0])
+        if self.padding is not None:
+            self.first.skip_padding(self.padding, int(self.cumulative_length))
+            self.padding = None
         positions = self._new_positions(key_states.shape[-2])
         self.latents.index_copy_(1, positions, self.codec.encode(rotated))
-        self.exact.index_copy_(1, positions.clamp(max=self.exact_tokens), rotated.to(self.dtype))
+        self.first.write(rotated, positions)
         return self._states()
 
     def offload(self) -> None:
         super().offload()
         if self.is_initialized:
-            self.exact = self.exact.to("cpu", non_blocking=True)
+            self.first.rows = self.first.rows.to("cpu", non_blocking=True)
 
     def prefetch(self) -> None:
         super().prefetch()
-        if self.is_initialized and self.exact.device != self.device:
-            self.exact = self.exact.to(self.device, non_blocking=True)
+        if self.is_initialized and self.first.rows.device != self.device:
+            self.first.rows = self.first.rows.to(self.device, non_blocking=True)
+
+    def reset(self) -> None:
+        super().reset()
+        if self.is_initialized:
+            self.first.starts = (0,) * self.batch_size
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        if self.is_initialized:
+            self.first.starts = self.first.selected_starts(beam_idx)

@@ -40,6 +40,12 @@ class StaticLatentCache(StaticCache):
             layers.append(layer)
         super(StaticCache, self).__init__(layers=layers, offloading=offloading)
 
+    def skip_padding(self, padding: tuple[int, ...]) -> None:
+        """Tells the coded layers how many padded tokens stand before each sequence of a prompt that comes next."""
+        for layer in self.layers:
+            if hasattr(layer, "skip_padding"):
+                layer.skip_padding(padding)
+
     @property
     def nbytes(self) -> int:
         """Bytes that the latent layers occupy."""

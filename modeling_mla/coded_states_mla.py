@@ -26,6 +26,7 @@ class Codec:
         self.exact_dtype = torch.float16 if dtype == torch.float16 else torch.bfloat16
         self.precision = torch.promote_types(dtype, torch.float32)
         self.matrix = hartley_matrix(code.channels, self.precision, device) if code.rotated else None
+        self.matrix_back = hartley_matrix(code.channels, dtype, device).t() if code.rotated else None
         self.groups = torch.tensor(code.groups, dtype=torch.long, device=device)
         if not code.is_exact:
             self.middles, self.limits = (
@@ -38,7 +39,9 @@ class Codec:
         return states if self.matrix is None else states.to(self.precision) @ self.matrix
 
     def rotate_back(self, states: torch.Tensor) -> torch.Tensor:
-        return states if self.matrix is None else states @ self.matrix.to(states.dtype).t()
+        if self.matrix is None or self.matrix_back is None:
+            return states
+        return states @ (self.matrix_back if states.dtype == self.dtype else self.matrix.t().to(states.dtype))
 
     def encode(self, rotated: torch.Tensor) -> torch.Tensor:
         """``[..., n]``, rotated, to bytes ``[..., code.nbytes]`` uint8: scales, then the planes of every segment."""
@@ -107,11 +110,12 @@ class CodedStates:
     Args:
         codec: that wrote them.
         rows: ``[B, S, code.nbytes]`` uint8, strided views of a cache.
-        exact: ``[B, e, n]``, rotated, which stand in the place of the first e rows.
+        exact: ``[B, e, n]``, rotated, which stand in the place of as many rows.
+        starts: of every sequence, the place of the first of these rows; before the first place they are left out.
     """
 
-    def __init__(self, codec: Codec, rows: torch.Tensor, exact: torch.Tensor) -> None:
-        self.codec, self.rows, self.exact = codec, rows, exact
+    def __init__(self, codec: Codec, rows: torch.Tensor, exact: torch.Tensor, starts: tuple[int, ...]) -> None:
+        self.codec, self.rows, self.exact, self.starts = codec, rows, exact, starts
 
     @property
     def shape(self) -> torch.Size:
@@ -129,13 +133,21 @@ class CodedStates:
         """As of a tensor, along the tokens."""
         if dim != 2:
             raise ValueError(f"coded states are cut along their tokens, dimension 2, not {dim}; decode them first.")
-        part = slice(start, start + length)
-        return CodedStates(self.codec, self.rows[:, part], self.exact[:, part])
+        starts = tuple(own - start for own in self.starts)
+        return CodedStates(self.codec, self.rows[:, start : start + length], self.exact, starts)
+
+    def exact_places(self, index: int) -> tuple[slice, slice]:
+        """The places of a sequence's exact tokens among its rows, and among ``exact``."""
+        start, count, length = self.starts[index], self.exact.shape[1], self.rows.shape[1]
+        first, stop = min(max(start, 0), length), min(max(start + count, 0), length)
+        return slice(first, stop), slice(first - start, stop - start)
 
     def decode(self) -> torch.Tensor:
         """The tensor ``[B, 1, S, n]``."""
         states = self.codec.decode(self.rows)
-        states[:, : self.exact.shape[1]] = self.exact
+        for index in range(len(states)):
+            places, own = self.exact_places(index)
+            states[index, places] = self.exact[index, own].to(states.dtype)
         return self.codec.rotate_back(states).to(self.dtype).unsqueeze(1)
 
 
@@ -156,15 +168,26 @@ class LatentCodec:
         latent, rope = rotated.split(self.widths, dim=-1)
         return torch.cat((self.latent.encode(latent), self.rope.encode(rope)), dim=-1)
 
-    def states(self, rows: torch.Tensor, exact: torch.Tensor) -> tuple[CodedStates, CodedStates]:
+    def decode(self, rows: torch.Tensor) -> torch.Tensor:
+        """The inverse of `encode`, up to rounding: ``[..., r + d_r]``, still rotated, in float32 or wider."""
+        latent, rope = rows.split([self.latent.code.nbytes, self.rope.code.nbytes], dim=-1)
+        return torch.cat((self.latent.decode(latent), self.rope.decode(rope)), dim=-1)
+
+    def states(
+        self, rows: torch.Tensor, exact: torch.Tensor, starts: tuple[int, ...]
+    ) -> tuple[CodedStates, CodedStates]:
         """What stands for the latents and the rotary keys in ``rows [B, S, code.nbytes]``.
 
         Args:
-            exact: ``[B, e, r + d_r]``, rotated, the first e tokens of the rows as they are.
+            exact: ``[B, e, r + d_r]``, rotated, tokens of the rows as they are.
+            starts: as of `CodedStates`.
         """
         own, rope = rows.split([self.latent.code.nbytes, self.rope.code.nbytes], dim=-1)
         exact_latent, exact_rope = exact.split(self.widths, dim=-1)
-        return CodedStates(self.latent, own, exact_latent), CodedStates(self.rope, rope, exact_rope)
+        return (
+            CodedStates(self.latent, own, exact_latent, starts),
+            CodedStates(self.rope, rope, exact_rope, starts),
+        )
 
 
 def decoded(states: torch.Tensor | CodedStates) -> torch.Tensor:

@@ -41,15 +41,18 @@ class CodedLatents(NamedTuple):
         """``[..., r]`` from what attention over the codes gives."""
         return self.latent.codec.rotate_back(rotated)
 
-    def exact(self, index: int) -> torch.Tensor:
-        """``[e, r + d_r]``: the first tokens of a sequence, which are kept besides."""
-        return torch.cat((self.latent.exact[index], self.rope.exact[index]), dim=-1)
+    def exact(self, index: int) -> tuple[slice, torch.Tensor]:
+        """Where a sequence's exact tokens are, and ``[e, r + d_r]``."""
+        places, own = self.latent.exact_places(index)
+        return places, torch.cat((self.latent.exact[index, own], self.rope.exact[index, own]), dim=-1)
 
     def pieces(self, index: int, tokens: int) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
         """The other tokens, at most so many at once: their place, their rows of the latents and of the rotary keys."""
-        for start in range(self.latent.exact.shape[1], self.shape[1], tokens):
-            part = slice(start, min(start + tokens, self.shape[1]))
-            yield part, self.latent.rows[index, part], self.rope.rows[index, part]
+        exact, _ = self.latent.exact_places(index)
+        for first, last in ((0, exact.start), (exact.stop, self.shape[1])):
+            for start in range(first, last, tokens):
+                part = slice(start, min(start + tokens, last))
+                yield part, self.latent.rows[index, part], self.rope.rows[index, part]
 
 
 def narrowed(latents: torch.Tensor | CodedLatents, length: int) -> torch.Tensor | CodedLatents:
@@ -110,9 +113,9 @@ def latent_tiles(
             part = slice(start, min(start + tokens, latents.shape[1]))
             yield part, PlainTile(rows, latents[index, part].to(rows.dtype), kv_lora_rank)
         return
-    exact = latents.exact(index)
+    places, exact = latents.exact(index)
     if len(exact):
-        yield slice(0, len(exact)), PlainTile(rows, exact.to(rows.dtype), kv_lora_rank)
+        yield places, PlainTile(rows, exact.to(rows.dtype), kv_lora_rank)
     codecs = latents.latent.codec, latents.rope.codec
     for part, latent, rope in latents.pieces(index, min(tokens, _CODED_TOKENS)):
         yield part, CodedTile(rows, *codecs[0].tile(latent, rows.dtype), *codecs[1].tile(rope, rows.dtype))

@@ -20,6 +20,7 @@ from transformers import (
 
 from .cache_mla import LatentCache
 from .cache_static_mla import StaticLatentCache
+from .first_tokens_mla import leading_padding
 from .latent_attention_mla import LatentAttention
 from .paged_mla import LatentBatchingManager
 from .peft_mla import register_peft_targets
@@ -80,6 +81,13 @@ def add_latent_cache(model: PreTrainedModel, args: tuple, kwargs: dict) -> tuple
     if use_cache and not checkpointing and not given and len(args) < 4:
         kwargs = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
         kwargs[CACHE_NAME] = LatentCache(config=model.config, latent_bits=getattr(model, "latent_bits", None))
+    cache: Any = kwargs.get(CACHE_NAME)
+    inputs = kwargs.get("input_ids", args[0] if args else None)
+    inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
+    if hasattr(cache, "skip_padding") and inputs is not None:
+        padding = leading_padding(kwargs, inputs.shape[:2], cache.get_seq_length())
+        if padding is not None:
+            cache.skip_padding(padding)
     return args, kwargs
 
 

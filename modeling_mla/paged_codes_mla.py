@@ -57,13 +57,11 @@ class PagedCodes:
         rows = self.codec.encode(rotated)
         rows = torch.nn.functional.pad(rows, (0, -rows.shape[1] % self.dtype.itemsize))
         rows = pages(rows.view(self.dtype)[None, None], layer_idx, kwargs)
-        codes = rows.contiguous().view(torch.uint8)[0, ..., : self.nbytes]
+        states = self.codec.decode(rows[0, 0].contiguous().view(torch.uint8)[:, : self.nbytes])
         # Where nothing was cached before the new tokens are all.
-        places = _places_in_sequences(codes.shape[1], keys) if len(read) else places
-        blocks = self._block(read if len(read) else written)
-        states = torch.cat([part.codec.decode(part.rows) for part in self.codec.states(codes, rotated[None, :0])], -1)
-        exact = self.exact[blocks, self._kept(places)].to(states.dtype)
-        states = torch.where((places < self.exact_tokens).unsqueeze(-1), exact, states[0])
+        places = _places_in_sequences(len(states), keys) if len(read) else places
+        exact = self.exact[self._block(read if len(read) else written), self._kept(places)].to(states.dtype)
+        states = torch.where((places < self.exact_tokens).unsqueeze(-1), exact, states)
         latent, rope = states.split(self.codec.widths, dim=-1)
         back = self.codec.latent.rotate_back(latent), self.codec.rope.rotate_back(rope)
         return torch.cat(back, dim=-1).to(self.dtype)[None, None]

@@ -38,7 +38,7 @@ def coded(code: LatentCode, latents: torch.Tensor) -> CodedLatents:
     buffer = torch.full((len(rows), rows.shape[1] + 5, rows.shape[2]), 255, dtype=torch.uint8)
     buffer[:, : rows.shape[1]] = rows
     exact = rotated[:, : code.exact_tokens].to(latents.dtype)
-    return CodedLatents(*codec.states(buffer[:, : rows.shape[1]], exact))
+    return CodedLatents(*codec.states(buffer[:, : rows.shape[1]], exact, (0,) * len(rows)))
 
 
 def check(case: Case, code: LatentCode, backend) -> None:

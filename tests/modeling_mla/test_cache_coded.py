@@ -29,7 +29,7 @@ def decoded(
     codec = LatentCodec(CODE, pair[0].dtype, pair[0].device)
     rotated = codec.rotated(pair[0][:, 0], pair[1][:, 0])
     exact = rotated[:, : max(exact_tokens - first, 0)]
-    return tuple(states.decode() for states in codec.states(codec.encode(rotated), exact))
+    return tuple(states.decode() for states in codec.states(codec.encode(rotated), exact, (0,) * len(rotated)))
 
 
 def assert_same(coded, plain) -> None:
@@ -98,7 +98,7 @@ def test_indexer_keys_follow_the_codes():
     coded.crop(-2)
     assert torch.equal(coded.keys, before[[2, 0, 0], :, :4])
     assert torch.equal(coded.indexer_keys, keys[[2, 0, 0], :4])
-    exact = BATCH * EXACT * (RANK + ROPE) * 4
+    exact = BATCH * (EXACT + 1) * (RANK + ROPE) * 4
     assert coded.nbytes == coded.buffer.nbytes + exact + coded.indexer_keys.nbytes
 
 
@@ -109,12 +109,13 @@ def test_bytes_are_those_that_are_held():
     # 4 channels of 4 bits, 3 of 3 in two planes, a scale; 4 of 6 bits in two planes, a scale.
     token = (2 + 2 + 1 + 1) + (2 + 2 + 1 + 1)
     assert CODE.nbytes == token
-    assert layer.nbytes == BATCH * (50 * token + EXACT * (RANK + ROPE) * 2)
-    assert layer.nbytes == sum(t.untyped_storage().nbytes() for t in (layer.buffer, layer.exact))
+    assert layer.nbytes == BATCH * (50 * token + (EXACT + 1) * (RANK + ROPE) * 2)
+    assert layer.nbytes == sum(t.untyped_storage().nbytes() for t in (layer.buffer, layer.first.rows))
     static = StaticLatentCache(tiny_config(), 32, latent_bits=4)
     static.early_initialization(2, 4, 20, torch.bfloat16, torch.device("cpu"))
     held = [
-        layer.latents.untyped_storage().nbytes() + layer.exact.untyped_storage().nbytes() for layer in static.layers
+        layer.latents.untyped_storage().nbytes() + layer.first.rows.untyped_storage().nbytes()
+        for layer in static.layers
     ]
     assert static.nbytes == sum(held) == 2 * 2 * (32 * uniform_code(4, 16, 4).nbytes + 5 * 20 * 2)
 
@@ -150,12 +151,12 @@ def test_static_layer_holds_what_the_growing_one_holds(chunks):
     for cache in (growing, static):
         cache.layers[0].reorder_cache(torch.tensor([1, 1]))
     assert_close(other.keys[:, :, :9], own.keys, 1e-6)
-    addresses = [tensor.data_ptr() for tensor in (other.latents, other.exact)]
+    addresses = [tensor.data_ptr() for tensor in (other.latents, other.first.rows)]
     static.reset()
     assert not other.latents.any()
-    assert not other.exact.any()
+    assert not other.first.rows.any()
     static.update(*new, 0)
-    assert addresses == [tensor.data_ptr() for tensor in (other.latents, other.exact)]
+    assert addresses == [tensor.data_ptr() for tensor in (other.latents, other.first.rows)]
 
 
 class Rounding(LatentCache):

@@ -69,6 +69,29 @@ def test_prefill_in_pieces_and_continuation(models, cache):
     assert torch.equal(rest, expected)
 
 
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prefill_chunk_size": 5}])
+@pytest.mark.parametrize("name", CODES)
+def test_left_padding_changes_nothing(models, name, cache, options):
+    """The first tokens are those of the sequence, not of the cache."""
+    model, ids = models[name], random_ids(1, 6)
+    padded = torch.cat((torch.full((1, 7), 9), ids), dim=1)
+    both = torch.cat((padded, random_ids(1, 13)))
+    mask = torch.ones_like(both)
+    mask[0, :7] = 0
+    alone = generate(model, ids, **CACHES[cache], **options)[0, 6:]
+    assert torch.equal(generate(model, both, attention_mask=mask, **CACHES[cache], **options)[0, 13:], alone)
+
+
+@torch.no_grad()
+def test_a_padded_prefix_is_not_saved(models, tmp_path):
+    model, ids, mask = models["uniform"], random_ids(2, 9), left_padding(2, 9)
+    cache = cache_of(model(ids, attention_mask=mask))
+    with pytest.raises(ValueError, match="padded on the left"):
+        cache.save(tmp_path / "prefix", model, ids)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("name", CODES)
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

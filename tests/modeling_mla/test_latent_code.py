@@ -114,7 +114,7 @@ def test_rotated_states_come_back(dtype, bits):
     kv_c, k_pe = torch.randn(2, 7, 48).to(dtype), torch.randn(2, 7, 8).to(dtype)
     rotated = codec.rotated(kv_c, k_pe)
     for states, given, few in zip(
-        codec.states(codec.encode(rotated), rotated[:, :2].to(dtype)), (kv_c, k_pe), (bits, 6), strict=True
+        codec.states(codec.encode(rotated), rotated[:, :2].to(dtype), (0, 0)), (kv_c, k_pe), (bits, 6), strict=True
     ):
         decoded = states.decode()
         assert (decoded.shape, decoded.dtype, states.shape) == (given[:, None].shape, dtype, decoded.shape)
