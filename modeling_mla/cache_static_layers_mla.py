@@ -167,9 +167,9 @@ class CodedStaticLatentLayer(StaticLatentLayer):
     def reset(self) -> None:
         super().reset()
         if self.is_initialized:
-            self.first.starts = (0,) * self.batch_size
+            self.first.start_at((0,) * self.batch_size)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
         if self.is_initialized:
-            self.first.starts = self.first.selected_starts(beam_idx)
+            self.first.select_starts(beam_idx)

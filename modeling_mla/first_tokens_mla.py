@@ -20,13 +20,18 @@ class FirstTokens:
 
     Attributes:
         rows: ``[B, count + 1, r + d_r]``, rotated; all other tokens are written to the last one.
-        starts: where in the cache each sequence begins.
+        starts: where in the cache each sequence begins; known to Python, for reading cuts rows by them.
     """
 
     def __init__(self, count: int, batch: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
         self.count = count
         self.rows = torch.zeros(batch, count + 1, width, dtype=dtype, device=device)
-        self.starts = (0,) * batch
+        self.start_at((0,) * batch)
+
+    def start_at(self, starts: tuple[int, ...]) -> None:
+        """Sets ``starts``, on the device as well: writing must copy nothing to it."""
+        self.starts = starts
+        self._offsets = torch.tensor(starts, dtype=torch.long, device=self.rows.device).unsqueeze(-1)
 
     @property
     def end(self) -> int:
@@ -39,27 +44,28 @@ class FirstTokens:
         A sequence of one token counts as none: by the positions, the last padded token looks like one.
         """
         pairs = zip(self.starts, padding, strict=True)
-        self.starts = tuple(found if start >= filled - 1 else start for start, found in pairs)
+        self.start_at(tuple(found if start >= filled - 1 else start for start, found in pairs))
 
     def write(self, rotated: torch.Tensor, places: torch.Tensor) -> None:
         """Keeps what there is to keep of new tokens ``[B, n, r + d_r]``, which are cached at ``places [n]``."""
-        starts = torch.tensor(self.starts, device=places.device).unsqueeze(-1)
-        slots = places - starts
+        slots = places - self._offsets
         slots = slots.where((slots >= 0) & (slots < self.count), self.count)
         self.rows.scatter_(1, slots.unsqueeze(-1).expand_as(rotated), rotated.to(self.rows.dtype))
 
     def repeat(self, repeats: int) -> None:
         self.rows = self.rows.repeat_interleave(repeats, dim=0)
-        self.starts = tuple(start for start in self.starts for _ in range(repeats))
+        self.start_at(tuple(start for start in self.starts for _ in range(repeats)))
 
     def select(self, indices: torch.Tensor) -> None:
         self.rows = self.rows[indices.to(self.rows.device)]
-        self.starts = self.selected_starts(indices)
+        self.select_starts(indices)
 
-    def selected_starts(self, indices: torch.Tensor) -> tuple[int, ...]:
-        if not any(self.starts):
-            return (0,) * len(indices)
-        return tuple(self.starts[index] for index in indices.tolist())
+    def select_starts(self, indices: torch.Tensor) -> None:
+        """As `select`, of rows that are selected already."""
+        if any(self.starts):
+            self.start_at(tuple(self.starts[index] for index in indices.tolist()))
+        elif len(indices) != len(self.starts):
+            self.start_at((0,) * len(indices))
 
 
 def leading_padding(

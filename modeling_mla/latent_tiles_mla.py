@@ -12,8 +12,10 @@ from .latent_code_mla import LatentCode
 from .scores_mla import float32_products
 from .tiled_attention_mla import Tile
 
-_CODED_TOKENS = 1024
-"""Tokens that are decoded at once: what they decode to must stay in a processor's cache until it is used."""
+_CPU_TOKENS = 1024
+"""Codes that are decoded at once: what they decode to must stay in a processor's cache until it is used."""
+_ACCELERATOR_TOKENS = 1 << 15
+"""An accelerator has memory for more, and a call costs it more than the work of a thousand tokens."""
 
 
 class CodedLatents(NamedTuple):
@@ -117,5 +119,6 @@ def latent_tiles(
     if len(exact):
         yield places, PlainTile(rows, exact.to(rows.dtype), kv_lora_rank)
     codecs = latents.latent.codec, latents.rope.codec
-    for part, latent, rope in latents.pieces(index, min(tokens, _CODED_TOKENS)):
+    most = _CPU_TOKENS if rows.device.type == "cpu" else _ACCELERATOR_TOKENS
+    for part, latent, rope in latents.pieces(index, min(tokens, most)):
         yield part, CodedTile(rows, *codecs[0].tile(latent, rows.dtype), *codecs[1].tile(rope, rows.dtype))

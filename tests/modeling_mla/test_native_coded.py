@@ -42,7 +42,8 @@ def test_every_native_model_takes_four_bits(name):
     mask = torch.cat((mask, mask.new_ones(2, 1)), dim=1)
     output = model(ids[:, :1] + 2, attention_mask=mask, **cache_argument(cache_of(output)), use_cache=True)
     assert output.logits.isfinite().all()
-    layers = coded_layers(cache_of(output))
+    # Some models let layers read the cache of others.
+    layers = [layer for layer in coded_layers(cache_of(output)) if layer.get_seq_length()]
     assert layers
     for layer in layers:
         assert layer.get_seq_length() == 21
