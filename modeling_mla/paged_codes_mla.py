@@ -48,33 +48,37 @@ class PagedCodes:
             ``[1, 1, T, r + d_r]``.
         """
         rotated = self.codec.rotated(kv_c, k_pe)
-        queries, keys = kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"][self.allocator.layer_type]
-        written, read = (kwargs[name][self.allocator.index] for name in ("write_index", "read_index"))
-        past = keys.diff() - queries.diff()
-        places = _places_in_sequences(len(rotated), queries) + past[_sequences(len(rotated), queries)]
-        self.exact[self._block(written), self._kept(places)] = rotated.to(self.dtype)
-
         rows = self.codec.encode(rotated)
         rows = torch.nn.functional.pad(rows, (0, -rows.shape[1] % self.dtype.itemsize))
+        slots = self._first_slots(rotated, kwargs) if self.exact_tokens else None
         rows = pages(rows.view(self.dtype)[None, None], layer_idx, kwargs)
         states = self.codec.decode(rows[0, 0].contiguous().view(torch.uint8)[:, : self.nbytes])
-        # Where nothing was cached before the new tokens are all.
-        places = _places_in_sequences(len(states), keys) if len(read) else places
-        exact = self.exact[self._block(read if len(read) else written), self._kept(places)].to(states.dtype)
-        states = torch.where((places < self.exact_tokens).unsqueeze(-1), exact, states)
+        if slots is not None:
+            blocks, places = slots
+            exact = self.exact[blocks, places].to(states.dtype)
+            states = torch.where((places < self.exact_tokens).unsqueeze(-1), exact, states)
         latent, rope = states.split(self.codec.widths, dim=-1)
         back = self.codec.latent.rotate_back(latent), self.codec.rope.rotate_back(rope)
         return torch.cat(back, dim=-1).to(self.dtype)[None, None]
 
+    def _first_slots(self, rotated: torch.Tensor, kwargs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keeps what there is to keep of new tokens; returns where each token that will be read is kept, ``[T]`` and
+        ``[T]``: its block, and its place in the sequence, or `exact_tokens` from there on."""
+        queries, keys = kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"][self.allocator.layer_type]
+        written, read = (kwargs[name][self.allocator.index] for name in ("write_index", "read_index"))
+        past = keys.diff() - queries.diff()
+        places = _places_in_sequences(len(rotated), queries) + past[_sequences(len(rotated), queries)]
+        blocks, places = written // self.allocator.block_physical_stride, places.clamp(0, self.exact_tokens)
+        self.exact[blocks, places] = rotated.to(self.dtype)
+        # Where nothing was cached before, the new tokens are all that is read.
+        if not len(read):
+            return blocks, places
+        places = _places_in_sequences(len(read), keys).clamp(0, self.exact_tokens)
+        return read // self.allocator.block_physical_stride, places
+
     def copy_blocks(self, sources: list[int], targets: list[int]) -> None:
         """As Transformers copies the pages of a sequence that is continued in several ways."""
         self.exact[targets] = self.exact[sources]
-
-    def _block(self, slots: torch.Tensor) -> torch.Tensor:
-        return slots // self.allocator.block_physical_stride
-
-    def _kept(self, places: torch.Tensor) -> torch.Tensor:
-        return places.clamp(0, self.exact_tokens)
 
 
 def _sequences(tokens: int, bounds: torch.Tensor) -> torch.Tensor:

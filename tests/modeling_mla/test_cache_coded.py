@@ -6,7 +6,7 @@ from test_cache_layers import OPERATIONS
 from tiny import assert_close, decode, every_route, random_ids, reference_logits, tiny_config, tiny_model
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from modeling_mla import LatentCache, StaticLatentCache
+from modeling_mla import LatentCache, StaticLatentCache, chunked_mla, routes_mla
 from modeling_mla.cache_coded_mla import CodedIndexedLatentLayer, CodedLatentLayer, CodedSlidingLatentLayer
 from modeling_mla.cache_layers_mla import LatentLayer
 from modeling_mla.coded_states_mla import LatentCodec
@@ -185,6 +185,22 @@ def test_decode_equals_an_uncoded_cache_of_the_same_values(route, bits):
     error = (actual - reference_logits(model, ids)).abs().max() / actual.std()
     assert error > 1e-6, "it is coded"
     assert error < {8: 0.1, 4: 1.0, 2: 4.0}[bits]
+
+
+@torch.no_grad()
+def test_a_long_context_is_decoded_in_pieces(monkeypatch):
+    model = tiny_model()
+    model.set_attention_route("expanded")
+    ids = random_ids(2, 90)
+    logits = []
+    for limit in (1 << 30, 0):
+        monkeypatch.setattr(routes_mla, "EXPANDED_LIMIT", limit)
+        monkeypatch.setattr(chunked_mla, "_PIECE_LIMIT", 1)
+        cache = LatentCache(model.config, latent_bits=4)
+        logits.append(
+            torch.cat([model(part, **cache_argument(cache)).logits for part in ids.split([70, 20], dim=1)], 1)
+        )
+    assert_close(*logits)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -7,7 +7,7 @@ from test_generation import CACHES, MODES, PER_LAYER, TOKENS, generate
 from tiny import assert_close, left_padding, random_ids, tiny_model
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
-from modeling_mla import LatentCache, LlamaMLAForCausalLM
+from modeling_mla import LatentCache, LlamaMLAForCausalLM, MistralMLAForCausalLM
 from modeling_mla.cache_coded_mla import CodedLatentLayer
 from modeling_mla.cache_layers_mla import LatentLayer
 from modeling_mla.latent_code_mla import uniform_code
@@ -100,6 +100,17 @@ def test_continuous_batching(name, implementation):
     outputs = model.generate_batch(prompts, **batching(), progress_bar=False)
     results = list(outputs.values())
     assert [result.error for result in results] == [None] * 4
+    assert [result.generated_tokens for result in results] == expected
+
+
+def test_continuous_batching_over_a_window():
+    """Pages of a sliding layer are read where they will be overwritten, and its first tokens are not kept."""
+    fields = {"sliding_window": 6, "latent_code": uniform_code(4, 16, 4).to_dict()}
+    model = tiny_model(MistralMLAForCausalLM, **fields)
+    prompts = [random_ids(1, length)[0].tolist() for length in (3, 17, 9)]
+    expected = [generate(model, torch.tensor([prompt]))[0, len(prompt) :].tolist() for prompt in prompts]
+    results = list(model.generate_batch(prompts, **batching(), progress_bar=False).values())
+    assert [result.error for result in results] == [None] * 3
     assert [result.generated_tokens for result in results] == expected
 
 
