@@ -8,6 +8,9 @@ from .cache_static_layers_mla import CodedStaticLatentLayer, StaticLatentLayer
 from .configuration_mla import latent_widths, layer_code
 from .transformers_seams_mla import STATIC_LAYER_TYPE_MAPPING, get_layer_types_and_kwargs
 
+_UNCODED = ("sliding_attention", "chunked_attention", "indexed_attention")
+"""Kinds of layers that cache latents, and whose static form is Transformers'."""
+
 
 class StaticLatentCache(StaticCache):
     """`StaticCache` over latents; what `generate(cache_implementation="static")` makes.
@@ -17,6 +20,9 @@ class StaticLatentCache(StaticCache):
         max_cache_len: tokens that every full-attention layer holds.
         offloading: keeps all layers but the current one on the CPU (needs an accelerator with streams).
         latent_bits: as of `LatentCache`.
+
+    Raises:
+        ValueError: a layer of another kind than full attention has a code.
     """
 
     def __init__(
@@ -29,12 +35,18 @@ class StaticLatentCache(StaticCache):
         config = config.get_text_config(decoder=True)
         layers = []
         for index, (layer_type, kwargs) in enumerate(zip(*get_layer_types_and_kwargs(config), strict=False)):
+            code = layer_code(config, index, latent_bits)
             if layer_type == "full_attention":
-                widths, code = latent_widths(config, index), layer_code(config, index, latent_bits)
+                widths = latent_widths(config, index)
                 if code is None:
                     layer = StaticLatentLayer(max_cache_len, *widths)
                 else:
                     layer = CodedStaticLatentLayer(code, max_cache_len, *widths)
+            elif code is not None and layer_type in _UNCODED:
+                raise ValueError(
+                    f"Layer {index} has a latent code and is of kind {layer_type}, which a static cache holds uncoded "
+                    "only; use a cache that grows (cache_implementation='dynamic'), or latent_bits=16."
+                )
             else:
                 layer = STATIC_LAYER_TYPE_MAPPING[layer_type](max_cache_len=max_cache_len, **kwargs)
             layers.append(layer)

@@ -84,13 +84,12 @@ class PagedLatentCache(PagedAttentionCache):
             ``[1, 1, T, r]`` and ``[1, 1, T, d_r]``, views of one tensor.
         """
         rank, width = key_states.shape[-1], key_states.shape[-1] + value_states.shape[-1]
-        code = self.config.layer_code(layer_idx, rank, value_states.shape[-1])
-        if code is None:
+        codes = self._codes(layer_idx, key_states, value_states)
+        if codes is None:
             rows = torch.cat((key_states, value_states), dim=-1)
             rows = self._exchange(rows, layer_idx, kwargs)[..., :width]
         else:
-            coded = self._coded_layer(code, layer_idx, key_states)
-            rows = coded.exchange(key_states[0, 0], value_states[0, 0], self._exchange, layer_idx, kwargs)
+            rows = codes.exchange(key_states[0, 0], value_states[0, 0], self._exchange, layer_idx, kwargs)
         for name in SEQUENCE_BOUNDS:
             kwargs.pop(name, None)
         return rows[..., :rank], rows[..., rank:]
@@ -101,16 +100,20 @@ class PagedLatentCache(PagedAttentionCache):
         first, second = rows.chunk(2, dim=-1)
         return torch.cat(super().update(first, second, layer_idx, kwargs), dim=-1)
 
-    def _coded_layer(self, code: LatentCode, layer_idx: int, like: torch.Tensor) -> PagedCodes:
-        layers: dict[int, PagedCodes] = self.__dict__.setdefault("coded_layers", {})
+    def _codes(self, layer_idx: int, kv_c: torch.Tensor, k_pe: torch.Tensor) -> PagedCodes | None:
+        """What a coded layer needs besides the pages, made with its first tokens; None for a layer without a code."""
+        layers: dict[int, PagedCodes | None] = self.__dict__.setdefault("layer_codes", {})
         if layer_idx not in layers:
-            layers[layer_idx] = PagedCodes(code, self.layer_to_allocator[layer_idx], like.dtype, like.device)
+            code = self.config.layer_code(layer_idx, kv_c.shape[-1], k_pe.shape[-1])
+            allocator = self.layer_to_allocator[layer_idx]
+            layers[layer_idx] = None if code is None else PagedCodes(code, allocator, kv_c.dtype, kv_c.device)
         return layers[layer_idx]
 
     def perform_cache_copy(self, copy_src_and_dst: dict[str, tuple[list[int], list[int]]]) -> None:
         super().perform_cache_copy(copy_src_and_dst)
-        for layer in self.__dict__.get("coded_layers", {}).values():
-            layer.copy_blocks(*copy_src_and_dst.get(layer.allocator.layer_type, ([], [])))
+        for codes in self.__dict__.get("layer_codes", {}).values():
+            if codes is not None:
+                codes.copy_blocks(*copy_src_and_dst.get(codes.allocator.layer_type, ([], [])))
 
 
 class LatentBatchingManager(ContinuousBatchingManager):

@@ -33,10 +33,12 @@ class NormedMLAConfigMixin(MLAConfigMixin):
     Args:
         qk_norm_head_dim: channels of a head that are normalised together, those of the source's heads.
         qk_norm_key_heads: key heads that are normalised, the source's key/value heads.
+        latent_bias: ``kv_a_proj_with_mqa``, which reads normalised keys and values, has a bias.
     """
 
     qk_norm_head_dim: int = 128
     qk_norm_key_heads: int = 8
+    latent_bias: bool = False
 
     def validate_qk_norm(self) -> None:
         """Raises `ValueError` with field, value and limit."""
@@ -79,7 +81,8 @@ class NormedMLAttention(MLAttention):
         self.k_proj = nn.Linear(config.hidden_size, key_width, bias=bias)
         self.k_norm = LlamaRMSNorm(self.norm_dim, eps=config.rms_norm_eps)
         self.v_proj = nn.Linear(config.hidden_size, key_width, bias=bias)
-        self.kv_a_proj_with_mqa = nn.Linear(2 * key_width, self.kv_lora_rank + self.qk_rope_head_dim, bias=False)
+        width = self.kv_lora_rank + self.qk_rope_head_dim
+        self.kv_a_proj_with_mqa = nn.Linear(2 * key_width, width, bias=config.latent_bias)
 
     def project_query(self, hidden_states: torch.Tensor) -> torch.Tensor:
         query = self.q_proj(hidden_states)

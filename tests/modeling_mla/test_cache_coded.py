@@ -130,6 +130,14 @@ def test_a_code_of_other_widths_is_refused():
         CodedLatentLayer(CODE).update(torch.randn(1, 1, 2, 8), torch.randn(1, 1, 2, 4))
 
 
+@pytest.mark.parametrize("kind", ["sliding_attention", "chunked_attention"])
+def test_a_static_window_with_a_code_is_refused_by_name(kind):
+    config = tiny_config(layer_types=["full_attention", kind], sliding_window=4, attention_chunk_size=4)
+    assert len(StaticLatentCache(config, 16, latent_bits=16).layers) == 2
+    with pytest.raises(ValueError, match=f"Layer 1 has a latent code and is of kind {kind}.*latent_bits=16"):
+        StaticLatentCache(config, 16, latent_bits=4)
+
+
 def test_an_unknown_number_of_bits_is_refused():
     with pytest.raises(ValueError, match=r"latent_bits is 7; known are 2, 3, 4, 5, 6, 8, 16"):
         LatentCache(tiny_config(), latent_bits=7)

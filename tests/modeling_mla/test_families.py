@@ -21,6 +21,7 @@ FAMILIES = {
         "layer_types": ["sliding_attention", "full_attention"],
     },
     "Qwen3": {"qk_norm_head_dim": 8, "qk_norm_key_heads": 2},
+    "Qwen3 biased": {"qk_norm_head_dim": 8, "qk_norm_key_heads": 2, "latent_bias": True},
 }
 WINDOWS = {"Mistral": [WINDOW, WINDOW], "Qwen2 mixed": [WINDOW, None]}
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -41,7 +42,7 @@ def test_decode_equals_forward(family, route, implementation):
     positions = positions_of(mask)
     model.set_attention_route("expanded")
     expected = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits[mask.bool()]
-    if family != "Qwen3":
+    if not family.startswith("Qwen3"):
         reference = reference_logits(model, ids, mask, positions, WINDOWS.get(family))
         assert_close(expected, reference[mask.bool()])
     model.set_attention_route(route)
@@ -133,3 +134,13 @@ def test_saved_models_load_by_auto_classes(family, tmp_path):
 def test_heads(family, task):
     model = family_model(family, task, num_labels=3, pad_token_id=0)
     assert model(random_ids(2, 5))[0].isfinite().all()
+
+
+@torch.no_grad()
+def test_a_bias_behind_the_key_norm_reaches_the_cache():
+    model, ids = family_model("Qwen3 biased"), random_ids(1, 5)
+    before = cache_of(model(ids)).layers[0].keys
+    projection = model.model.layers[0].self_attn.kv_a_proj_with_mqa
+    projection.bias.zero_()
+    # The last norm is DeepSeek's, as nothing asked for the identity.
+    assert (cache_of(model(ids)).layers[0].keys - before).abs().max() > 1e-3
