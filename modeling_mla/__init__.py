@@ -8,6 +8,7 @@ from .attention_mla import MLAttention
 from .cache_mla import LatentCache
 from .cache_static_mla import StaticLatentCache
 from .configuration_mla import MLAConfigMixin
+from .latent_code_mla import LatentCode, PartCode
 from .llama_mla import (
     LlamaMLAConfig,
     LlamaMLAForCausalLM,
@@ -49,6 +50,7 @@ from .qwen3_mla import (
 
 __all__ = [
     "LatentCache",
+    "LatentCode",
     "LlamaMLAConfig",
     "LlamaMLAForCausalLM",
     "LlamaMLAForQuestionAnswering",
@@ -65,6 +67,7 @@ __all__ = [
     "MistralMLAForTokenClassification",
     "MistralMLAModel",
     "MistralMLAPreTrainedModel",
+    "PartCode",
     "Qwen2MLAConfig",
     "Qwen2MLAForCausalLM",
     "Qwen2MLAForQuestionAnswering",

@@ -142,5 +142,4 @@ def test_a_bias_behind_the_key_norm_reaches_the_cache():
     before = cache_of(model(ids)).layers[0].keys
     projection = model.model.layers[0].self_attn.kv_a_proj_with_mqa
     projection.bias.zero_()
-    # The last norm is DeepSeek's, as nothing asked for the identity.
     assert (cache_of(model(ids)).layers[0].keys - before).abs().max() > 1e-3
