@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import torch
 
-from .bit_planes_mla import pack_levels, unpack_levels
+from .bit_packing_mla import pack_levels, packed_bytes, unpack_levels
 from .hartley_mla import hartley_matrix
-from .latent_code_mla import LatentCode, PartCode, largest, middle, plane_bytes, planes
+from .latent_code_mla import LatentCode, PartCode, largest, middle
 
 
 class Codec:
@@ -44,7 +44,7 @@ class Codec:
         return states @ (self.matrix_back if states.dtype == self.dtype else self.matrix.t().to(states.dtype))
 
     def encode(self, rotated: torch.Tensor) -> torch.Tensor:
-        """``[..., n]``, rotated, to bytes ``[..., code.nbytes]`` uint8: scales, then the planes of every segment."""
+        """``[..., n]``, rotated, to bytes ``[..., code.nbytes]`` uint8: scales, then the levels of every segment."""
         code = self.code
         if code.is_exact:
             return rotated.to(self.exact_dtype).contiguous().view(torch.uint8)
@@ -73,7 +73,7 @@ class Codec:
         """Writes the levels in ``rows [..., code.nbytes]`` to ``levels [..., n]`` uint8; returns these as int8."""
         start, first = self.code.scale_bytes, 0
         for channels, bits in self.code.segments:
-            stop = start + sum(plane_bytes(channels, width) for width in planes(bits))
+            stop = start + packed_bytes(channels, bits)
             unpack_levels(rows[..., start:stop], bits, levels[..., first : first + channels])
             start, first = stop, first + channels
         return levels.view(torch.int8)

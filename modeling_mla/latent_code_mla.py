@@ -12,18 +12,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .bit_packing_mla import packed_bytes
+
 EXACT = 16
 """Bits of what is not coded: bfloat16, or float16 in a float16 model."""
 BITS = (2, 3, 4, 5, 6, 8, EXACT)
 _SCALE_BYTES = 2
 _EXACT_TOKENS = 4
 """Attention sinks stand at the first few tokens, with latents many times larger than all others."""
-_PLANES = {8: (8,), 6: (4, 2), 5: (4, 1), 4: (4,), 3: (2, 1), 2: (2,)}
-
-
-def planes(bits: int) -> tuple[int, ...]:
-    """The widths of the fields that a level is kept in, the highest bits first: each divides a byte."""
-    return _PLANES[bits]
 
 
 def middle(bits: int) -> float:
@@ -96,16 +92,11 @@ class PartCode:
         """Bytes of a token, scales included: even, so that scales can be read where they lie."""
         if self.is_exact:
             return 2 * self.channels
-        fields = sum(plane_bytes(channels, width) for channels, bits in self.segments for width in planes(bits))
+        fields = sum(packed_bytes(channels, bits) for channels, bits in self.segments)
         return self.scale_bytes + fields + fields % 2
 
     def to_dict(self) -> dict[str, Any]:
         return {"segments": [list(segment) for segment in self.segments], "group": self.group, "rotated": self.rotated}
-
-
-def plane_bytes(channels: int, width: int) -> int:
-    """Bytes that ``channels`` fields of ``width`` bits take."""
-    return -(-channels * width // 8)
 
 
 @dataclass(frozen=True)

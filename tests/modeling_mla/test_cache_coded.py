@@ -106,8 +106,8 @@ def test_bytes_are_those_that_are_held():
     layer = CodedLatentLayer(CODE, capacity=50)
     assert layer.nbytes == 0
     layer.update(*rows(20, dtype=torch.bfloat16))
-    # 4 channels of 4 bits, 3 of 3 in two planes, a scale; 4 of 6 bits in two planes, a scale.
-    token = (2 + 2 + 1 + 1) + (2 + 2 + 1 + 1)
+    # A scale, 4 channels of 4 bits, 3 of 3 (in three bytes, as up to 8 are), one to be even; a scale, 4 of 6.
+    token = (2 + 2 + 3 + 1) + (2 + 3 + 1)
     assert CODE.nbytes == token
     assert layer.nbytes == BATCH * (50 * token + (EXACT + 1) * (RANK + ROPE) * 2)
     assert layer.nbytes == sum(t.untyped_storage().nbytes() for t in (layer.buffer, layer.first.rows))

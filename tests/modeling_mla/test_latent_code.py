@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from modeling_mla import LlamaMLAConfig
-from modeling_mla.bit_planes_mla import pack_levels, unpack_levels
+from modeling_mla.bit_packing_mla import pack_levels, packed_bytes, unpack_levels
 from modeling_mla.coded_states_mla import Codec, LatentCodec
 from modeling_mla.hartley_mla import hartley_matrix
-from modeling_mla.latent_code_mla import LatentCode, PartCode, plane_bytes, planes, uniform_code
+from modeling_mla.latent_code_mla import LatentCode, PartCode, uniform_code
 
 CPU = torch.device("cpu")
 CODES = {
@@ -89,8 +89,10 @@ def test_zeros_stay_zeros_and_what_is_not_finite_stays_so(name):
 def test_levels_survive_their_bytes(bits, channels):
     levels = torch.randint(0, 2**bits, (2, 5, channels), dtype=torch.uint8)
     packed = pack_levels(levels, bits)
-    assert packed.shape[-1] == sum(plane_bytes(channels, width) for width in planes(bits))
-    assert packed.shape[-1] - channels * bits / 8 < len(planes(bits))
+    assert packed.shape[-1] == packed_bytes(channels, bits)
+    if channels % 8 == 0:
+        assert packed.shape[-1] == channels * bits // 8
+    assert packed.shape[-1] - channels * bits / 8 < bits
     wide = torch.zeros(2, 5, packed.shape[-1] + 3, dtype=torch.uint8)
     wide[..., 2:-1] = packed
     unpacked = torch.full((2, 5, channels + 4), 99, dtype=torch.uint8)
