@@ -40,6 +40,7 @@ from .gpt_neox_mla import *
 from .gpt_oss_mla import *
 from .granite_mla import *
 from .granitemoe_mla import *
+from .latent_code_mla import LatentCode, PartCode
 from .llama_mla import *
 from .ministral_mla import *
 from .mistral_mla import *
@@ -58,8 +59,10 @@ from .starcoder2_mla import *
 
 __all__ = [
     "LatentCache",
+    "LatentCode",
     "MLAConfigMixin",
     "MLAttention",
+    "PartCode",
     "StaticLatentCache",
     "disable_absorbed_attention",
     "disable_shared_head_attention",

@@ -42,10 +42,12 @@ class NormedMLAConfigMixin(MLAConfigMixin):
         qk_norm_head_dim: channels of a head that is normalised, those of the source's heads; None where a body that
             may normalise does not.
         qk_norm_key_heads: key heads that are normalised, the source's key/value heads.
+        latent_bias: ``kv_a_proj_with_mqa``, which reads normalised keys and values, has a bias.
     """
 
     qk_norm_head_dim: int | None = 128
     qk_norm_key_heads: int | None = 8
+    latent_bias: bool = False
 
     def validate_qk_norm(self) -> None:
         """Raises `ValueError` with field, value and limit."""
@@ -103,7 +105,8 @@ class NormedMLAttention(MLAttention):
         self.k_proj = nn.Linear(config.hidden_size, key_width, bias=bias)
         self.k_norm = self.make_norm(config.qk_norm_key_heads)
         self.v_proj = nn.Linear(config.hidden_size, key_width, bias=bias)
-        self.kv_a_proj_with_mqa = nn.Linear(2 * key_width, self.kv_lora_rank + self.qk_rope_head_dim, bias=False)
+        width = self.kv_lora_rank + self.qk_rope_head_dim
+        self.kv_a_proj_with_mqa = nn.Linear(2 * key_width, width, bias=config.latent_bias)
 
     def make_norm(self, heads: int) -> nn.Module:
         """The body's norm of ``heads`` heads."""

@@ -71,7 +71,8 @@ def test_generates_as_on_a_cpu(models, way, implementation, served):
     mask = None if mask is None else mask.cuda()
     assert torch.equal(generate(gpu, ids, attention_mask=mask, **options), expected)
     if way != "compiled":
-        assert set(served) == {"triton"}
+        # No kernel reads codes yet.
+        assert set(served) == ({"torch"} if way == "quantized" else {"triton"})
 
 
 @torch.no_grad()
@@ -123,7 +124,8 @@ def test_native(way, name, served):
     served.clear()
     assert torch.equal(generate(gpu, ids, **WAYS[way]), expected)
     if way != "compiled":
-        assert set(served) == {"triton"}
+        # No kernel reads codes yet.
+        assert set(served) == ({"torch"} if way == "quantized" else {"triton"})
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager", "flex_attention"])

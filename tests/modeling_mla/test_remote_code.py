@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from modeling_mla import LlamaMLAForCausalLM
+from modeling_mla.latent_code_mla import uniform_code
 
 IDS = random_ids(2, 7)
 TEXT = ["the latent cache holds one latent for every token", "the rotary key is shared by all heads"]
@@ -66,6 +67,15 @@ torch.save(results, again + ".pt")
 model.save_pretrained(again)
 reloaded = transformers.AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True)
 assert torch.equal(reloaded(ids).logits, model(ids).logits)
+"""
+
+CODED = """
+model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True)
+output = model(ids)
+layers = (output.cache if "cache" in output else output.past_key_values).layers
+assert {type(layer).__name__ for layer in layers} == {"CodedLatentLayer"}, layers
+tokens = model.generate(ids, max_new_tokens=6, do_sample=False)
+torch.save({"logits": output.logits.detach(), "tokens": tokens}, again + ".pt")
 """
 
 PIPELINE = """
@@ -145,6 +155,19 @@ def test_every_auto_class_and_generation(checkpoint, tmp_path):
     assert {file.name for file in again.glob("*.py")} == {file.name for file in checkpoint.glob("*.py")}
     configs = [json.loads((folder / "config.json").read_text()) for folder in (checkpoint, again)]
     assert configs[0] == configs[1]
+
+
+def test_a_code_travels_with_its_checkpoint(tmp_path):
+    folder, again = tmp_path / "coded", tmp_path / "again"
+    model = tiny_model(dtype=torch.float32, latent_code=uniform_code(4, 16, 4).to_dict())
+    model.save_pretrained(folder)
+    torch.save(IDS, folder / "ids.pt")
+    run_without_package(CODED, folder, again)
+    results = torch.load(f"{again}.pt", weights_only=True)
+    loaded = LlamaMLAForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        assert_close(results["logits"], loaded(IDS).logits, 1e-5)
+    assert torch.equal(results["tokens"], loaded.generate(IDS, max_new_tokens=6, do_sample=False))
 
 
 def test_pipeline_with_text_and_chat(checkpoint, tmp_path):
