@@ -20,8 +20,10 @@ sys.path.append(str(ROOT / "tests" / "conversion"))
 from tiny_source import byte_tokenizer, save_source, write_text  # noqa: E402
 
 from conversion.cli import app  # noqa: E402
+from conversion.reporting.families import families, markdown  # noqa: E402
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
 ELSEWHERE = ("pip ", "make ")
 """Commands that this suite itself is run by, or that install."""
 SOURCE, NATIVE = "HuggingFaceTB/SmolLM2-135M-Instruct", "deepseek-ai/DeepSeek-V2-Lite"
@@ -36,8 +38,8 @@ STAND_INS = {
 SHORTER = {"--minutes 10": "--steps 2"}
 
 
-def snippets(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def snippets(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
 def with_stand_ins(code: str) -> str:
@@ -89,8 +91,13 @@ def test_commands_run(folder: Path) -> None:
 
 def test_python_runs(folder: Path) -> None:
     names: dict[str, object] = {}
-    blocks = snippets("python")
-    assert len(blocks) == 4
-    for code in blocks:
-        exec(with_stand_ins(code), names)
+    for text, blocks in ((README, 4), (ARCHITECTURE, 1)):
+        found = snippets("python", text)
+        assert len(found) == blocks
+        for code in found:
+            exec(with_stand_ins(code), names)
     assert isinstance(names["cache"], names["LatentCache"])
+
+
+def test_families_are_those_of_the_registry() -> None:
+    assert markdown(families()) in README

@@ -1,4 +1,4 @@
-"""The command line: ``mla inspect | plan | convert | run | verify | heal | export``.
+"""The command line: ``mla families | inspect | plan | convert | run | verify | heal | export``.
 
 In: arguments. Out: results on stdout, everything else on stderr, and an exit code. A new command is one file with one
 function, and one name in `COMMANDS`.
@@ -7,13 +7,14 @@ function, and one name in `COMMANDS`.
 from .app import make_app
 from .convert import convert
 from .export import export
+from .families import families
 from .heal import heal
 from .inspect import inspect
 from .plan import plan
 from .run import run
 from .verify import verify
 
-COMMANDS = (inspect, plan, convert, run, verify, heal, export)
+COMMANDS = (families, inspect, plan, convert, run, verify, heal, export)
 
 app = make_app(COMMANDS)
 

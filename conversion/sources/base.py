@@ -37,6 +37,8 @@ class SourceModel(StoredModel):
 
     mla_name: ClassVar[str]
     """Of the classes in `modeling_mla`: ``<name>Config``, ``<name>ForCausalLM``."""
+    models: ClassVar[str]
+    """Released models of the family, by the names that users know."""
     fused_projection: ClassVar[str | None] = None
     """The projection that makes queries, keys and values at once, which `split_fused` takes apart."""
     output_projection: ClassVar[str] = "o_proj"

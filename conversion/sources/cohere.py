@@ -19,6 +19,7 @@ class CohereSource(NormedSource):
     decoder_layer_class = CohereDecoderLayer
     rotary_class = CohereRotaryEmbedding
     mla_name = "CohereMLA"
+    models = "Command-R, Command-R+, Aya 23"
     interleaved = True
 
     @property

@@ -21,6 +21,7 @@ class Gemma2Source(SourceModel):
     decoder_layer_class = Gemma2DecoderLayer
     rotary_class = Gemma2RotaryEmbedding
     mla_name = "Gemma2MLA"
+    models = "Gemma 2"
 
     def geometry(self, layer: int) -> AttentionGeometry:
         return replace(

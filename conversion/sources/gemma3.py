@@ -21,6 +21,7 @@ class Gemma3Source(RotaryByLayerType, NormedSource, Gemma2Source):
     decoder_layer_class = Gemma3DecoderLayer
     rotary_class = Gemma3RotaryEmbedding
     mla_name = "Gemma3MLA"
+    models = "Gemma 3 1B, text models of the larger ones"
 
     def geometry(self, layer: int) -> AttentionGeometry:
         # Its attention is not given attn_logit_softcapping.

@@ -19,6 +19,7 @@ class Glm4Source(SourceModel):
     decoder_layer_class = Glm4DecoderLayer
     rotary_class = Glm4RotaryEmbedding
     mla_name = "Glm4MLA"
+    models = "GLM-4-0414"
     interleaved = True
     rotates_partly = True
 

@@ -17,6 +17,7 @@ class GPTNeoXSource(SourceModel):
     decoder_layer_class = GPTNeoXLayer
     rotary_class = GPTNeoXRotaryEmbedding
     mla_name = "GPTNeoXMLA"
+    models = "GPT-NeoX-20B, Pythia"
     layer_prefix = "gpt_neox.layers.{layer}."
     attention_prefix = "attention."
     embedding = "gpt_neox.embed_in.weight"

@@ -24,6 +24,7 @@ class GptOssSource(SourceModel):
     decoder_layer_class = GptOssDecoderLayer
     rotary_class = GptOssRotaryEmbedding
     mla_name = "GptOssMLA"
+    models = "gpt-oss in bfloat16"
 
     def attention(self, layer: int, dtype: torch.dtype | None = None) -> AttentionWeights:
         weights = super().attention(layer, dtype)

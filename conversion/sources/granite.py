@@ -20,6 +20,7 @@ class GraniteSource(SourceModel):
     decoder_layer_class = GraniteDecoderLayer
     rotary_class = GraniteRotaryEmbedding
     mla_name = "GraniteMLA"
+    models = "Granite 3"
 
     def geometry(self, layer: int) -> AttentionGeometry:
         scale, output_scale = self.config.attention_multiplier, self.config.residual_multiplier

@@ -16,3 +16,4 @@ class GraniteMoeSource(GraniteSource):
     decoder_layer_class = GraniteMoeDecoderLayer
     rotary_class = GraniteMoeRotaryEmbedding
     mla_name = "GraniteMoeMLA"
+    models = "Granite 3 MoE"

@@ -17,6 +17,7 @@ class LlamaSource(SourceModel):
     decoder_layer_class = LlamaDecoderLayer
     rotary_class = LlamaRotaryEmbedding
     mla_name = "LlamaMLA"
+    models = "Llama 2 and 3, SmolLM2, TinyLlama, Yi"
 
     def refuse_unsupported(self) -> None:
         super().refuse_unsupported()

@@ -16,3 +16,4 @@ class MinistralSource(SourceModel):
     decoder_layer_class = MinistralDecoderLayer
     rotary_class = MinistralRotaryEmbedding
     mla_name = "MinistralMLA"
+    models = "Ministral"

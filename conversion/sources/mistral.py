@@ -16,3 +16,4 @@ class MistralSource(SourceModel):
     decoder_layer_class = MistralDecoderLayer
     rotary_class = MistralRotaryEmbedding
     mla_name = "MistralMLA"
+    models = "Mistral 7B, Nemo"

@@ -16,3 +16,4 @@ class MixtralSource(SourceModel):
     decoder_layer_class = MixtralDecoderLayer
     rotary_class = MixtralRotaryEmbedding
     mla_name = "MixtralMLA"
+    models = "Mixtral 8x7B, 8x22B"

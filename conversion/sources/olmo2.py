@@ -20,6 +20,7 @@ class Olmo2Source(NormedSource):
     decoder_layer_class = Olmo2DecoderLayer
     rotary_class = Olmo2RotaryEmbedding
     mla_name = "Olmo2MLA"
+    models = "OLMo 2"
     input_norm = None
 
     def geometry(self, layer: int) -> AttentionGeometry:

@@ -17,3 +17,4 @@ class Olmo3Source(RotaryByLayerType, Olmo2Source):
     decoder_layer_class = Olmo3DecoderLayer
     rotary_class = Olmo3RotaryEmbedding
     mla_name = "Olmo3MLA"
+    models = "OLMo 3"

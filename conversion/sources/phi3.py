@@ -16,5 +16,6 @@ class Phi3Source(SourceModel):
     decoder_layer_class = Phi3DecoderLayer
     rotary_class = Phi3RotaryEmbedding
     mla_name = "Phi3MLA"
+    models = "Phi-3, Phi-4, Phi-4-mini"
     fused_projection = "qkv_proj"
     rotates_partly = True

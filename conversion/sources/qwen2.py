@@ -16,3 +16,4 @@ class Qwen2Source(SourceModel):
     decoder_layer_class = Qwen2DecoderLayer
     rotary_class = Qwen2RotaryEmbedding
     mla_name = "Qwen2MLA"
+    models = "Qwen2, Qwen2.5"

@@ -16,3 +16,4 @@ class Qwen2MoeSource(SourceModel):
     decoder_layer_class = Qwen2MoeDecoderLayer
     rotary_class = Qwen2MoeRotaryEmbedding
     mla_name = "Qwen2MoeMLA"
+    models = "Qwen1.5-MoE, Qwen2-57B-A14B"

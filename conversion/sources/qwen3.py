@@ -16,3 +16,4 @@ class Qwen3Source(NormedSource):
     decoder_layer_class = Qwen3DecoderLayer
     rotary_class = Qwen3RotaryEmbedding
     mla_name = "Qwen3MLA"
+    models = "Qwen3"

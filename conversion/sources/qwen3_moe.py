@@ -16,3 +16,4 @@ class Qwen3MoeSource(Qwen3Source):
     decoder_layer_class = Qwen3MoeDecoderLayer
     rotary_class = Qwen3MoeRotaryEmbedding
     mla_name = "Qwen3MoeMLA"
+    models = "Qwen3-30B-A3B, Qwen3-235B-A22B"

@@ -17,6 +17,7 @@ class SmolLM3Source(SourceModel):
     decoder_layer_class = SmolLM3DecoderLayer
     rotary_class = SmolLM3RotaryEmbedding
     mla_name = "SmolLM3MLA"
+    models = "SmolLM3"
 
     def layer_rotary(self, layer: int) -> tuple[Tensor, float]:
         inv_freq, attention_factor = super().layer_rotary(layer)

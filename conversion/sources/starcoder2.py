@@ -16,3 +16,4 @@ class Starcoder2Source(SourceModel):
     decoder_layer_class = Starcoder2DecoderLayer
     rotary_class = Starcoder2RotaryEmbedding
     mla_name = "Starcoder2MLA"
+    models = "StarCoder2"
