@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import Gemma2ForCausalLM
 from transformers.models.gemma2.modeling_gemma2 import Gemma2DecoderLayer, Gemma2RotaryEmbedding
+from typing_extensions import override
 
 from ..layers import AttentionGeometry
 from .base import SourceModel
@@ -22,6 +23,7 @@ class Gemma2Source(SourceModel):
     rotary_class = Gemma2RotaryEmbedding
     mla_name = "Gemma2MLA"
 
+    @override
     def geometry(self, layer: int) -> AttentionGeometry:
         return replace(
             super().geometry(layer),
@@ -30,9 +32,11 @@ class Gemma2Source(SourceModel):
             output_is_normed=True,
         )
 
+    @override
     def embed(self, input_ids: Tensor) -> Tensor:
         return super().embed(input_ids) * torch.tensor(self.config.hidden_size**0.5)
 
+    @override
     def logits(self, products: Tensor) -> Tensor:
         cap = self.config.final_logit_softcapping
         return products if cap is None else torch.tanh(products / cap) * cap
