@@ -39,6 +39,7 @@ class AttentionGeometry:
 
     @property
     def rotary_dim(self) -> int:
+        """Channels of a head that are rotated."""
         return 2 * int(self.inv_freq.numel())
 
     @property
@@ -94,6 +95,7 @@ class LayerBudget:
 
     @property
     def cache_elements(self) -> int:
+        """Values that the converted layer caches for one token."""
         return self.kv_lora_rank + self.qk_rope_head_dim
 
 

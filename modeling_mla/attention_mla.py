@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Cache, PreTrainedConfig
+from typing_extensions import override
 
 from .attention_functions_mla import eager_attention_forward
 from .cache_mla import cached_latents
@@ -39,20 +40,24 @@ class IdentityRMSNorm(nn.Module):
         self.variance_epsilon = IDENTITY_NORM_EPS
 
     def init_mla_weights(self, std: float) -> None:
+        """Sets the weight, which is a constant: ``std``, the body's deviation of drawn weights, is not read."""
         init.constant_(self.weight, IDENTITY_NORM_WEIGHT)
 
     def _constant(self) -> torch.Tensor:
         return identity_norm_weight(len(self.weight), self.weight.dtype, self.weight.device)
 
+    @override
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> IdentityRMSNorm:
         super()._apply(fn, recurse)
         self.weight = nn.Buffer(self._constant())
         return self
 
+    @override
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         # Not what is held: a checkpoint that was saved in float16 before may have brought infinities.
         destination[f"{prefix}weight"] = self._constant()
 
+    @override
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if isinstance(hidden_states, torch.fx.Proxy):
             # An engine reads the graph, and knows a norm by its formula.
@@ -123,11 +128,12 @@ class MLAttention(LatentAttention):
         return self.kv_a_proj_with_mqa(hidden_states)
 
     def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """See `apply_rotary`."""
+        """Rotates ``x [B, heads, S, d]`` as `apply_rotary`, in `rotary_dtype` where that is set."""
         if self.rotary_dtype is None:
             return apply_rotary(x, cos, sin, self.config.rope_interleave)
         return apply_rotary(x.to(self.rotary_dtype), cos, sin, self.config.rope_interleave).to(x.dtype)
 
+    @override
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -137,13 +143,15 @@ class MLAttention(LatentAttention):
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attends from ``hidden_states [B, S, D]`` to the cache and to themselves.
+        """Attends from hidden states to the cache and to themselves.
 
         Args:
+            hidden_states: ``[B, S, D]``.
             position_embeddings: cos and sin from `MLARotaryEmbedding`.
             attention_mask: as Transformers makes it for ``config._attn_implementation``.
             cache: receives the latents and rotary keys of these tokens.
             past_key_values: the same, as releases before 5.24 call it (``cache`` is there continuous batching's).
+            **kwargs: further arguments of the cache and of the attention function.
 
         Returns:
             ``[B, S, D]``, and the attention weights where the attention function gives them.

@@ -21,6 +21,7 @@ class CpuBackend:
     name = "cpu"
 
     def supports(self, shape: AbsorbedShape) -> str | None:
+        """None for plain float32 over a long context on a CPU, else the reason why not."""
         if shape.device.type != "cpu" or shape.dtype != torch.float32:
             return f"it takes float32 on a CPU, not {shape.dtype} on {shape.device.type}"
         if shape.has_mask or shape.softcap is not None:
@@ -42,7 +43,7 @@ class CpuBackend:
         visible: VisibleKeys,
         softcap: float | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `AbsorbedBackend.attend`."""
+        """Attends to plain latents, as `AbsorbedBackend.attend` says, with a part of the context for every thread."""
         assert isinstance(latents, torch.Tensor)
         batch, heads, length, width = query.shape
         parts = torch.get_num_threads()

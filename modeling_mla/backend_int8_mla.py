@@ -33,6 +33,7 @@ class Int8Backend:
     name = "int8"
 
     def supports(self, shape: AbsorbedShape) -> str | None:
+        """None for few queries over codes on a CPU that multiplies bytes, else the reason why not."""
         if shape.code is None:
             return "it takes coded latents only"
         if shape.device.type != "cpu" or shape.dtype not in DIGITS:
@@ -54,7 +55,7 @@ class Int8Backend:
         visible: VisibleKeys,
         softcap: float | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `AbsorbedBackend.attend`."""
+        """Attends to coded latents, as `AbsorbedBackend.attend` says, without decoding them."""
         assert isinstance(latents, CodedLatents)
 
         def tiles(index: int, rows: torch.Tensor) -> Iterator[tuple[slice, Tile]]:

@@ -24,6 +24,7 @@ class TorchBackend:
     name = "torch"
 
     def supports(self, shape: AbsorbedShape) -> str | None:
+        """None, for it serves every shape on every device."""
         return None
 
     def attend(
@@ -35,7 +36,7 @@ class TorchBackend:
         visible: VisibleKeys,
         softcap: float | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `AbsorbedBackend.attend`. Scores and softmax are float32, or float64 where the query is."""
+        """Attends as `AbsorbedBackend.attend` says; scores and softmax are float32, or float64 where the query is."""
         # Few processors multiply in float16, and PyTorch's loop for the others is several times slower than with a
         # copy of the latents.
         widens = query.dtype == torch.float16 and query.device.type == "cpu"

@@ -25,6 +25,7 @@ class TritonBackend:
     name = "triton"
 
     def supports(self, shape: AbsorbedShape) -> str | None:
+        """None for few queries over plain latents on an NVIDIA GPU, else the reason why not."""
         if shape.device.type != "cuda":
             return f"it takes tensors on an NVIDIA GPU, not on {shape.device.type}"
         if shape.dtype not in _DTYPES:
@@ -50,7 +51,7 @@ class TritonBackend:
         visible: VisibleKeys,
         softcap: float | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `AbsorbedBackend.attend`."""
+        """Attends to plain latents, as `AbsorbedBackend.attend` says; sums are float32."""
         assert isinstance(latents, torch.Tensor)
         from .triton_decode_mla import absorbed_decode, decode
 

@@ -18,8 +18,9 @@ _NARROW = 64
 
 
 class _Layout(NamedTuple):
-    """How levels lie in bytes: how many ``whole`` ones in each, with ``spare`` bits; ``runs`` of ``length`` bytes, of
-    which one byte from each gives ``further`` levels.
+    """How levels lie in the bytes of a row, which are ``runs`` of ``length`` bytes.
+
+    A byte holds ``whole`` levels and ``spare`` bits; those of one byte from each run are ``further`` levels.
     """
 
     whole: int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from transformers.utils import logging
+from typing_extensions import override
 
 from .cache_file_mla import SavedLayer
 from .cache_indexed_mla import IndexedLatentLayer
@@ -34,6 +35,7 @@ class CodedLatentLayer(LatentLayer):
         self.wanted = code
         self.padding: tuple[int, ...] | None = None
 
+    @override
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         self.kv_lora_rank = key_states.shape[-1]
@@ -50,15 +52,18 @@ class CodedLatentLayer(LatentLayer):
         return self.code.exact_tokens
 
     @property
+    @override
     def nbytes(self) -> int:
         """Bytes that the rows occupy, free capacity included, with the first tokens."""
         return super().nbytes + (self.first.rows.nbytes if self.is_initialized else 0)
 
     @property
+    @override
     def keys(self) -> torch.Tensor | None:
         return self._states(self.stored)[0].decode() if self.is_initialized else None
 
     @property
+    @override
     def values(self) -> torch.Tensor | None:
         return self._states(self.stored)[1].decode() if self.is_initialized else None
 
@@ -69,6 +74,7 @@ class CodedLatentLayer(LatentLayer):
         """Is told, before a prompt is cached, how many padded tokens stand before each of its sequences."""
         self.padding = padding
 
+    @override
     def update(  # type: ignore[override]
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor] | tuple[CodedStates, CodedStates]:
@@ -98,6 +104,7 @@ class CodedLatentLayer(LatentLayer):
         if self.filled < self.first.end:
             self.first.write(rotated, torch.arange(self.filled, self.filled + rotated.shape[1], device=self.device))
 
+    @override
     def saved(self) -> SavedLayer:
         if any(self.first.starts):
             raise ValueError(
@@ -107,6 +114,7 @@ class CodedLatentLayer(LatentLayer):
         exact = self.first.rows[:, : min(self.first.count, self.filled)]
         return SavedLayer(self.stored, self.kv_lora_rank, self.code, exact)
 
+    @override
     def restore(self, saved: SavedLayer, dtype: torch.dtype) -> None:
         assert saved.exact is not None
         assert saved.code is not None
@@ -116,21 +124,25 @@ class CodedLatentLayer(LatentLayer):
         self.first = FirstTokens(self.exact_tokens, len(saved.rows), self.codec.width, dtype, self.device)
         self.first.rows[:, : saved.exact.shape[1]] = saved.exact
 
+    @override
     def offload(self) -> None:
         super().offload()
         if self.is_initialized:
             self.first.rows = self.first.rows.to("cpu", non_blocking=True)
 
+    @override
     def prefetch(self) -> None:
         super().prefetch()
         if self.is_initialized and self.first.rows.device != self.device:
             self.first.rows = self.first.rows.to(self.device, non_blocking=True)
 
+    @override
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
         if self.filled:
             self.first.repeat(repeats)
 
+    @override
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         super().batch_select_indices(indices)
         if self.filled:
@@ -138,8 +150,9 @@ class CodedLatentLayer(LatentLayer):
 
 
 def _with_gradient(states: CodedStates, new: torch.Tensor) -> torch.Tensor:
-    """What is cached, as if the last tokens had been cached as they are: the straight-through gradient (Bengio,
-    Leonard and Courville, arXiv 1308.3432).
+    """What is cached, with the gradient that it has if the tokens ``new [B, 1, n, d]`` are cached as they are.
+
+    This is the straight-through gradient (Bengio, Leonard and Courville, arXiv 1308.3432).
     """
     cached = states.decode()
     past, own = cached.split([cached.shape[2] - new.shape[2], new.shape[2]], dim=2)
@@ -150,6 +163,7 @@ class CodedSlidingLatentLayer(CodedLatentLayer, SlidingLatentLayer):
     """A `SlidingLatentLayer` of codes. The first tokens leave its window, so it keeps none of them exact."""
 
     @property
+    @override
     def exact_tokens(self) -> int:
         return 0
 

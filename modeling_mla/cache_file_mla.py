@@ -40,8 +40,9 @@ class SavedLayer:
 
 
 def model_fingerprint(model: PreTrainedModel) -> str:
-    """A hash of the names, shapes and a sample of the values of all parameters and buffers: adapters and rotary
-    frequencies included.
+    """A hash of the names, the shapes and a sample of the values of all parameters and buffers.
+
+    Adapters and rotary frequencies are among them.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted((*model.named_parameters(), *model.named_buffers()), key=lambda named: named[0]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from typing_extensions import override
 
 from .cache_file_mla import SavedLayer
 from .transformers_seams_mla import DynamicLayer
@@ -47,10 +48,12 @@ class LatentLayer(DynamicLayer):
         return self.buffer[:, : self.filled]
 
     @property
+    @override
     def keys(self) -> torch.Tensor | None:
         return self.stored[..., : self.kv_lora_rank].unsqueeze(1) if self.is_initialized else None
 
     @property
+    @override
     def values(self) -> torch.Tensor | None:
         return self.stored[..., self.kv_lora_rank :].unsqueeze(1) if self.is_initialized else None
 
@@ -59,6 +62,7 @@ class LatentLayer(DynamicLayer):
         """Bytes that the buffer occupies, free capacity included."""
         return self.buffer.nbytes if self.is_initialized else 0
 
+    @override
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         self.kv_lora_rank = key_states.shape[-1]
@@ -80,6 +84,7 @@ class LatentLayer(DynamicLayer):
         grown[:, : rows.shape[1]] = rows
         self.buffer = grown
 
+    @override
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -110,6 +115,7 @@ class LatentLayer(DynamicLayer):
     def _count(self, new_tokens: int) -> None:
         self.filled += new_tokens
 
+    @override
     def get_seq_length(self) -> int:
         return self.filled
 
@@ -123,14 +129,17 @@ class LatentLayer(DynamicLayer):
         self.buffer, self.filled = saved.rows, saved.rows.shape[1]
         self.is_initialized = True
 
+    @override
     def offload(self) -> None:
         if self.is_initialized:
             self.buffer = self.buffer.to("cpu", non_blocking=True)
 
+    @override
     def prefetch(self) -> None:
         if self.is_initialized and self.buffer.device != self.device:
             self.buffer = self.buffer.to(self.device, non_blocking=True)
 
+    @override
     def reset(self) -> None:
         """Forgets the tokens and frees the buffer, as the next sequences may be another batch."""
         if self.is_initialized:
@@ -138,6 +147,7 @@ class LatentLayer(DynamicLayer):
         self.filled = 0
         self.is_initialized = False
 
+    @override
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last ``-tokens_to_remove`` tokens (not positive, as Transformers passes it)."""
         if tokens_to_remove > 0:
@@ -146,13 +156,16 @@ class LatentLayer(DynamicLayer):
             )
         self.filled = max(self.filled + tokens_to_remove, 0)
 
+    @override
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self.batch_select_indices(beam_idx)
 
+    @override
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.filled:
             self.buffer = self.buffer[:, : self.filled].repeat_interleave(repeats, dim=0)
 
+    @override
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         if self.filled:
             self.buffer = self.buffer[:, : self.filled][indices.to(self.buffer.device)]
@@ -182,11 +195,13 @@ class SlidingLatentLayer(LatentLayer):
         """Keeps all rows until the next `crop`, so that an assistant's tokens can be taken back."""
         self.record_past = True
 
+    @override
     def _visible(self) -> torch.Tensor:
         first = max(self.filled - self._last_new - self.sliding_window + 1, 0)
         return self.buffer[:, first : self.filled]
 
     @property
+    @override
     def stored(self) -> torch.Tensor:
         first = self._disposable if self.record_past else self._outside_window()
         return self.buffer[:, first : self.filled]
@@ -194,6 +209,7 @@ class SlidingLatentLayer(LatentLayer):
     def _outside_window(self) -> int:
         return max(self.filled - self.sliding_window + 1, 0)
 
+    @override
     def _make_room(self, new_tokens: int) -> None:
         needed = self.filled + new_tokens
         if needed <= self.buffer.shape[1]:
@@ -207,25 +223,31 @@ class SlidingLatentLayer(LatentLayer):
             self._move(rows, max(kept + new_tokens, 2 * min(kept, self.sliding_window)))
         self.filled, self._disposable = kept, 0
 
+    @override
     def _count(self, new_tokens: int) -> None:
         super()._count(new_tokens)
         self.cumulative_length += new_tokens
         self._last_new = new_tokens
 
+    @override
     def get_seq_length(self) -> int:
         return self.cumulative_length
 
+    @override
     def get_max_length(self) -> int:
         return self.sliding_window
 
+    @override
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         past = min(self.cumulative_length, self.sliding_window - 1)
         return past + query_length, self.cumulative_length - past
 
+    @override
     def reset(self) -> None:
         super().reset()
         self.cumulative_length = self._last_new = self._disposable = 0
 
+    @override
     def crop(self, tokens_to_remove: int) -> None:
         if self.cumulative_length >= self.sliding_window and not self.record_past:
             raise RuntimeError(

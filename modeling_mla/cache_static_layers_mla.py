@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from typing_extensions import override
 
 from .coded_states_mla import CodedStates, LatentCodec
 from .first_tokens_mla import FirstTokens
@@ -13,10 +14,13 @@ from .transformers_seams_mla import StaticLayer, is_torchdynamo_compiling
 class StaticLatentLayer(StaticLayer):
     """One buffer ``latents [B, max_cache_len, kv_lora_rank + qk_rope_head_dim]``, written in place.
 
+    Its widths come from the configuration, not from the first tensors, for early initialisation passes the shape of
+    expanded keys.
+
     Args:
         max_cache_len: tokens that it holds.
-        kv_lora_rank, qk_rope_head_dim: its widths. They come from the configuration, not from the first tensors,
-            for early initialisation passes the shape of expanded keys.
+        kv_lora_rank: width of the latents.
+        qk_rope_head_dim: width of the rotary keys.
     """
 
     latents: torch.Tensor
@@ -34,10 +38,12 @@ class StaticLatentLayer(StaticLayer):
         return self.latents
 
     @property
+    @override
     def keys(self) -> torch.Tensor | None:
         return self.latents[..., : self.kv_lora_rank].unsqueeze(1) if self.is_initialized else None
 
     @property
+    @override
     def values(self) -> torch.Tensor | None:
         return self.latents[..., self.kv_lora_rank :].unsqueeze(1) if self.is_initialized else None
 
@@ -46,6 +52,7 @@ class StaticLatentLayer(StaticLayer):
         """Bytes that are allocated."""
         return sum(tensor.nbytes for tensor in self._tensors()) if self.is_initialized else 0
 
+    @override
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         self.batch_size = key_states.shape[0]
@@ -71,6 +78,7 @@ class StaticLatentLayer(StaticLayer):
         self.cumulative_length.add_(new_tokens)
         return positions
 
+    @override
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -82,20 +90,24 @@ class StaticLatentLayer(StaticLayer):
         latents = self.latents.unsqueeze(1)
         return latents[..., : self.kv_lora_rank], latents[..., self.kv_lora_rank :]
 
+    @override
     def offload(self) -> None:
         if self.is_initialized:
             self.latents = self.latents.to("cpu", non_blocking=True)
 
+    @override
     def prefetch(self) -> None:
         if self.is_initialized and self.latents.device != self.device:
             self.latents = self.latents.to(self.device, non_blocking=True)
 
+    @override
     def reset(self) -> None:
         if self.is_initialized:
             for tensor in self._tensors():
                 tensor.zero_()
         self.cumulative_length.zero_()
 
+    @override
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         if self.is_initialized:
             # In place: the address must not change.
@@ -104,8 +116,9 @@ class StaticLatentLayer(StaticLayer):
 
 
 class CodedStaticLatentLayer(StaticLatentLayer):
-    """A `StaticLatentLayer` whose ``latents`` are bytes, ``[B, max_cache_len, code.nbytes]`` uint8, with a few first
-    tokens besides; `update` returns `CodedStates`.
+    """A `StaticLatentLayer` whose ``latents`` are bytes, ``[B, max_cache_len, code.nbytes]`` uint8.
+
+    It keeps a few first tokens besides; `update` returns `CodedStates`.
     """
 
     visible = None
@@ -115,6 +128,7 @@ class CodedStaticLatentLayer(StaticLatentLayer):
         self.code = code_for(code, kv_lora_rank, qk_rope_head_dim)
         self.padding: tuple[int, ...] | None = None
 
+    @override
     def _allocate(self) -> None:
         self.codec = LatentCodec(self.code, self.dtype, self.device)
         size = (self.batch_size, self.max_cache_len, self.code.nbytes)
@@ -122,6 +136,7 @@ class CodedStaticLatentLayer(StaticLatentLayer):
         count = self.code.exact_tokens
         self.first = FirstTokens(count, self.batch_size, self.codec.width, self.dtype, self.device)
 
+    @override
     def _tensors(self) -> tuple[torch.Tensor, ...]:
         return self.latents, self.first.rows
 
@@ -133,13 +148,16 @@ class CodedStaticLatentLayer(StaticLatentLayer):
         self.padding = padding
 
     @property
+    @override
     def keys(self) -> torch.Tensor | None:
         return self._states()[0].decode() if self.is_initialized else None
 
     @property
+    @override
     def values(self) -> torch.Tensor | None:
         return self._states()[1].decode() if self.is_initialized else None
 
+    @override
     def update(  # type: ignore[override]
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[CodedStates, CodedStates]:
@@ -155,21 +173,25 @@ class CodedStaticLatentLayer(StaticLatentLayer):
         self.first.write(rotated, positions)
         return self._states()
 
+    @override
     def offload(self) -> None:
         super().offload()
         if self.is_initialized:
             self.first.rows = self.first.rows.to("cpu", non_blocking=True)
 
+    @override
     def prefetch(self) -> None:
         super().prefetch()
         if self.is_initialized and self.first.rows.device != self.device:
             self.first.rows = self.first.rows.to(self.device, non_blocking=True)
 
+    @override
     def reset(self) -> None:
         super().reset()
         if self.is_initialized:
             self.first.start_at((0,) * self.batch_size)
 
+    @override
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
         if self.is_initialized:

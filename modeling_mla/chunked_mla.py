@@ -38,9 +38,12 @@ def attend_in_pieces(
     Args:
         expand: ``(kv_c, k_pe) -> (key, value)`` for some positions.
         query: ``[B, H, n, d_qk]``.
-        kv_c, k_pe: ``[B, 1, S, r]`` and ``[B, 1, S, d_r]``, which may be coded.
+        kv_c: ``[B, 1, S, r]``, which may be coded.
+        k_pe: ``[B, 1, S, d_r]``, which may be coded.
         mask_of: the mask between a range of queries and a range of keys, broadcastable to ``[B, H, n, S]``, bool
             (True attends) or additive; None where all is visible.
+        scaling: of the scores.
+        softcap: scores become ``softcap * tanh(scores / softcap)`` before the mask.
         s_aux: ``[H]``, logits of attention sinks.
 
     Returns:

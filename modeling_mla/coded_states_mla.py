@@ -39,6 +39,7 @@ class Codec:
         return states if self.matrix is None else states.to(self.precision) @ self.matrix
 
     def rotate_back(self, states: torch.Tensor) -> torch.Tensor:
+        """The inverse of `rotate`, ``[..., n]`` in the dtype of ``states``."""
         if self.matrix is None or self.matrix_back is None:
             return states
         return states @ (self.matrix_back if states.dtype == self.dtype else self.matrix.t().to(states.dtype))
@@ -119,14 +120,17 @@ class CodedStates:
 
     @property
     def shape(self) -> torch.Size:
+        """``[B, 1, S, n]``."""
         return torch.Size((self.rows.shape[0], 1, self.rows.shape[1], self.codec.code.channels))
 
     @property
     def dtype(self) -> torch.dtype:
+        """What the states are decoded to."""
         return self.codec.dtype
 
     @property
     def device(self) -> torch.device:
+        """Where the rows lie."""
         return self.rows.device
 
     def narrow(self, dim: int, start: int, length: int) -> CodedStates:
@@ -176,9 +180,10 @@ class LatentCodec:
     def states(
         self, rows: torch.Tensor, exact: torch.Tensor, starts: tuple[int, ...]
     ) -> tuple[CodedStates, CodedStates]:
-        """What stands for the latents and the rotary keys in ``rows [B, S, code.nbytes]``.
+        """What stands for latents and rotary keys.
 
         Args:
+            rows: ``[B, S, code.nbytes]`` uint8.
             exact: ``[B, e, r + d_r]``, rotated, tokens of the rows as they are.
             starts: as of `CodedStates`.
         """

@@ -7,6 +7,7 @@ from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import CohereConfig, GenerationMixin
 from transformers.models.cohere import modeling_cohere as body
+from typing_extensions import override
 
 from .attention_mla import MLAttention
 from .configuration_mla import mla_tp_plan
@@ -32,13 +33,18 @@ class CohereMLAConfig(NormedMLAConfigMixin, CohereConfig):
 
 
 class CohereMLAttention(MLAttention):
+    """`MLAttention` that rotates in float32, as Cohere does."""
+
     rotary_dtype = torch.float32
 
 
 class NormedCohereMLAttention(NormedMLAttention):
+    """`NormedMLAttention` with Cohere's layer norms, whose weights differ by head; it rotates in float32."""
+
     rotary_dtype = torch.float32
     norm_spans_heads = True
 
+    @override
     def make_norm(self, heads: int) -> nn.Module:
         return body.CohereLayerNorm(hidden_size=(heads, self.norm_dim), eps=self.config.layer_norm_eps)
 
@@ -49,10 +55,14 @@ def cohere_attention(config: CohereMLAConfig, layer_idx: int) -> MLAttention:
 
 
 class CohereMLADecoderLayer(body.CohereDecoderLayer):
+    """Cohere's decoder layer, whose attention and MLP read the same input, with what `cohere_attention` makes."""
+
     __init__ = built_with(body.CohereDecoderLayer, CohereAttention=cohere_attention)
 
 
 class CohereMLAPreTrainedModel(MLAPreTrainedMixin, body.CoherePreTrainedModel):
+    """The base of Cohere's models with MLA: their configuration, and what their outputs are recorded from."""
+
     config: CohereMLAConfig
     config_class = CohereMLAConfig
     _no_split_modules = ["CohereMLADecoderLayer"]
@@ -60,6 +70,8 @@ class CohereMLAPreTrainedModel(MLAPreTrainedMixin, body.CoherePreTrainedModel):
 
 
 class CohereMLAModel(CohereMLAPreTrainedModel, body.CohereModel):
+    """Cohere's decoder with MLA; where `use_qk_norm` is set, its `LatentCache` comes of normalised keys."""
+
     __init__ = built_with(
         body.CohereModel, CohereDecoderLayer=CohereMLADecoderLayer, CohereRotaryEmbedding=MLARotaryEmbedding
     )
@@ -67,6 +79,8 @@ class CohereMLAModel(CohereMLAPreTrainedModel, body.CohereModel):
 
 
 class CohereMLAForCausalLM(CohereMLAPreTrainedModel, body.CohereForCausalLM, GenerationMixin):
+    """Cohere's language model on top of `CohereMLAModel`; it scales its logits."""
+
     __init__ = built_with(body.CohereForCausalLM, CohereModel=CohereMLAModel)
 
 

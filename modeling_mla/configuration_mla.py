@@ -35,8 +35,7 @@ def identity_norm_weight(size: int, dtype: torch.dtype, device: torch.device | s
 def mla_tp_plan(body_plan: dict[str, str], attention: str = "self_attn") -> dict[str, str]:
     """A body's tensor-parallel plan with its attention replaced: heads are split, all else is replicated.
 
-    Args:
-        attention: what the body calls it.
+    ``body_plan`` gives styles by module, ``layers.*`` for every layer; ``attention`` is what the body calls its own.
     """
     plan = {name: style for name, style in body_plan.items() if f".{attention}." not in name}
     return plan | {
@@ -77,7 +76,9 @@ class MLAConfigMixin(_Body):
         rope_attention_factor: multiplies cos and sin beside explicit frequencies (YaRN).
         rope_attention_factors: the same for every layer, where they differ; needs a row of frequencies a layer.
         softmax_scale: multiplies the scores; None is ``(qk_nope_head_dim + qk_rope_head_dim) ** -0.5``.
-        q_bias, kv_a_bias, o_bias: biases of the query, down and output projections (``kv_b_proj`` never has one).
+        q_bias: the query's projection has a bias.
+        kv_a_bias: the down projection has one (``kv_b_proj`` never has).
+        o_bias: the output projection has one.
         latent_norm: ``"rms_norm"`` (DeepSeek) or ``"identity"`` (converted models, which have no latent norm).
         latent_code: in how few bits a latent is cached, ``LatentCode.to_dict()``: one for all layers, or a list of one
             (or None) a layer. None caches in the model's precision.

@@ -16,7 +16,8 @@ class FirstTokens:
 
     Args:
         count: tokens of a sequence that are kept.
-        batch, width: B and r + d_r.
+        batch: B, sequences.
+        width: r + d_r.
 
     Attributes:
         rows: ``[B, count + 1, r + d_r]``, rotated; all other tokens are written to the last one.
@@ -53,10 +54,12 @@ class FirstTokens:
         self.rows.scatter_(1, slots.unsqueeze(-1).expand_as(rotated), rotated.to(self.rows.dtype))
 
     def repeat(self, repeats: int) -> None:
+        """Puts ``repeats`` of every sequence side by side."""
         self.rows = self.rows.repeat_interleave(repeats, dim=0)
         self.start_at(tuple(start for start in self.starts for _ in range(repeats)))
 
     def select(self, indices: torch.Tensor) -> None:
+        """Keeps the sequences at ``indices [n]``, in their order there."""
         self.rows = self.rows[indices.to(self.rows.device)]
         self.select_starts(indices)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from huggingface_hub.dataclasses import strict
 from transformers import Gemma2Config, GenerationMixin
 from transformers.models.gemma2 import modeling_gemma2 as body
+from typing_extensions import override
 
 from .attention_mla import MLAttention
 from .configuration_mla import MLAConfigMixin, mla_tp_plan
@@ -25,15 +26,20 @@ class Gemma2MLAConfig(MLAConfigMixin, Gemma2Config):
         super().__post_init__(**kwargs)
 
     @property
+    @override
     def attention_softcap(self) -> float | None:
         return self.attn_logit_softcapping
 
 
 class Gemma2MLADecoderLayer(body.Gemma2DecoderLayer):
+    """Gemma 2's decoder layer with `MLAttention`, which caps scores and, in every second layer, has a window."""
+
     __init__ = built_with(body.Gemma2DecoderLayer, Gemma2Attention=MLAttention)
 
 
 class Gemma2MLAPreTrainedModel(MLAPreTrainedMixin, body.Gemma2PreTrainedModel):
+    """The base of Gemma 2's models with MLA: their configuration, and what their outputs are recorded from."""
+
     config: Gemma2MLAConfig
     config_class = Gemma2MLAConfig
     _no_split_modules = ["Gemma2MLADecoderLayer"]
@@ -41,6 +47,8 @@ class Gemma2MLAPreTrainedModel(MLAPreTrainedMixin, body.Gemma2PreTrainedModel):
 
 
 class Gemma2MLAModel(Gemma2MLAPreTrainedModel, body.Gemma2Model):
+    """Gemma 2's decoder with `MLAttention`; its `LatentCache` keeps the window alone where a layer has one."""
+
     __init__ = built_with(
         body.Gemma2Model, Gemma2DecoderLayer=Gemma2MLADecoderLayer, Gemma2RotaryEmbedding=MLARotaryEmbedding
     )
@@ -48,6 +56,8 @@ class Gemma2MLAModel(Gemma2MLAPreTrainedModel, body.Gemma2Model):
 
 
 class Gemma2MLAForCausalLM(Gemma2MLAPreTrainedModel, body.Gemma2ForCausalLM, GenerationMixin):
+    """Gemma 2's language model on top of `Gemma2MLAModel`; it caps its logits."""
+
     __init__ = built_with(body.Gemma2ForCausalLM, Gemma2Model=Gemma2MLAModel)
 
 

@@ -6,6 +6,7 @@ from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import Gemma3TextConfig, GenerationMixin
 from transformers.models.gemma3 import modeling_gemma3 as body
+from typing_extensions import override
 
 from .modeling_mla import MLAPreTrainedMixin, built_with, generic_heads, register_family, with_latent_cache
 from .qk_norm_mla import NormedMLAConfigMixin, NormedMLAttention, normed_mla_tp_plan
@@ -14,8 +15,9 @@ from .rope_mla import MLARotaryEmbedding
 
 @strict
 class Gemma3MLAConfig(NormedMLAConfigMixin, Gemma3TextConfig):
-    """`Gemma3TextConfig` with the fields of `NormedMLAConfigMixin`; ``softmax_scale`` is that of
-    ``query_pre_attn_scalar``.
+    """`Gemma3TextConfig` with the fields of `NormedMLAConfigMixin`.
+
+    ``softmax_scale`` is that of ``query_pre_attn_scalar``.
     """
 
     model_type = "gemma3_text_mla"
@@ -28,15 +30,22 @@ class Gemma3MLAConfig(NormedMLAConfigMixin, Gemma3TextConfig):
 
 
 class Gemma3MLAttention(NormedMLAttention):
+    """`NormedMLAttention` with Gemma's norm, which multiplies by one plus its weight."""
+
+    @override
     def make_norm(self, heads: int) -> nn.Module:
         return body.Gemma3RMSNorm(self.norm_dim, eps=self.config.rms_norm_eps)
 
 
 class Gemma3MLADecoderLayer(body.Gemma3DecoderLayer):
+    """Gemma 3's decoder layer with `Gemma3MLAttention`, between the two norms that it has around a block."""
+
     __init__ = built_with(body.Gemma3DecoderLayer, Gemma3Attention=Gemma3MLAttention)
 
 
 class Gemma3MLAPreTrainedModel(MLAPreTrainedMixin, body.Gemma3PreTrainedModel):
+    """The base of Gemma 3's text models with MLA: their configuration, and what outputs are recorded from."""
+
     config: Gemma3MLAConfig
     config_class = Gemma3MLAConfig
     input_modalities = ("text",)
@@ -45,6 +54,8 @@ class Gemma3MLAPreTrainedModel(MLAPreTrainedMixin, body.Gemma3PreTrainedModel):
 
 
 class Gemma3MLAModel(Gemma3MLAPreTrainedModel, body.Gemma3TextModel):
+    """Gemma 3's text decoder with `Gemma3MLAttention`; layers with a window rotate by a base of their own."""
+
     __init__ = built_with(
         body.Gemma3TextModel, Gemma3DecoderLayer=Gemma3MLADecoderLayer, Gemma3RotaryEmbedding=MLARotaryEmbedding
     )
@@ -52,6 +63,8 @@ class Gemma3MLAModel(Gemma3MLAPreTrainedModel, body.Gemma3TextModel):
 
 
 class Gemma3MLAForCausalLM(Gemma3MLAPreTrainedModel, body.Gemma3ForCausalLM, GenerationMixin):
+    """Gemma 3's language model of text alone, on top of `Gemma3MLAModel`."""
+
     __init__ = built_with(body.Gemma3ForCausalLM, Gemma3TextModel=Gemma3MLAModel)
 
 

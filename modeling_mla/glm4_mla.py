@@ -21,10 +21,14 @@ class Glm4MLAConfig(MLAConfigMixin, Glm4Config):
 
 
 class Glm4MLADecoderLayer(body.Glm4DecoderLayer):
+    """GLM-4's decoder layer with `MLAttention`, whose output is normalised before it is added."""
+
     __init__ = built_with(body.Glm4DecoderLayer, Glm4Attention=MLAttention)
 
 
 class Glm4MLAPreTrainedModel(MLAPreTrainedMixin, body.Glm4PreTrainedModel):
+    """The base of GLM-4's models with MLA: their configuration, and what their outputs are recorded from."""
+
     config: Glm4MLAConfig
     config_class = Glm4MLAConfig
     _no_split_modules = ["Glm4MLADecoderLayer"]
@@ -32,11 +36,15 @@ class Glm4MLAPreTrainedModel(MLAPreTrainedMixin, body.Glm4PreTrainedModel):
 
 
 class Glm4MLAModel(Glm4MLAPreTrainedModel, body.Glm4Model):
+    """GLM-4's decoder with `MLAttention`; all channels of the shared rotary key rotate, of GLM-4's heads a part."""
+
     __init__ = built_with(body.Glm4Model, Glm4DecoderLayer=Glm4MLADecoderLayer, Glm4RotaryEmbedding=MLARotaryEmbedding)
     forward = with_latent_cache(body.Glm4Model.forward)
 
 
 class Glm4MLAForCausalLM(Glm4MLAPreTrainedModel, body.Glm4ForCausalLM, GenerationMixin):
+    """GLM-4's language model on top of `Glm4MLAModel`."""
+
     __init__ = built_with(body.Glm4ForCausalLM, Glm4Model=Glm4MLAModel)
 
 

@@ -6,6 +6,7 @@ import torch
 from huggingface_hub.dataclasses import strict
 from transformers import Cache, GenerationMixin, GPTNeoXConfig
 from transformers.models.gpt_neox import modeling_gpt_neox as body
+from typing_extensions import override
 
 from .attention_mla import MLAttention
 from .configuration_mla import MLAConfigMixin, mla_tp_plan
@@ -24,6 +25,7 @@ class GPTNeoXMLAConfig(MLAConfigMixin, GPTNeoXConfig):
 class GPTNeoXMLAttention(MLAttention):
     """`MLAttention` under the name that the body's layers have for the cache."""
 
+    @override
     def forward(self, *args, layer_past: Cache | None = None, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
         if layer_past is not None:
             kwargs["cache"] = layer_past
@@ -31,10 +33,14 @@ class GPTNeoXMLAttention(MLAttention):
 
 
 class GPTNeoXMLALayer(body.GPTNeoXLayer):
+    """GPT-NeoX's layer with `GPTNeoXMLAttention`, beside the MLP or before it, as the configuration says."""
+
     __init__ = built_with(body.GPTNeoXLayer, GPTNeoXAttention=GPTNeoXMLAttention)
 
 
 class GPTNeoXMLAPreTrainedModel(MLAPreTrainedMixin, body.GPTNeoXPreTrainedModel):
+    """The base of GPT-NeoX's models with MLA: their configuration, and what outputs are recorded from."""
+
     config: GPTNeoXMLAConfig
     config_class = GPTNeoXMLAConfig
     _no_split_modules = ["GPTNeoXMLALayer"]
@@ -42,11 +48,15 @@ class GPTNeoXMLAPreTrainedModel(MLAPreTrainedMixin, body.GPTNeoXPreTrainedModel)
 
 
 class GPTNeoXMLAModel(GPTNeoXMLAPreTrainedModel, body.GPTNeoXModel):
+    """GPT-NeoX's decoder with `GPTNeoXMLAttention`; a `LatentCache` takes the place of its multi-head one."""
+
     __init__ = built_with(body.GPTNeoXModel, GPTNeoXLayer=GPTNeoXMLALayer, GPTNeoXRotaryEmbedding=MLARotaryEmbedding)
     forward = with_latent_cache(body.GPTNeoXModel.forward)
 
 
 class GPTNeoXMLAForCausalLM(GPTNeoXMLAPreTrainedModel, body.GPTNeoXForCausalLM, GenerationMixin):
+    """GPT-NeoX's language model on top of `GPTNeoXMLAModel`."""
+
     __init__ = built_with(body.GPTNeoXForCausalLM, GPTNeoXModel=GPTNeoXMLAModel)
 
 

@@ -7,6 +7,7 @@ from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import GenerationMixin, GptOssConfig, PreTrainedConfig
 from transformers.models.gpt_oss import modeling_gpt_oss as body
+from typing_extensions import override
 
 from .attention_mla import MLAttention
 from .configuration_mla import MLAConfigMixin, mla_tp_plan
@@ -27,6 +28,7 @@ class GptOssMLAConfig(MLAConfigMixin, GptOssConfig):
     }
 
     @property
+    @override
     def attention_sinks(self) -> bool:
         return True
 
@@ -39,17 +41,23 @@ class SinkMLAttention(MLAttention):
         self.sinks = nn.Parameter(torch.empty(config.num_attention_heads))
 
     def init_mla_weights(self, std: float) -> None:
+        """Draws the sinks from a normal distribution of deviation ``std``."""
         init.normal_(self.sinks, mean=0.0, std=std)
 
+    @override
     def forward(self, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
         return super().forward(*args, s_aux=self.sinks, **kwargs)
 
 
 class GptOssMLADecoderLayer(body.GptOssDecoderLayer):
+    """gpt-oss's decoder layer, experts included, with `SinkMLAttention`."""
+
     __init__ = built_with(body.GptOssDecoderLayer, GptOssAttention=SinkMLAttention)
 
 
 class GptOssMLAPreTrainedModel(MLAPreTrainedMixin, body.GptOssPreTrainedModel):
+    """The base of gpt-oss's models with MLA; their outputs are recorded from router, layer and attention."""
+
     config: GptOssMLAConfig
     config_class = GptOssMLAConfig
     _no_split_modules = ["GptOssMLADecoderLayer"]
@@ -60,6 +68,8 @@ class GptOssMLAPreTrainedModel(MLAPreTrainedMixin, body.GptOssPreTrainedModel):
 
 
 class GptOssMLAModel(GptOssMLAPreTrainedModel, body.GptOssModel):
+    """gpt-oss's decoder with `SinkMLAttention`; its `LatentCache` holds the window alone in every second layer."""
+
     __init__ = built_with(
         body.GptOssModel, GptOssDecoderLayer=GptOssMLADecoderLayer, GptOssRotaryEmbedding=MLARotaryEmbedding
     )
@@ -67,6 +77,8 @@ class GptOssMLAModel(GptOssMLAPreTrainedModel, body.GptOssModel):
 
 
 class GptOssMLAForCausalLM(GptOssMLAPreTrainedModel, body.GptOssForCausalLM, GenerationMixin):
+    """gpt-oss's language model on top of `GptOssMLAModel`, with the loss that balances its experts."""
+
     __init__ = built_with(body.GptOssForCausalLM, GptOssModel=GptOssMLAModel)
 
 

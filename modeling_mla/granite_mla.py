@@ -26,10 +26,14 @@ class GraniteMLAConfig(MLAConfigMixin, GraniteConfig):
 
 
 class GraniteMLADecoderLayer(body.GraniteDecoderLayer):
+    """Granite's decoder layer with `MLAttention`, whose output is multiplied before it is added."""
+
     __init__ = built_with(body.GraniteDecoderLayer, GraniteAttention=MLAttention)
 
 
 class GraniteMLAPreTrainedModel(MLAPreTrainedMixin, body.GranitePreTrainedModel):
+    """The base of Granite's models with MLA: their configuration, and what their outputs are recorded from."""
+
     config: GraniteMLAConfig
     config_class = GraniteMLAConfig
     _no_split_modules = ["GraniteMLADecoderLayer"]
@@ -37,6 +41,8 @@ class GraniteMLAPreTrainedModel(MLAPreTrainedMixin, body.GranitePreTrainedModel)
 
 
 class GraniteMLAModel(GraniteMLAPreTrainedModel, body.GraniteModel):
+    """Granite's decoder with `MLAttention`; it multiplies the embeddings that enter it."""
+
     __init__ = built_with(
         body.GraniteModel, GraniteDecoderLayer=GraniteMLADecoderLayer, GraniteRotaryEmbedding=MLARotaryEmbedding
     )
@@ -44,6 +50,8 @@ class GraniteMLAModel(GraniteMLAPreTrainedModel, body.GraniteModel):
 
 
 class GraniteMLAForCausalLM(GraniteMLAPreTrainedModel, body.GraniteForCausalLM, GenerationMixin):
+    """Granite's language model on top of `GraniteMLAModel`; it divides its logits."""
+
     __init__ = built_with(body.GraniteForCausalLM, GraniteModel=GraniteMLAModel)
 
 

@@ -26,10 +26,14 @@ class GraniteMoeMLAConfig(MLAConfigMixin, GraniteMoeConfig):
 
 
 class GraniteMoeMLADecoderLayer(body.GraniteMoeDecoderLayer):
+    """GraniteMoE's decoder layer, with experts for an MLP and `MLAttention` for its attention."""
+
     __init__ = built_with(body.GraniteMoeDecoderLayer, GraniteMoeAttention=MLAttention)
 
 
 class GraniteMoeMLAPreTrainedModel(MLAPreTrainedMixin, body.GraniteMoePreTrainedModel):
+    """The base of GraniteMoE's models with MLA; outputs are recorded from router, layer and attention."""
+
     config: GraniteMoeMLAConfig
     config_class = GraniteMoeMLAConfig
     _no_split_modules = ["GraniteMoeMLADecoderLayer"]
@@ -40,6 +44,8 @@ class GraniteMoeMLAPreTrainedModel(MLAPreTrainedMixin, body.GraniteMoePreTrained
 
 
 class GraniteMoeMLAModel(GraniteMoeMLAPreTrainedModel, body.GraniteMoeModel):
+    """GraniteMoE's decoder with `MLAttention`; the experts are the body's own."""
+
     __init__ = built_with(
         body.GraniteMoeModel,
         GraniteMoeDecoderLayer=GraniteMoeMLADecoderLayer,
@@ -49,6 +55,8 @@ class GraniteMoeMLAModel(GraniteMoeMLAPreTrainedModel, body.GraniteMoeModel):
 
 
 class GraniteMoeMLAForCausalLM(GraniteMoeMLAPreTrainedModel, body.GraniteMoeForCausalLM, GenerationMixin):
+    """GraniteMoE's language model on top of `GraniteMoeMLAModel`, with the loss that balances its experts."""
+
     __init__ = built_with(body.GraniteMoeForCausalLM, GraniteMoeModel=GraniteMoeMLAModel)
 
 

@@ -64,10 +64,12 @@ class PartCode:
 
     @property
     def channels(self) -> int:
+        """Channels of all segments."""
         return sum(channels for channels, _ in self.segments)
 
     @property
     def is_exact(self) -> bool:
+        """Whether states are kept in 16 bits, or there are none."""
         return not self.segments or self.segments[0][1] == EXACT
 
     @property
@@ -85,6 +87,7 @@ class PartCode:
 
     @property
     def scale_bytes(self) -> int:
+        """Bytes of a token's scales, which are bfloat16 and lie before its levels."""
         return _SCALE_BYTES * len(self.groups)
 
     @property
@@ -96,6 +99,7 @@ class PartCode:
         return self.scale_bytes + fields + fields % 2
 
     def to_dict(self) -> dict[str, Any]:
+        """As it stands in ``config.json``, within what `LatentCode.to_dict` gives."""
         return {"segments": [list(segment) for segment in self.segments], "group": self.group, "rotated": self.rotated}
 
 
@@ -104,7 +108,8 @@ class LatentCode:
     """The code of one layer's cache.
 
     Args:
-        latent, rope: of the latents and of the rotary keys.
+        latent: of the latents.
+        rope: of the rotary keys; without segments where there are none.
         exact_tokens: tokens at the start of a sequence that are kept in the model's precision besides. Sliding-window
             layers, which the start leaves, keep none.
     """

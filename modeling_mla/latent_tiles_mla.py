@@ -26,11 +26,13 @@ class CodedLatents(NamedTuple):
 
     @property
     def shape(self) -> torch.Size:
+        """``[B, S, r + d_r]``."""
         batch, _, length, rank = self.latent.shape
         return torch.Size((batch, length, rank + self.rope.shape[-1]))
 
     @property
     def code(self) -> LatentCode:
+        """The code of both parts."""
         return LatentCode(self.latent.codec.code, self.rope.codec.code)
 
     def rotated_query(self, query: torch.Tensor) -> torch.Tensor:
@@ -72,9 +74,11 @@ class PlainTile(NamedTuple):
     kv_lora_rank: int
 
     def scores(self) -> torch.Tensor:
+        """``[m, T]``, in float32 or wider."""
         return float32_products(self.rows, self.latents.t())
 
     def context(self, weights: torch.Tensor) -> torch.Tensor:
+        """``weights [m, T]`` to ``[m, r]``."""
         return torch.mm(weights.to(self.latents.dtype), self.latents[:, : self.kv_lora_rank])
 
 
@@ -91,6 +95,7 @@ class CodedTile(NamedTuple):
     rope_scales: torch.Tensor | None
 
     def scores(self) -> torch.Tensor:
+        """``[m, T]``, in float32 or wider, multiplied by the factors of the tokens."""
         latent_rows, rope_rows = self.rows.split([self.latent.shape[-1], self.rope.shape[-1]], dim=-1)
         scores = scaled(float32_products(latent_rows, self.latent.t()), self.latent_scales)
         if not self.rope.shape[-1]:
@@ -98,6 +103,7 @@ class CodedTile(NamedTuple):
         return scores + scaled(float32_products(rope_rows, self.rope.t()), self.rope_scales)
 
     def context(self, weights: torch.Tensor) -> torch.Tensor:
+        """``weights [m, T]`` to ``[m, r]``, still rotated where the code is."""
         return torch.mm(scaled(weights, self.latent_scales).to(self.latent.dtype), self.latent)
 
 

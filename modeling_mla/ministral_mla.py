@@ -21,10 +21,14 @@ class MinistralMLAConfig(MLAConfigMixin, MinistralConfig):
 
 
 class MinistralMLADecoderLayer(body.MinistralDecoderLayer):
+    """Ministral's decoder layer with `MLAttention`, whose window depends on the kind of the layer."""
+
     __init__ = built_with(body.MinistralDecoderLayer, MinistralAttention=MLAttention)
 
 
 class MinistralMLAPreTrainedModel(MLAPreTrainedMixin, body.MinistralPreTrainedModel):
+    """The base of Ministral's models with MLA: their configuration, and what outputs are recorded from."""
+
     config: MinistralMLAConfig
     config_class = MinistralMLAConfig
     _no_split_modules = ["MinistralMLADecoderLayer"]
@@ -32,6 +36,8 @@ class MinistralMLAPreTrainedModel(MLAPreTrainedMixin, body.MinistralPreTrainedMo
 
 
 class MinistralMLAModel(MinistralMLAPreTrainedModel, body.MinistralModel):
+    """Ministral's decoder with `MLAttention`; its `LatentCache` mixes layers with a window and layers without."""
+
     __init__ = built_with(
         body.MinistralModel, MinistralDecoderLayer=MinistralMLADecoderLayer, MinistralRotaryEmbedding=MLARotaryEmbedding
     )
@@ -39,6 +45,8 @@ class MinistralMLAModel(MinistralMLAPreTrainedModel, body.MinistralModel):
 
 
 class MinistralMLAForCausalLM(MinistralMLAPreTrainedModel, body.MinistralForCausalLM, GenerationMixin):
+    """Ministral's language model on top of `MinistralMLAModel`."""
+
     __init__ = built_with(body.MinistralForCausalLM, MinistralModel=MinistralMLAModel)
 
 

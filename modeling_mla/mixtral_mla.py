@@ -21,10 +21,14 @@ class MixtralMLAConfig(MLAConfigMixin, MixtralConfig):
 
 
 class MixtralMLADecoderLayer(body.MixtralDecoderLayer):
+    """Mixtral's decoder layer, whose MLP is a choice of experts, with `MLAttention`."""
+
     __init__ = built_with(body.MixtralDecoderLayer, MixtralAttention=MLAttention)
 
 
 class MixtralMLAPreTrainedModel(MLAPreTrainedMixin, body.MixtralPreTrainedModel):
+    """The base of Mixtral's models with MLA; their outputs are recorded from router, layer and attention."""
+
     config: MixtralMLAConfig
     config_class = MixtralMLAConfig
     _no_split_modules = ["MixtralMLADecoderLayer"]
@@ -35,6 +39,8 @@ class MixtralMLAPreTrainedModel(MLAPreTrainedMixin, body.MixtralPreTrainedModel)
 
 
 class MixtralMLAModel(MixtralMLAPreTrainedModel, body.MixtralModel):
+    """Mixtral's decoder with `MLAttention`; one window serves all layers, or there is none."""
+
     __init__ = built_with(
         body.MixtralModel, MixtralDecoderLayer=MixtralMLADecoderLayer, MixtralRotaryEmbedding=MLARotaryEmbedding
     )
@@ -42,6 +48,8 @@ class MixtralMLAModel(MixtralMLAPreTrainedModel, body.MixtralModel):
 
 
 class MixtralMLAForCausalLM(MixtralMLAPreTrainedModel, body.MixtralForCausalLM, GenerationMixin):
+    """Mixtral's language model on top of `MixtralMLAModel`, with the loss that balances its experts."""
+
     __init__ = built_with(body.MixtralForCausalLM, MixtralModel=MixtralMLAModel)
 
 

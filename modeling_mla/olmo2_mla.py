@@ -20,10 +20,14 @@ class Olmo2MLAConfig(NormedMLAConfigMixin, Olmo2Config):
 
 
 class Olmo2MLADecoderLayer(body.Olmo2DecoderLayer):
+    """OLMo 2's decoder layer with `OlmoMLAttention`, which has a norm behind it and none before."""
+
     __init__ = built_with(body.Olmo2DecoderLayer, Olmo2Attention=OlmoMLAttention)
 
 
 class Olmo2MLAPreTrainedModel(MLAPreTrainedMixin, body.Olmo2PreTrainedModel):
+    """The base of OLMo 2's models with MLA: their configuration, and what their outputs are recorded from."""
+
     config: Olmo2MLAConfig
     config_class = Olmo2MLAConfig
     _no_split_modules = ["Olmo2MLADecoderLayer"]
@@ -31,6 +35,8 @@ class Olmo2MLAPreTrainedModel(MLAPreTrainedMixin, body.Olmo2PreTrainedModel):
 
 
 class Olmo2MLAModel(Olmo2MLAPreTrainedModel, body.Olmo2Model):
+    """OLMo 2's decoder with `OlmoMLAttention`; the latents of its cache come of keys normalised over all heads."""
+
     __init__ = built_with(
         body.Olmo2Model, Olmo2DecoderLayer=Olmo2MLADecoderLayer, Olmo2RotaryEmbedding=OlmoMLARotaryEmbedding
     )
@@ -38,6 +44,8 @@ class Olmo2MLAModel(Olmo2MLAPreTrainedModel, body.Olmo2Model):
 
 
 class Olmo2MLAForCausalLM(Olmo2MLAPreTrainedModel, body.Olmo2ForCausalLM, GenerationMixin):
+    """OLMo 2's language model on top of `Olmo2MLAModel`."""
+
     __init__ = built_with(body.Olmo2ForCausalLM, Olmo2Model=Olmo2MLAModel)
 
 

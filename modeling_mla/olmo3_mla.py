@@ -20,10 +20,14 @@ class Olmo3MLAConfig(NormedMLAConfigMixin, Olmo3Config):
 
 
 class Olmo3MLADecoderLayer(body.Olmo3DecoderLayer):
+    """OLMo 3's decoder layer with OLMo 2's attention, `OlmoMLAttention`, which may have a window."""
+
     __init__ = built_with(body.Olmo3DecoderLayer, Olmo3Attention=OlmoMLAttention)
 
 
 class Olmo3MLAPreTrainedModel(MLAPreTrainedMixin, body.Olmo3PreTrainedModel):
+    """The base of OLMo 3's models with MLA: their configuration, and what their outputs are recorded from."""
+
     config: Olmo3MLAConfig
     config_class = Olmo3MLAConfig
     _no_split_modules = ["Olmo3MLADecoderLayer"]
@@ -31,6 +35,8 @@ class Olmo3MLAPreTrainedModel(MLAPreTrainedMixin, body.Olmo3PreTrainedModel):
 
 
 class Olmo3MLAModel(Olmo3MLAPreTrainedModel, body.Olmo3Model):
+    """OLMo 3's decoder with `OlmoMLAttention`; layers with a window rotate unscaled, the others may be scaled."""
+
     __init__ = built_with(
         body.Olmo3Model, Olmo3DecoderLayer=Olmo3MLADecoderLayer, Olmo3RotaryEmbedding=OlmoMLARotaryEmbedding
     )
@@ -38,6 +44,8 @@ class Olmo3MLAModel(Olmo3MLAPreTrainedModel, body.Olmo3Model):
 
 
 class Olmo3MLAForCausalLM(Olmo3MLAPreTrainedModel, body.Olmo3ForCausalLM, GenerationMixin):
+    """OLMo 3's language model on top of `Olmo3MLAModel`."""
+
     __init__ = built_with(body.Olmo3ForCausalLM, Olmo3Model=Olmo3MLAModel)
 
 

@@ -38,10 +38,13 @@ class PagedCodes:
         layer_idx: int,
         kwargs: dict[str, Any],
     ) -> torch.Tensor:
-        """Writes new tokens, ``[n, r]`` and ``[n, d_r]``, and reads all that they may attend to.
+        """Writes new tokens and reads all that they may attend to.
 
         Args:
+            kv_c: ``[n, r]``, their latents.
+            k_pe: ``[n, d_r]``, their rotary keys.
             pages: writes rows of the model's numbers and returns those that are to be read.
+            layer_idx: the layer whose pages these are, for ``pages``.
             kwargs: the attention's, in which ``pages`` changes the bounds of the sequences.
 
         Returns:
@@ -62,8 +65,11 @@ class PagedCodes:
         return torch.cat(back, dim=-1).to(self.dtype)[None, None]
 
     def _first_slots(self, rotated: torch.Tensor, kwargs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keeps what there is to keep of new tokens; returns where each token that will be read is kept, ``[T]`` and
-        ``[T]``: its block, and its place in the sequence, or `exact_tokens` from there on.
+        """Keeps what there is to keep of new tokens, ``rotated [n, r + d_r]``.
+
+        Returns:
+            Where each token that will be read is kept, ``[T]`` and ``[T]``: its block, and its place in the sequence,
+            or `exact_tokens` from there on.
         """
         queries, keys = kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"][self.allocator.layer_type]
         written, read = (kwargs[name][self.allocator.index] for name in ("write_index", "read_index"))

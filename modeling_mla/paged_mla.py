@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from typing_extensions import override
 
 from .configuration_mla import latent_widths, layer_code
 from .latent_code_mla import LatentCode, code_for
@@ -47,6 +48,7 @@ class PagedConfigView:
         return getattr(self._config, name)
 
     def get_text_config(self, *args, **kwargs) -> PagedConfigView:
+        """The view itself, which is of the text model's configuration already."""
         return self
 
 
@@ -61,6 +63,7 @@ class PagedModelView:
         return getattr(self._model, name)
 
     def eval(self) -> PagedModelView:
+        """Puts the model itself in evaluation mode; returns the view."""
         self._model.eval()
         return self
 
@@ -68,13 +71,16 @@ class PagedModelView:
 class PagedLatentCache(PagedAttentionCache):
     """Transformers' pages, written and read in latents and rotary keys."""
 
+    @override
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, kwargs: dict[str, Any]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Writes new tokens to the pages and reads back all that they may attend to.
 
         Args:
-            key_states, value_states: latents ``[1, 1, n, r]`` and rotary keys ``[1, 1, n, d_r]``.
+            key_states: latents ``[1, 1, n, r]``.
+            value_states: rotary keys ``[1, 1, n, d_r]``.
+            layer_idx: the layer whose pages are meant.
             kwargs: the attention's further arguments, among them the indices to read and write. The bounds of the
                 packed sequences are taken out: the mask tells them apart.
 
@@ -107,6 +113,7 @@ class PagedLatentCache(PagedAttentionCache):
             layers[layer_idx] = None if code is None else PagedCodes(code, allocator, kv_c.dtype, kv_c.device)
         return layers[layer_idx]
 
+    @override
     def perform_cache_copy(self, copy_src_and_dst: dict[str, tuple[list[int], list[int]]]) -> None:
         super().perform_cache_copy(copy_src_and_dst)
         for codes in self.__dict__.get("layer_codes", {}).values():
@@ -132,6 +139,7 @@ class LatentBatchingManager(ContinuousBatchingManager):
                 "keeps exact stay beside the pages; set cpu_offload_space=0, or cache uncoded (latent_bits=16)."
             )
 
+    @override
     def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:
         # `config` of a view is made once, and the model's own changes with its attention.
         model = getattr(model, "_model", model)
@@ -143,6 +151,7 @@ class LatentBatchingManager(ContinuousBatchingManager):
             )
         super().switch_to_cb_friendly_attn(model, auto_switch_to_flash=False)
 
+    @override
     def _create_batch_processor(self) -> Any:
         model = self.model
         self.model = PagedModelView(model)

@@ -21,10 +21,14 @@ class Phi3MLAConfig(MLAConfigMixin, Phi3Config):
 
 
 class Phi3MLADecoderLayer(body.Phi3DecoderLayer):
+    """Phi-3's decoder layer with `MLAttention`, which has projections of its own for the fused one."""
+
     __init__ = built_with(body.Phi3DecoderLayer, Phi3Attention=MLAttention)
 
 
 class Phi3MLAPreTrainedModel(MLAPreTrainedMixin, body.Phi3PreTrainedModel):
+    """The base of Phi-3's models with MLA: their configuration, and what their outputs are recorded from."""
+
     config: Phi3MLAConfig
     config_class = Phi3MLAConfig
     _no_split_modules = ["Phi3MLADecoderLayer"]
@@ -32,11 +36,15 @@ class Phi3MLAPreTrainedModel(MLAPreTrainedMixin, body.Phi3PreTrainedModel):
 
 
 class Phi3MLAModel(Phi3MLAPreTrainedModel, body.Phi3Model):
+    """Phi-3's decoder with `MLAttention`; beyond the original context it rotates by the long frequencies."""
+
     __init__ = built_with(body.Phi3Model, Phi3DecoderLayer=Phi3MLADecoderLayer, Phi3RotaryEmbedding=MLARotaryEmbedding)
     forward = with_latent_cache(body.Phi3Model.forward)
 
 
 class Phi3MLAForCausalLM(Phi3MLAPreTrainedModel, body.Phi3ForCausalLM, GenerationMixin):
+    """Phi-3's language model on top of `Phi3MLAModel`."""
+
     __init__ = built_with(body.Phi3ForCausalLM, Phi3Model=Phi3MLAModel)
 
 

@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
+from typing_extensions import override
 
 from .attention_mla import MLAttention
 from .configuration_mla import MLAConfigMixin, mla_tp_plan
@@ -77,8 +78,10 @@ class PerHeadLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_heads, out_features, in_features))
 
     def init_mla_weights(self, std: float) -> None:
+        """Draws the weight from a normal distribution of deviation ``std``."""
         init.normal_(self.weight, mean=0.0, std=std)
 
+    @override
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         heads, out_features, in_features = self.weight.shape
         rows = x.reshape(-1, heads, in_features).transpose(0, 1)
@@ -116,12 +119,14 @@ class NormedMLAttention(MLAttention):
         """``[B, S, heads * d] -> [B, S, heads, d]``."""
         return norm(projected.unflatten(-1, (-1, self.norm_dim)))
 
+    @override
     def project_query(self, hidden_states: torch.Tensor) -> torch.Tensor:
         query = self.apply_norm(self.q_norm, self.q_proj(hidden_states))
         if self.norm_spans_heads:
             query = own_heads(query, self.kv_b_proj)
         return self.q_head_proj(query).transpose(1, 2)
 
+    @override
     def project_latent(self, hidden_states: torch.Tensor) -> torch.Tensor:
         key = self.apply_norm(self.k_norm, self.k_proj(hidden_states)).flatten(-2)
         return self.kv_a_proj_with_mqa(torch.cat((key, self.v_proj(hidden_states)), dim=-1))

@@ -21,10 +21,14 @@ class Qwen2MoeMLAConfig(MLAConfigMixin, Qwen2MoeConfig):
 
 
 class Qwen2MoeMLADecoderLayer(body.Qwen2MoeDecoderLayer):
+    """Qwen2-MoE's decoder layer, with a shared expert beside those chosen, and `MLAttention`."""
+
     __init__ = built_with(body.Qwen2MoeDecoderLayer, Qwen2MoeAttention=MLAttention)
 
 
 class Qwen2MoeMLAPreTrainedModel(MLAPreTrainedMixin, body.Qwen2MoePreTrainedModel):
+    """The base of Qwen2-MoE's models with MLA; outputs are recorded from router, layer and attention."""
+
     config: Qwen2MoeMLAConfig
     config_class = Qwen2MoeMLAConfig
     _no_split_modules = ["Qwen2MoeMLADecoderLayer"]
@@ -35,6 +39,8 @@ class Qwen2MoeMLAPreTrainedModel(MLAPreTrainedMixin, body.Qwen2MoePreTrainedMode
 
 
 class Qwen2MoeMLAModel(Qwen2MoeMLAPreTrainedModel, body.Qwen2MoeModel):
+    """Qwen2-MoE's decoder with `MLAttention`, with a window in the layers that the configuration names."""
+
     __init__ = built_with(
         body.Qwen2MoeModel, Qwen2MoeDecoderLayer=Qwen2MoeMLADecoderLayer, Qwen2MoeRotaryEmbedding=MLARotaryEmbedding
     )
@@ -42,6 +48,8 @@ class Qwen2MoeMLAModel(Qwen2MoeMLAPreTrainedModel, body.Qwen2MoeModel):
 
 
 class Qwen2MoeMLAForCausalLM(Qwen2MoeMLAPreTrainedModel, body.Qwen2MoeForCausalLM, GenerationMixin):
+    """Qwen2-MoE's language model on top of `Qwen2MoeMLAModel`, with the loss that balances its experts."""
+
     __init__ = built_with(body.Qwen2MoeForCausalLM, Qwen2MoeModel=Qwen2MoeMLAModel)
 
 

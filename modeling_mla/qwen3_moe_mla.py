@@ -20,10 +20,14 @@ class Qwen3MoeMLAConfig(NormedMLAConfigMixin, Qwen3MoeConfig):
 
 
 class Qwen3MoeMLADecoderLayer(body.Qwen3MoeDecoderLayer):
+    """Qwen3-MoE's decoder layer, with experts where the configuration says so, and `NormedMLAttention`."""
+
     __init__ = built_with(body.Qwen3MoeDecoderLayer, Qwen3MoeAttention=NormedMLAttention)
 
 
 class Qwen3MoeMLAPreTrainedModel(MLAPreTrainedMixin, body.Qwen3MoePreTrainedModel):
+    """The base of Qwen3-MoE's models with MLA; outputs are recorded from router, layer and attention."""
+
     config: Qwen3MoeMLAConfig
     config_class = Qwen3MoeMLAConfig
     _no_split_modules = ["Qwen3MoeMLADecoderLayer"]
@@ -34,6 +38,8 @@ class Qwen3MoeMLAPreTrainedModel(MLAPreTrainedMixin, body.Qwen3MoePreTrainedMode
 
 
 class Qwen3MoeMLAModel(Qwen3MoeMLAPreTrainedModel, body.Qwen3MoeModel):
+    """Qwen3-MoE's decoder with `NormedMLAttention`; what it caches comes of normalised keys, as in Qwen3."""
+
     __init__ = built_with(
         body.Qwen3MoeModel, Qwen3MoeDecoderLayer=Qwen3MoeMLADecoderLayer, Qwen3MoeRotaryEmbedding=MLARotaryEmbedding
     )
@@ -41,6 +47,8 @@ class Qwen3MoeMLAModel(Qwen3MoeMLAPreTrainedModel, body.Qwen3MoeModel):
 
 
 class Qwen3MoeMLAForCausalLM(Qwen3MoeMLAPreTrainedModel, body.Qwen3MoeForCausalLM, GenerationMixin):
+    """Qwen3-MoE's language model on top of `Qwen3MoeMLAModel`, with the loss that balances its experts."""
+
     __init__ = built_with(body.Qwen3MoeForCausalLM, Qwen3MoeModel=Qwen3MoeMLAModel)
 
 

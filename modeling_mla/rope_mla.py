@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
+from typing_extensions import override
 
 from .rope_extension_mla import BY_FREQUENCY, rope_extension
 from .transformers_seams_mla import ROPE_INIT_FUNCTIONS, dynamic_rope_update, init
@@ -53,6 +54,7 @@ class MLARotaryEmbedding(nn.Module):
         self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
 
     def init_mla_weights(self, std: float) -> None:
+        """Sets the factors that differ by layer, a buffer that no checkpoint has; ``std`` is not read."""
         if isinstance(self.attention_scaling, torch.Tensor):
             _, scaling = self.compute_default_rope_parameters(self.config)
             init.copy_(self.attention_scaling, scaling)
@@ -83,6 +85,7 @@ class MLARotaryEmbedding(nn.Module):
             return torch.stack([inv_freq for inv_freq, _ in kinds]), factors
         return _default_frequencies(config.qk_rope_head_dim, config.rope_parameters["rope_theta"]), 1.0
 
+    @override
     def forward(
         self, x: torch.Tensor, position_ids: torch.Tensor, layer_type: str | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask
+from typing_extensions import override
 
 from .absorbed_weights_mla import derived_rows, why_no_matrix
 from .attention_functions_mla import eager_attention_forward, is_flash, is_latent_aware
@@ -36,6 +37,7 @@ class MLAttentionInterface(AttentionInterface):
     as for the stock names.
     """
 
+    @override
     def get_interface(self, attn_implementation: str, default: Callable) -> Callable:
         function = super().get_interface(attn_implementation, default)
         if not is_latent_aware(attn_implementation):
@@ -136,11 +138,16 @@ def attend_latents(
     Args:
         expanded_function: Transformers' attention function for expanded tensors.
         attn_implementation: its name, which tells the kind and the alignment of the mask.
+        module: the attention that calls; its ``route`` and ``backend`` may force the choice.
         query: ``[B, H, n, qk_nope_head_dim + qk_rope_head_dim]``.
-        kv_c, k_pe: ``[B, 1, S, kv_lora_rank]`` and ``[B, 1, S, qk_rope_head_dim]``.
+        kv_c: ``[B, 1, S, kv_lora_rank]``, which may be coded.
+        k_pe: ``[B, 1, S, qk_rope_head_dim]``, which may be coded.
         attention_mask: whatever Transformers makes for the name.
+        dropout: share of the attention weights that is dropped; only the expanded route does it.
+        scaling: of the scores.
         latents: ``[B, S, r + d_r]``, where ``kv_c`` and ``k_pe`` are views of one tensor.
         cache: the pages of continuous batching, where the release leaves them to the attention function (before 5.24).
+        **kwargs: further arguments of the attention function; some force the expanded route, see `why_expand`.
 
     Returns:
         ``[B, n, H, v_head_dim]``, and the attention weights where the function gives them.

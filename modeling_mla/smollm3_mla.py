@@ -27,10 +27,14 @@ class SmolLM3MLAConfig(MLAConfigMixin, SmolLM3Config):
 
 
 class SmolLM3MLADecoderLayer(body.SmolLM3DecoderLayer):
+    """SmolLM3's decoder layer with `MLAttention`, whose rotary key may have no channels."""
+
     __init__ = built_with(body.SmolLM3DecoderLayer, SmolLM3Attention=MLAttention)
 
 
 class SmolLM3MLAPreTrainedModel(MLAPreTrainedMixin, body.SmolLM3PreTrainedModel):
+    """The base of SmolLM3's models with MLA: their configuration, and what their outputs are recorded from."""
+
     config: SmolLM3MLAConfig
     config_class = SmolLM3MLAConfig
     _no_split_modules = ["SmolLM3MLADecoderLayer"]
@@ -38,6 +42,8 @@ class SmolLM3MLAPreTrainedModel(MLAPreTrainedMixin, body.SmolLM3PreTrainedModel)
 
 
 class SmolLM3MLAModel(SmolLM3MLAPreTrainedModel, body.SmolLM3Model):
+    """SmolLM3's decoder with `MLAttention`; layers without rotation cache latents alone."""
+
     __init__ = built_with(
         body.SmolLM3Model, SmolLM3DecoderLayer=SmolLM3MLADecoderLayer, SmolLM3RotaryEmbedding=MLARotaryEmbedding
     )
@@ -45,6 +51,8 @@ class SmolLM3MLAModel(SmolLM3MLAPreTrainedModel, body.SmolLM3Model):
 
 
 class SmolLM3MLAForCausalLM(SmolLM3MLAPreTrainedModel, body.SmolLM3ForCausalLM, GenerationMixin):
+    """SmolLM3's language model on top of `SmolLM3MLAModel`."""
+
     __init__ = built_with(body.SmolLM3ForCausalLM, SmolLM3Model=SmolLM3MLAModel)
 
 

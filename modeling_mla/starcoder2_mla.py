@@ -7,6 +7,7 @@ from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import GenerationMixin, Starcoder2Config
 from transformers.models.starcoder2 import modeling_starcoder2 as body
+from typing_extensions import override
 
 from .attention_mla import MLAttention
 from .configuration_mla import MLAConfigMixin, mla_tp_plan
@@ -25,16 +26,21 @@ class Starcoder2MLAConfig(MLAConfigMixin, Starcoder2Config):
 class Starcoder2MLAttention(MLAttention):
     """`MLAttention` with the dropout that StarCoder2 has behind it."""
 
+    @override
     def forward(self, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
         output, weights = super().forward(*args, **kwargs)
         return nn.functional.dropout(output, p=self.config.residual_dropout, training=self.training), weights
 
 
 class Starcoder2MLADecoderLayer(body.Starcoder2DecoderLayer):
+    """StarCoder2's decoder layer with `Starcoder2MLAttention`, between its layer norms."""
+
     __init__ = built_with(body.Starcoder2DecoderLayer, Starcoder2Attention=Starcoder2MLAttention)
 
 
 class Starcoder2MLAPreTrainedModel(MLAPreTrainedMixin, body.Starcoder2PreTrainedModel):
+    """The base of StarCoder2's models with MLA: their configuration, and what outputs are recorded from."""
+
     config: Starcoder2MLAConfig
     config_class = Starcoder2MLAConfig
     _no_split_modules = ["Starcoder2MLADecoderLayer"]
@@ -42,6 +48,8 @@ class Starcoder2MLAPreTrainedModel(MLAPreTrainedMixin, body.Starcoder2PreTrained
 
 
 class Starcoder2MLAModel(Starcoder2MLAPreTrainedModel, body.Starcoder2Model):
+    """StarCoder2's decoder with `Starcoder2MLAttention`; one window serves all layers, or there is none."""
+
     __init__ = built_with(
         body.Starcoder2Model,
         Starcoder2DecoderLayer=Starcoder2MLADecoderLayer,
@@ -51,6 +59,8 @@ class Starcoder2MLAModel(Starcoder2MLAPreTrainedModel, body.Starcoder2Model):
 
 
 class Starcoder2MLAForCausalLM(Starcoder2MLAPreTrainedModel, body.Starcoder2ForCausalLM, GenerationMixin):
+    """StarCoder2's language model on top of `Starcoder2MLAModel`."""
+
     __init__ = built_with(body.Starcoder2ForCausalLM, Starcoder2Model=Starcoder2MLAModel)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from typing_extensions import override
 
 
 def tensor_parallel_group(projection: nn.Module) -> dist.ProcessGroup | None:
@@ -41,11 +42,13 @@ def own_heads(x: torch.Tensor, projection: nn.Module) -> torch.Tensor:
 
 class _SummedGradient(torch.autograd.Function):
     @staticmethod
+    @override
     def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
         ctx.group = group
         return x.view_as(x)
 
     @staticmethod
+    @override
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         total = gradient.contiguous().clone()
         dist.all_reduce(total, group=ctx.group)

@@ -35,8 +35,7 @@ def attend_tiled(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`AbsorbedBackend.attend`, sequence by sequence. Scores and softmax are float32, or float64 where the query is.
 
-    Args:
-        tiles: of a sequence's index and its queries ``[m, r + d_r]``, m = H * n: the tiles, with their places.
+    ``tiles`` makes the tiles, with their places, of a sequence's index and its queries ``[m, r + d_r]``, m = H * n.
     """
     batch, heads, length, width = query.shape
     context = query.new_empty(batch, heads, length, kv_lora_rank)

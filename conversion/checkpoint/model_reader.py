@@ -14,13 +14,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from typing_extensions import override
 
 from ..errors import SourceError, first_line
 from .reader import TensorReader
 
 
 class ModelReader(TensorReader):
-    """See `as_held`."""
+    """The tensors of another reader by the names of a model, merged when they are asked for; see `as_held`."""
 
     def __init__(self, stored: TensorReader, model: PreTrainedModel, transforms: list) -> None:
         self._stored, self._model = stored, model
@@ -35,15 +36,19 @@ class ModelReader(TensorReader):
             self._parts.setdefault(target, []).append((name, pattern))
 
     @property
+    @override
     def names(self) -> list[str]:
         return sorted(self._parts)
 
+    @override
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._without_values(name).shape)
 
+    @override
     def dtype(self, name: str) -> torch.dtype:
         return self._without_values(name).dtype
 
+    @override
     def tensor(self, name: str) -> Tensor:
         return self._held(name, self._stored.tensor)
 
@@ -74,6 +79,7 @@ def as_held(stored: TensorReader, model: PreTrainedModel) -> TensorReader:
     """The tensors of ``stored`` by the names and in the shapes that they have in ``model``.
 
     Args:
+        stored: gives the tensors as they lie on the disk.
         model: on any device, the meta device for one.
 
     Returns:

@@ -13,6 +13,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from typing_extensions import override
 
 from ..checkpoint.location import locate
 from ..checkpoint.model_reader import as_held
@@ -57,6 +58,7 @@ class Verification(Score):
     cache_bytes_per_token_source: int
     cache_bytes_per_token: int
 
+    @override
     def as_json(self) -> dict[str, Any]:
         """Plain values; those of the whole models beside the others."""
         found = super().as_json()

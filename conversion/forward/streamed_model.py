@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from typing_extensions import override
 
 from ..checkpoint.reader import TensorReader
 from ..sources import SourceModel
@@ -133,6 +134,7 @@ class _StoredLinear(nn.Module):
         super().__init__()
         self.weight = _frozen(weight)
 
+    @override
     def forward(self, states: Tensor) -> Tensor:
         rows = self.weight.split(max(1, _HEAD_VALUES // self.weight.shape[1]))
         return torch.cat([nn.functional.linear(states, part.float()) for part in rows], dim=-1)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
+from typing_extensions import override
 
 from .losses import logit_loss
 from .pace import Pace
@@ -23,6 +24,7 @@ class DistillationTrainer(Trainer):
         self.teacher = teacher.to(self.args.device).eval()
         self.half = multiplies_bfloat16(self.args.device)
 
+    @override
     def compute_loss(
         self,
         model: nn.Module,
@@ -34,6 +36,7 @@ class DistillationTrainer(Trainer):
             loss, outputs = logit_loss(self.teacher, model, inputs)
         return (loss, outputs) if return_outputs else loss
 
+    @override
     def prediction_step(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> tuple:
         with torch.no_grad():
             return self.compute_loss(model, self._prepare_inputs(inputs)), None, None
@@ -60,8 +63,12 @@ def make_trainer(
     """A trainer that keeps the best state by validation divergence, and has it loaded when it ends.
 
     Args:
+        student: learns with those of its parameters that are in ``groups``.
+        teacher: gives the logits that the student shall give; it is moved to the student's device.
         groups: parameter groups of the optimizer, each with its own rate.
-        training, validation: token ids ``[N, S]``.
+        training: token ids ``[N, S]`` of the windows that are learnt from.
+        validation: token ids ``[M, S]`` of the windows by which states are compared.
+        pace: tells when to evaluate, to save and to end, and by what the rates are multiplied.
         seed: of the order of the windows.
         work: where states are kept meanwhile, an absolute path.
     """

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from ..forward.attention import (
     Rotation,
@@ -54,14 +55,14 @@ class AttentionStatistics(LayerStatistics):
             "log_power": torch.zeros(1, dtype=torch.float64),
         }
 
+    @override
     def update(self, attention_input: Tensor, residual: Tensor) -> None:
-        """See `LayerStatistics.update`."""
         for inputs, stream in zip(attention_input.float(), residual.float(), strict=True):
             self.add_window(inputs)
             self.sums["log_power"] += stream.square().mean(-1).log().double().sum()
 
+    @override
     def tensors(self) -> dict[str, Tensor]:
-        """The sums, by name."""
         return dict(self.sums)
 
     def add_window(self, inputs: Tensor) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
+from typing_extensions import override
 
 from ..layers import AttentionGeometry, AttentionWeights, LayerBudget, MLAWeights
 
@@ -106,7 +107,10 @@ class Method(ABC):
         """May move ranks between layers at an equal total; the default keeps the plan.
 
         Args:
-            statistics: loaded on access, as weights may be: look at one layer after the other, and once.
+            geometries: by layer, of the source.
+            budgets: by layer, as planned.
+            statistics: by layer, the sums of `LayerStatistics`, loaded on access: look at one at a time, and once.
+            weights: by layer, of the source; they may be loaded on access as well.
             sensitivity: by layer, nats a token: KL to the source of the model in which only this layer is converted,
                 at its budget of ``budgets`` and without a refit.
         """
@@ -133,6 +137,7 @@ class TwoPassMethod(Method):
     Both passes use the accumulators of :meth:`Method.statistics`.
     """
 
+    @override
     @abstractmethod
     def factorise(
         self,
@@ -142,7 +147,7 @@ class TwoPassMethod(Method):
         budget: LayerBudget,
         second: dict[str, Tensor] | None = None,
     ) -> MLAWeights:
-        """See `Method.factorise`; ``second`` are the sums of the second pass."""
+        """The converted layer from the sums of both passes: ``statistics`` of the first, ``second`` of the second."""
 
     @abstractmethod
     def intermediate(
@@ -154,8 +159,6 @@ class TwoPassMethod(Method):
     ) -> MLAWeights:
         """The layer that the second pass runs through.
 
-        It knows no rank, so that one second pass serves all budgets with the same rotary key.
-
-        Args:
-            statistics: of the first pass.
+        It is made from the ``statistics`` of the first pass. It knows no rank, so that one second pass serves all
+        budgets with a rotary key of ``qk_rope_head_dim`` channels.
         """

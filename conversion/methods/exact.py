@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from ..errors import BudgetError
 from ..forward.heads import constants_cancel, value_bias_through_output
@@ -17,19 +18,21 @@ from .base import Method
 
 
 class ExactMethod(Method):
-    """Selections and zero padding only."""
+    """The exact form of this module, which consists of selections and zero padding only."""
 
     name = "exact"
     source = "this project; the merged key head of TransMLA (arXiv 2502.07864, section 4.1) with its rotation kept"
     needs_calibration = False
     lossless = True
 
+    @override
     def smallest(self, geometry: AttentionGeometry) -> LayerBudget:
         kv, passive = geometry.num_kv_heads, geometry.head_dim - geometry.rotary_dim
         return LayerBudget(kv_lora_rank=kv * (geometry.head_dim + passive), qk_rope_head_dim=kv * geometry.rotary_dim)
 
     largest = smallest
 
+    @override
     def split(self, geometry: AttentionGeometry, cache_elements: int) -> LayerBudget:
         budget = self.smallest(geometry)
         if cache_elements < budget.cache_elements:
@@ -39,6 +42,7 @@ class ExactMethod(Method):
             )
         return budget
 
+    @override
     def factorise(
         self,
         geometry: AttentionGeometry,
@@ -46,7 +50,7 @@ class ExactMethod(Method):
         statistics: dict[str, Tensor] | None,
         budget: LayerBudget,
     ) -> MLAWeights:
-        """See `Method.factorise`; ``statistics`` are not read and ``budget`` has one possible value."""
+        """The source's layer in another form; ``statistics`` are not read, and ``budget`` has one possible value."""
         kv, d, rotary = geometry.num_kv_heads, geometry.head_dim, geometry.rotary_dim
         passive = d - rotary
         key_rows = torch.arange(kv * d).view(kv, d)
@@ -78,10 +82,7 @@ class ExactMethod(Method):
 
 
 def _spread_queries(geometry: AttentionGeometry, q: Tensor) -> Tensor:
-    """Puts every head's rotary rows where its group's rotary keys lie.
-
-    Args:
-        q: ``[H*d, n]``.
+    """Puts every head's rotary rows, of ``q [H*d, n]``, where its group's rotary keys lie.
 
     Returns:
         ``[H*(d - d_rot + n_kv*d_rot), n]``: per head the un-rotated rows, then the real and the imaginary halves of

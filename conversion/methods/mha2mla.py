@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from ..errors import BudgetError, SourceError
 from ..forward.attention import source_heads
@@ -35,34 +36,38 @@ class PairNorms(LayerStatistics):
         self.query = torch.zeros(geometry.num_heads, pairs, dtype=torch.float64)
         self.key = torch.zeros(geometry.num_kv_heads, pairs, dtype=torch.float64)
 
+    @override
     def update(self, attention_input: Tensor, residual: Tensor) -> None:
-        """See `LayerStatistics.update`; the residual stream is not read."""
+        """Adds the norms of the windows' rotary pairs; the residual stream is not read."""
         for window in attention_input.float():
             heads = source_heads(self.geometry, self.weights, window, torch.arange(len(window)))
             self.query += pair_energy(self.geometry, heads.queries).sqrt().sum(1)
             self.key += pair_energy(self.geometry, heads.keys).sqrt().sum(1)
 
+    @override
     def tensors(self) -> dict[str, Tensor]:
-        """The sums."""
         return {"query": self.query, "key": self.key}
 
 
 class MHA2MLAMethod(Method):
-    """See the module."""
+    """Partial rotary keys and a singular value decomposition, as the module says; of the text it reads norms."""
 
     name = "mha2mla"
     source = "MHA2MLA (arXiv 2502.14837), sections 3.1 and 3.2"
     needs_calibration = True
 
+    @override
     def smallest(self, geometry: AttentionGeometry) -> LayerBudget:
         rotary = 2 * geometry.num_kv_heads if geometry.rotary_dim else 0
         return LayerBudget(kv_lora_rank=1, qk_rope_head_dim=rotary)
 
+    @override
     def largest(self, geometry: AttentionGeometry) -> LayerBudget:
         """All rotations, and everything else at full rank: nothing is lost."""
         rotary = geometry.num_kv_heads * geometry.rotary_dim
         return LayerBudget(kv_lora_rank=geometry.cache_elements - rotary, qk_rope_head_dim=rotary)
 
+    @override
     def split(self, geometry: AttentionGeometry, cache_elements: int) -> LayerBudget:
         """All rotations at the source's own size; below it a quarter of them, but no more than half of the cache."""
         smallest, largest = self.smallest(geometry), self.largest(geometry)
@@ -78,6 +83,7 @@ class MHA2MLAMethod(Method):
         rotary = max(rotary, smallest.qk_rope_head_dim)
         return LayerBudget(kv_lora_rank=cache_elements - rotary, qk_rope_head_dim=rotary)
 
+    @override
     def check(self, geometry: AttentionGeometry, budget: LayerBudget) -> None:
         step = 2 * geometry.num_kv_heads
         if budget.qk_rope_head_dim % step:
@@ -86,6 +92,7 @@ class MHA2MLAMethod(Method):
                 f"of the {geometry.num_kv_heads} kv heads as many rotary pairs."
             )
 
+    @override
     def statistics(self, geometry: AttentionGeometry, weights: AttentionWeights, seed: int) -> PairNorms:
         if len(weights.k.nonzero()) == len(weights.k):
             # What lies behind key norms is a selection, of which no singular value decomposition says anything.
@@ -101,6 +108,7 @@ class MHA2MLAMethod(Method):
             )
         return PairNorms(geometry, weights)
 
+    @override
     def factorise(
         self,
         geometry: AttentionGeometry,
@@ -108,7 +116,6 @@ class MHA2MLAMethod(Method):
         statistics: dict[str, Tensor] | None,
         budget: LayerBudget,
     ) -> MLAWeights:
-        """See `Method.factorise`."""
         assert statistics is not None, "MHA2MLA needs the norms of rotary pairs"
         kv, groups, d = geometry.num_kv_heads, geometry.num_groups, geometry.head_dim
         query = augmented_rows(weights.q, weights.q_bias, d)

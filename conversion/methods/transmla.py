@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from ..errors import BudgetError
 from ..forward.heads import augmented_rows
@@ -37,32 +38,36 @@ class SecondMoment(LayerStatistics):
         width = weights.k.shape[1] + 1
         self.moment = torch.zeros(width, width, dtype=torch.float64)
 
+    @override
     def update(self, attention_input: Tensor, residual: Tensor) -> None:
-        """See `LayerStatistics.update`; the residual stream is not read."""
+        """Adds the second moments of the windows; the residual stream is not read."""
         for window in attention_input:
             inputs = encoder_input(window, self.weights.k).float()
             augmented = torch.cat((inputs, inputs.new_ones(len(inputs), 1)), dim=1)
             self.moment += augmented.T @ augmented
 
+    @override
     def tensors(self) -> dict[str, Tensor]:
-        """The sum."""
         return {"moment": self.moment}
 
 
 class TransMLAMethod(TwoPassMethod):
-    """See the module."""
+    """A concentrated rotary key and a balanced latent, as the module says; it reads the text twice."""
 
     name = "transmla"
     source = "TransMLA (arXiv 2502.07864), sections 4.1 to 4.3"
     needs_calibration = True
 
+    @override
     def smallest(self, geometry: AttentionGeometry) -> LayerBudget:
         return LayerBudget(kv_lora_rank=1, qk_rope_head_dim=_half(geometry.rotary_dim))
 
+    @override
     def largest(self, geometry: AttentionGeometry) -> LayerBudget:
         """One head's rotary channels, and everything else at full rank: the model that only lost rotations."""
         return _full_rank(geometry, geometry.rotary_dim)
 
+    @override
     def split(self, geometry: AttentionGeometry, cache_elements: int) -> LayerBudget:
         """A whole head of rotary channels where the latent can be as wide, else half of one."""
         rotary = geometry.rotary_dim if cache_elements >= 2 * geometry.rotary_dim else _half(geometry.rotary_dim)
@@ -73,6 +78,7 @@ class TransMLAMethod(TwoPassMethod):
             )
         return LayerBudget(kv_lora_rank=cache_elements - rotary, qk_rope_head_dim=rotary)
 
+    @override
     def check(self, geometry: AttentionGeometry, budget: LayerBudget) -> None:
         if budget.qk_rope_head_dim and geometry.rotary_dim % budget.qk_rope_head_dim:
             raise BudgetError(
@@ -81,9 +87,11 @@ class TransMLAMethod(TwoPassMethod):
                 f"{_half(geometry.rotary_dim)}."
             )
 
+    @override
     def statistics(self, geometry: AttentionGeometry, weights: AttentionWeights, seed: int) -> SecondMoment:
         return SecondMoment(weights)
 
+    @override
     def factorise(
         self,
         geometry: AttentionGeometry,
@@ -92,11 +100,11 @@ class TransMLAMethod(TwoPassMethod):
         budget: LayerBudget,
         second: dict[str, Tensor] | None = None,
     ) -> MLAWeights:
-        """See `TwoPassMethod.factorise`."""
         assert statistics is not None, "TransMLA needs second moments"
         assert second is not None, "TransMLA needs those of a second pass"
         return _factorise(geometry, weights, statistics["moment"], second["moment"], budget)
 
+    @override
     def intermediate(
         self,
         geometry: AttentionGeometry,

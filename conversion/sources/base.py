@@ -70,6 +70,7 @@ class SourceModel(StoredModel):
 
     @property
     def head_dim(self) -> int:
+        """Channels of a head: what the configuration says, else the hidden size divided among the query heads."""
         return getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
 
     @property
@@ -174,8 +175,9 @@ class SourceModel(StoredModel):
         return AttentionWeights(**weights)
 
     def split_fused(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values from the rows of `fused_projection`, its weight ``[n, D]`` or its bias ``[n]``: here
-        one below the other.
+        """Queries, keys and values from the rows of `fused_projection`; here they lie one below the other.
+
+        ``rows`` are those of its weight ``[n, D]`` or of its bias ``[n]``.
         """
         queries, keys = self.config.num_attention_heads * self.head_dim, self.num_kv_heads * self.head_dim
         return rows[:queries], rows[queries : queries + keys], rows[queries + keys :]
@@ -190,6 +192,9 @@ class SourceModel(StoredModel):
         """One decoder layer over windows that start at position 0, ``[B, S, D]`` to ``[B, S, D]``.
 
         Args:
+            layer: its index, by which it rotates and has a window or none.
+            module: what `decoder_layer` gives for it.
+            hidden_states: ``[B, S, D]``, what enters it.
             attention_output: ``[B, S, D]``, what its attention shall give; None for what it does give.
         """
         position_ids = torch.arange(hidden_states.shape[1])[None]

@@ -5,13 +5,15 @@ from __future__ import annotations
 from torch import Tensor
 from transformers import CohereForCausalLM
 from transformers.models.cohere.modeling_cohere import CohereDecoderLayer, CohereRotaryEmbedding
+from typing_extensions import override
 
 from .normed import NormedSource
 
 
 class CohereSource(NormedSource):
-    """Attention and MLP side by side, interleaved rotary pairs, scaled logits; query and key norms where they are set,
-    with weights of their own for every head.
+    """Attention and MLP side by side, interleaved rotary pairs, scaled logits; query and key norms where they are set.
+
+    The norms have weights of their own for every head.
     """
 
     model_type = "cohere"
@@ -23,8 +25,10 @@ class CohereSource(NormedSource):
     interleaved = True
 
     @property
+    @override
     def has_norms(self) -> bool:
         return bool(self.config.use_qk_norm)
 
+    @override
     def logits(self, products: Tensor) -> Tensor:
         return products * self.config.logit_scale

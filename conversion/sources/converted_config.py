@@ -38,8 +38,10 @@ def converted_config(
     """The body of ``source`` with the attention of ``layers``.
 
     Args:
+        source: what the body's fields are taken from.
         mla_class: of the converted family.
         geometries: of the source's layers, which have one softmax scale, and one rotary width or none.
+        layers: the converted attention by layer, each asked for once.
         dtype: of the weights.
         family_fields: what the family has beside the common fields.
     """
@@ -97,7 +99,8 @@ def long_frequencies(chosen: Tensor, short: Tensor, long: Tensor) -> Tensor:
 
     Args:
         chosen: ``[m]``, of the converted layer: the source's own, or (folded) between two of them.
-        short, long: ``[pairs]``, the source's; ``short`` descends.
+        short: ``[pairs]``, the source's within the original context, descending.
+        long: ``[pairs]``, the source's beyond it.
 
     Returns:
         ``[m]``, float32: for the source's own exactly its long one, between two of them the same share of the way.
@@ -114,8 +117,10 @@ def long_frequencies(chosen: Tensor, short: Tensor, long: Tensor) -> Tensor:
 
 
 def _body(source: PreTrainedConfig, mla_class: type[PreTrainedConfig]) -> dict[str, Any]:
-    """What stays. A field that the source's class does not know has no meaning there; under a name that the converted
-    class knows it would get one.
+    """The fields that stay.
+
+    A field that the source's class does not know has no meaning there; under a name that the converted class knows it
+    would get one.
     """
 
     def known_only_to(name: str) -> bool:

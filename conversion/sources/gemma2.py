@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import Gemma2ForCausalLM
 from transformers.models.gemma2.modeling_gemma2 import Gemma2DecoderLayer, Gemma2RotaryEmbedding
+from typing_extensions import override
 
 from ..layers import AttentionGeometry
 from .base import SourceModel
@@ -23,6 +24,7 @@ class Gemma2Source(SourceModel):
     mla_name = "Gemma2MLA"
     models = "Gemma 2"
 
+    @override
     def geometry(self, layer: int) -> AttentionGeometry:
         return replace(
             super().geometry(layer),
@@ -31,9 +33,11 @@ class Gemma2Source(SourceModel):
             output_is_normed=True,
         )
 
+    @override
     def embed(self, input_ids: Tensor) -> Tensor:
         return super().embed(input_ids) * torch.tensor(self.config.hidden_size**0.5)
 
+    @override
     def logits(self, products: Tensor) -> Tensor:
         cap = self.config.final_logit_softcapping
         return products if cap is None else torch.tanh(products / cap) * cap

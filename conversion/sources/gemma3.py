@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from transformers import Gemma3ForCausalLM
 from transformers.models.gemma3.modeling_gemma3 import Gemma3DecoderLayer, Gemma3RotaryEmbedding
+from typing_extensions import override
 
 from ..layers import AttentionGeometry
 from .gemma2 import Gemma2Source
@@ -23,6 +24,7 @@ class Gemma3Source(RotaryByLayerType, NormedSource, Gemma2Source):
     mla_name = "Gemma3MLA"
     models = "Gemma 3 1B, text models of the larger ones"
 
+    @override
     def geometry(self, layer: int) -> AttentionGeometry:
         # Its attention is not given attn_logit_softcapping.
         return replace(super().geometry(layer), softcap=None)

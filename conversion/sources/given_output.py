@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from typing_extensions import override
 
 
 class GivenOutput(nn.Module):
@@ -14,6 +15,6 @@ class GivenOutput(nn.Module):
         super().__init__()
         self._output = output
 
+    @override
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        """See the class."""
         return self._output, None

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from transformers import Glm4ForCausalLM
 from transformers.models.glm4.modeling_glm4 import Glm4DecoderLayer, Glm4RotaryEmbedding
+from typing_extensions import override
 
 from ..layers import AttentionGeometry
 from .base import SourceModel
@@ -23,5 +24,6 @@ class Glm4Source(SourceModel):
     interleaved = True
     rotates_partly = True
 
+    @override
     def geometry(self, layer: int) -> AttentionGeometry:
         return replace(super().geometry(layer), output_is_normed=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from transformers import GPTNeoXForCausalLM
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXLayer, GPTNeoXRotaryEmbedding
+from typing_extensions import override
 
 from .base import SourceModel
 
@@ -28,9 +29,11 @@ class GPTNeoXSource(SourceModel):
     rotates_partly = True
 
     @property
+    @override
     def head_dim(self) -> int:
         return self.config.hidden_size // self.config.num_attention_heads
 
+    @override
     def split_fused(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Head by head: its query, its key, its value."""
         query, key, value = rows.unflatten(0, (-1, 3, self.head_dim)).unbind(1)

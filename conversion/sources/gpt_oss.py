@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from transformers import GptOssForCausalLM
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssDecoderLayer, GptOssRotaryEmbedding
+from typing_extensions import override
 
 from ..layers import AttentionWeights
 from .base import SourceModel
@@ -26,11 +27,13 @@ class GptOssSource(SourceModel):
     mla_name = "GptOssMLA"
     models = "gpt-oss in bfloat16"
 
+    @override
     def attention(self, layer: int, dtype: torch.dtype | None = None) -> AttentionWeights:
         weights = super().attention(layer, dtype)
         sinks = self.tensors.tensor(f"{self.layer_prefix.format(layer=layer)}{self.attention_prefix}sinks")
         return replace(weights, sinks=sinks.to(weights.q.dtype))
 
+    @override
     def replaced(self, name: str) -> int | None:
-        """Sinks stay."""
+        """None for sinks too, which the converted attention has as well."""
         return None if name.endswith(".sinks") else super().replaced(name)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from torch import Tensor
 from transformers import GraniteForCausalLM
 from transformers.models.granite.modeling_granite import GraniteDecoderLayer, GraniteRotaryEmbedding
+from typing_extensions import override
 
 from ..layers import AttentionGeometry
 from .base import SourceModel
@@ -22,12 +23,15 @@ class GraniteSource(SourceModel):
     mla_name = "GraniteMLA"
     models = "Granite 3"
 
+    @override
     def geometry(self, layer: int) -> AttentionGeometry:
         scale, output_scale = self.config.attention_multiplier, self.config.residual_multiplier
         return replace(super().geometry(layer), softmax_scale=scale, output_scale=output_scale)
 
+    @override
     def embed(self, input_ids: Tensor) -> Tensor:
         return super().embed(input_ids) * self.config.embedding_multiplier
 
+    @override
     def logits(self, products: Tensor) -> Tensor:
         return products / self.config.logits_scaling

@@ -19,8 +19,10 @@ _CACHED_BY = ("attention_chunk_size", "kv_sharing_modes", "layer_types", "slidin
 
 
 def refuse_unfit(name: str, config: PreTrainedConfig, head_dim: int, kv_heads: int) -> None:
-    """Raises `SourceError` where the configuration of the checkpoint ``name`` means weights that are packed or no
-    floats, heads that are no attention's, attention that is not causal, or caches that are not its attention's.
+    """Raises `SourceError` where the configuration of the checkpoint ``name`` rules a conversion out.
+
+    Then weights are packed or no floats, heads are no attention's, attention is not causal, or caches are not its
+    attention's.
     """
     for field in ("quantization_config", "quantization"):
         said = getattr(config, field, None)
@@ -79,6 +81,7 @@ def account_for_all(name: str, reader: TensorReader, model: PreTrainedModel, fou
 
     Args:
         name: of the checkpoint, for the message.
+        reader: gives the tensors as the model holds them.
         model: on the meta device.
         found: the tensors of ``reader`` that the model shall read.
 

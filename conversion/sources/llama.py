@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+from typing_extensions import override
 
 from ..errors import SourceError
 from .base import SourceModel
@@ -19,6 +20,7 @@ class LlamaSource(SourceModel):
     mla_name = "LlamaMLA"
     models = "Llama 2 and 3, SmolLM2, TinyLlama, Yi"
 
+    @override
     def refuse_unsupported(self) -> None:
         super().refuse_unsupported()
         if self.config.pretraining_tp != 1:

@@ -9,9 +9,11 @@ from ..layers import AttentionGeometry
 
 
 def layer_mask(length: int, geometry: AttentionGeometry, additive: bool) -> Tensor | None:
-    """``[1, 1, S, S]``, for PyTorch's fused attention or for plain attention.
+    """The mask ``[1, 1, S, S]`` of a layer, for PyTorch's fused attention or for plain attention.
 
     Args:
+        length: S, tokens of a window.
+        geometry: of the layer; it says how far back a query sees.
         additive: float32, what plain attention adds to scores. Otherwise bool, True where a query sees a key, and None
             where causality alone decides, which the fused attention knows by itself.
     """

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
+from typing_extensions import override
 
 from ..layers import AttentionWeights, MLAWeights
 from .base import SourceModel
@@ -29,6 +30,7 @@ class NormedSource(SourceModel):
         """``[B, S, heads * d]`` through the family's norm; by default of every head."""
         return norm(projected.unflatten(-1, (-1, self.head_dim))).flatten(-2)
 
+    @override
     def attention_maps(self, layer: int, dtype: torch.dtype | None) -> AttentionWeights:
         """The maps behind the norms: selections, and the source's output projection."""
         if not self.has_norms:
@@ -48,6 +50,7 @@ class NormedSource(SourceModel):
             o_bias=self.tensors.tensor(bias).to(dtype) if bias in self.tensors.names else None,
         )
 
+    @override
     def attention_input(self, module: nn.Module, hidden_states: Tensor) -> Tensor:
         """``[B, S, D]`` to ``[B, S, (H + 2 n_kv) d]``: queries and keys after their norms, values."""
         states = super().attention_input(module, hidden_states)
@@ -58,10 +61,12 @@ class NormedSource(SourceModel):
         key = self.normed(attention.k_norm, attention.k_proj(states))
         return torch.cat((query, key, attention.v_proj(states)), dim=-1)
 
+    @override
     def replaced(self, name: str) -> int | None:
         """Only the output projection is: the others stay in front of the norms."""
         return super().replaced(name) if ".o_proj." in name or not self.has_norms else None
 
+    @override
     def mla_tensors(
         self, layer: int, weights: MLAWeights, config: PreTrainedConfig, dtype: torch.dtype
     ) -> dict[str, Tensor]:
@@ -79,6 +84,7 @@ class NormedSource(SourceModel):
             tensors.pop(prefix + name, None)
         return tensors
 
+    @override
     def family_fields(self) -> dict[str, Any]:
         """What is kept of the source's attention."""
         if not self.has_norms:

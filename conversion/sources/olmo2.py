@@ -7,6 +7,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 from transformers import Olmo2ForCausalLM
 from transformers.models.olmo2.modeling_olmo2 import Olmo2DecoderLayer, Olmo2RotaryEmbedding
+from typing_extensions import override
 
 from ..layers import AttentionGeometry
 from .normed import NormedSource
@@ -23,8 +24,10 @@ class Olmo2Source(NormedSource):
     models = "OLMo 2"
     input_norm = None
 
+    @override
     def geometry(self, layer: int) -> AttentionGeometry:
         return replace(super().geometry(layer), output_is_normed=True)
 
+    @override
     def normed(self, norm: nn.Module, projected: Tensor) -> Tensor:
         return norm(projected)

@@ -42,6 +42,7 @@ class StoredModel:
 
     @property
     def num_layers(self) -> int:
+        """How many decoder layers there are."""
         return self.config.num_hidden_layers
 
     @property

@@ -52,8 +52,7 @@ def latent_targets(
 def latent_spectrum(targets: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues, descending, and eigenvectors of ``T Sigma T^T``: the loss of cutting at r is their tail sum.
 
-    Args:
-        moment: `centred` where constants cost nothing.
+    ``targets [m, D+1]`` are those of `latent_targets`; ``moment [D+1, D+1]`` is `centred` where constants cost nothing.
     """
     covariance = targets @ moment @ targets.mT
     eigenvalues, vectors = torch.linalg.eigh((covariance + covariance.mT) / 2)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from ...errors import BudgetError
 from ...forward.heads import augmented_rows, constants_cancel, repeat_groups
@@ -108,21 +109,24 @@ def _residual_power(statistics: dict[str, Tensor]) -> Tensor:
 
 
 class AttentionAwareMethod(Method):
-    """See the module."""
+    """The closed-form recipe of this module, which reads text and trains nothing."""
 
     name = "attention_aware"
     source = "this project"
     needs_calibration = True
     allocates = True
 
+    @override
     def smallest(self, geometry: AttentionGeometry) -> LayerBudget:
         return LayerBudget(kv_lora_rank=SMALLEST_RANK, qk_rope_head_dim=2 if geometry.rotary_dim else 0)
 
+    @override
     def largest(self, geometry: AttentionGeometry) -> LayerBudget:
         """Beyond it nothing is lost that more rank could keep: every pair rotated, keys and values at full rank."""
         rotary = geometry.num_kv_heads * geometry.rotary_dim
         return LayerBudget(kv_lora_rank=geometry.cache_elements - rotary, qk_rope_head_dim=rotary)
 
+    @override
     def split(self, geometry: AttentionGeometry, cache_elements: int) -> LayerBudget:
         """Half of the rotary channels' share of the source's cache; all of it at the full size, two thirds at 1/8.
 
@@ -141,9 +145,11 @@ class AttentionAwareMethod(Method):
         rotary = min(rotary, (cache_elements - smallest.kv_lora_rank) // 2 * 2)
         return LayerBudget(kv_lora_rank=cache_elements - rotary, qk_rope_head_dim=rotary)
 
+    @override
     def statistics(self, geometry: AttentionGeometry, weights: AttentionWeights, seed: int) -> AttentionStatistics:
         return AttentionStatistics(geometry, weights, seed)
 
+    @override
     def allocate(
         self,
         geometries: Sequence[AttentionGeometry],
@@ -172,6 +178,7 @@ class AttentionAwareMethod(Method):
         ranks = allocate_ranks(gains, total, smallest, largest)
         return [LayerBudget(rank, budget.qk_rope_head_dim) for rank, budget in zip(ranks, budgets, strict=True)]
 
+    @override
     def factorise(
         self,
         geometry: AttentionGeometry,
@@ -179,7 +186,6 @@ class AttentionAwareMethod(Method):
         statistics: dict[str, Tensor] | None,
         budget: LayerBudget,
     ) -> MLAWeights:
-        """See `Method.factorise`."""
         assert statistics is not None, "the attention-aware method needs statistics"
         measured = _Measured.of(geometry, weights, statistics)
         rotary = self._rotary_key(geometry, measured, budget)
@@ -187,6 +193,7 @@ class AttentionAwareMethod(Method):
         latent = joint_latent(targets, plain_units, measured.coded_moment, budget.kv_lora_rank)
         return _assemble(geometry, weights, measured, rotary, latent)
 
+    @override
     def refit(self, geometry: AttentionGeometry, weights: AttentionWeights, converted: MLAWeights) -> LayerRefit:
         return ValueRidge(geometry, weights, converted)
 

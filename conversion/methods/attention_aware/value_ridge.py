@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from ...forward.attention import converted_contexts, source_output
 from ...layers import AttentionGeometry, AttentionWeights, MLAWeights
@@ -41,8 +42,8 @@ class ValueRidge(LayerRefit):
         features, hidden = converted.o_proj.shape[1], geometry.hidden_size
         self.moment = torch.zeros(features + 1, features + 1 + hidden, dtype=torch.float64)
 
+    @override
     def update(self, source: LayerInputs, converted: LayerInputs) -> Tensor:
-        """See `LayerRefit.update`."""
         output = source_output(self.geometry, self.source, source.attention_input)
         contexts = converted_contexts(self.geometry, self.converted, converted.attention_input)
         features = torch.cat((contexts, contexts.new_ones(len(contexts), 1)), dim=1)
@@ -56,8 +57,8 @@ class ValueRidge(LayerRefit):
         self.moment += (features * row_weight).T @ torch.cat((features, target), dim=1)
         return contexts
 
+    @override
     def weights(self) -> MLAWeights:
-        """See `LayerRefit.weights`."""
         size = self.moment.shape[0]
         if not self.moment[-1, size - 1]:
             return self.converted

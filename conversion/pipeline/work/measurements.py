@@ -49,7 +49,7 @@ class Measurements(HiddenStates, ABC):
         write_tensors(self._text, {"windows": windows})
 
     def read_text(self) -> Tensor:
-        """See `write_text`. Raises `JournalError` where the file is missing or damaged."""
+        """The text ``[N, S]`` that `write_text` kept. Raises `JournalError` where the file is missing or damaged."""
         return self._load(self._text)["windows"]
 
     def write_statistics(self, layer: int, tensors: dict[str, Tensor]) -> None:
