@@ -9,7 +9,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from modeling_mla import LatentCache, StaticLatentCache, chunked_mla, routes_mla
 from modeling_mla.cache_coded_mla import CodedIndexedLatentLayer, CodedLatentLayer, CodedSlidingLatentLayer
 from modeling_mla.cache_layers_mla import LatentLayer
-from modeling_mla.coded_states_mla import LatentCodec
+from modeling_mla.coded_states_mla import Codec, CodedStates, LatentCodec
 from modeling_mla.latent_code_mla import LatentCode, PartCode, uniform_code
 from modeling_mla.transformers_seams_mla import cache_argument, cache_of
 
@@ -209,6 +209,27 @@ def test_a_long_context_is_decoded_in_pieces(monkeypatch):
             torch.cat([model(part, **cache_argument(cache)).logits for part in ids.split([70, 20], dim=1)], 1)
         )
     assert_close(*logits)
+
+
+@pytest.mark.one_route
+@torch.no_grad()
+def test_a_step_never_holds_a_decoded_cache(monkeypatch):
+    model = tiny_model(max_position_embeddings=4096)
+    cache = LatentCache(model.config, latent_bits=4)
+    model(random_ids(2, 3000), **cache_argument(cache))
+    tokens: list[int] = []
+    tile = Codec.tile
+
+    def noting(codec, rows, dtype):
+        tokens.append(rows.shape[-2])
+        return tile(codec, rows, dtype)
+
+    monkeypatch.setattr(Codec, "tile", noting)
+    monkeypatch.setattr(CodedStates, "decode", lambda states: pytest.fail("the whole cache is decoded"))
+    model(random_ids(2, 1), **cache_argument(cache))
+    layers, sequences, parts = 2, 2, 2
+    assert sum(tokens) == layers * sequences * parts * (3001 - 4)
+    assert max(tokens) == 1024
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
