@@ -30,9 +30,9 @@ def identity_norm_weight(size: int, dtype: torch.dtype, device: torch.device | s
     return torch.full((size,), IDENTITY_NORM_WEIGHT, dtype=dtype, device=device)
 
 
-def mla_tp_plan(body_plan: dict[str, str]) -> dict[str, str]:
-    """A body's tensor-parallel plan with its attention replaced: heads are split, all else is replicated."""
-    plan = {name: style for name, style in body_plan.items() if ".self_attn." not in name}
+def mla_tp_plan(body_plan: dict[str, str] | None) -> dict[str, str]:
+    """A body's tensor-parallel plan, if it has one, with its attention replaced: heads are split, latents are not."""
+    plan = {name: style for name, style in (body_plan or {}).items() if ".self_attn." not in name}
     return plan | {
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.q_b_proj": "colwise",
