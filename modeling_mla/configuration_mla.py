@@ -32,12 +32,12 @@ def identity_norm_weight(size: int, dtype: torch.dtype, device: torch.device | s
     return torch.full((size,), IDENTITY_NORM_WEIGHT, dtype=dtype, device=device)
 
 
-def mla_tp_plan(body_plan: dict[str, str], attention: str = "self_attn") -> dict[str, str]:
-    """A body's tensor-parallel plan with its attention replaced: heads are split, all else is replicated.
+def mla_tp_plan(body_plan: dict[str, str] | None, attention: str = "self_attn") -> dict[str, str]:
+    """A body's tensor-parallel plan, if it has one, with its attention replaced: heads are split, latents are not.
 
     ``body_plan`` gives styles by module, ``layers.*`` for every layer; ``attention`` is what the body calls its own.
     """
-    plan = {name: style for name, style in body_plan.items() if f".{attention}." not in name}
+    plan = {name: style for name, style in (body_plan or {}).items() if f".{attention}." not in name}
     return plan | {
         f"layers.*.{attention}.q_proj": "colwise",
         f"layers.*.{attention}.q_b_proj": "colwise",

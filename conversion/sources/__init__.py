@@ -6,6 +6,8 @@ fields of the converted model. A new family is one file and one entry in `SOURCE
 
 from __future__ import annotations
 
+from difflib import get_close_matches
+
 from transformers import PreTrainedConfig
 
 from ..checkpoint.location import Location, locate
@@ -87,9 +89,15 @@ def source_of(location: Location, config: PreTrainedConfig) -> SourceModel:
             f"{location.model} is of family {config.model_type!r}: it caches one key/value head that all heads share, "
             "compressed over tokens, which latents would not make smaller; use it as it is."
         )
+    if text.model_type in SOURCES:
+        raise SourceError(
+            f"{location.model} is of family {config.model_type!r}, of which only the language model "
+            f"({text.model_type!r}) can be converted; save that by itself and give it."
+        )
+    relative = get_close_matches(config.model_type, SOURCES, n=1)
     raise SourceError(
         f"{location.model} is of family {config.model_type!r}, which cannot be converted; "
-        f"supported are {', '.join(sorted(SOURCES))}."
+        f"supported are {', '.join(sorted(SOURCES))}{f' (nearest by name: {relative[0]})' if relative else ''}."
     )
 
 

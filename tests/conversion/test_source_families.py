@@ -114,8 +114,10 @@ def test_calibration_runs_the_sources_own_layers(family: str, tmp_path: Path) ->
         for layer in range(source.num_layers):
             states = source.run_layer(layer, source.decoder_layer(layer), states)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        expected = model(ids, output_hidden_states=True).hidden_states[-1]
-        torch.testing.assert_close(source.final_norm_module()(states), expected, rtol=1e-4, atol=1e-4)
+        expected = model(ids, output_hidden_states=True)
+        found = source.final_norm_module()(states)
+        torch.testing.assert_close(found, expected.hidden_states[-1], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(source.predictor()(states), expected.logits, rtol=1e-4, atol=1e-4)
 
 
 def test_norms_keep_their_projections_bit_for_bit(tmp_path: Path) -> None:
@@ -181,3 +183,12 @@ def test_mxfp4_is_refused_by_name(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": packed}))
     with pytest.raises(SourceError, match=r"quantised by mxfp4, which cannot be converted; give the checkpoint in bfl"):
         open_source(str(folder))
+
+
+def test_unknown_families_are_refused_by_name_and_their_relatives_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "cohere2", "architectures": ["x"]}))
+    with pytest.raises(SourceError, match=r"'cohere2', which cannot be converted; .*nearest by name: cohere\)"):
+        open_source(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": {}, "vision_config": {}}))
+    with pytest.raises(SourceError, match=r"'gemma3', of which only the language model \('gemma3_text'\)"):
+        open_source(str(tmp_path))
