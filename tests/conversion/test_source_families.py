@@ -153,3 +153,18 @@ def test_a_missing_expert_is_named(missing: str, said: str, tmp_path: Path) -> N
     save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(SourceError, match=said):
         _ = open_source(str(folder)).tensors
+
+
+@pytest.mark.parametrize("method", ["mha2mla", "transmla"])
+def test_every_method_converts_layers_that_do_not_rotate(method: str, tmp_path: Path) -> None:
+    source, text = save_family(tmp_path / "source", "smollm3"), write_text(tmp_path / "text.txt")
+    output = convert(source, tmp_path / "out", method=method, cache="60%", calibration=str(text), tokens=256).output
+    config = load(output).config
+    assert [config.layer_qk_rope_head_dim(layer) > 0 for layer in range(3)] == [True, False, True]
+
+
+def test_a_pinned_rotary_width_is_for_layers_that_rotate(tmp_path: Path) -> None:
+    source, text = save_family(tmp_path / "source", "smollm3"), write_text(tmp_path / "text.txt")
+    pinned = {"kv_lora_rank": 24, "qk_rope_head_dim": 8, "calibration": str(text), "tokens": 256}
+    config = load(convert(source, tmp_path / "out", **pinned).output).config
+    assert config.qk_rope_head_dims == [8, 0, 8]
