@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -168,3 +169,10 @@ def test_a_pinned_rotary_width_is_for_layers_that_rotate(tmp_path: Path) -> None
     pinned = {"kv_lora_rank": 24, "qk_rope_head_dim": 8, "calibration": str(text), "tokens": 256}
     config = load(convert(source, tmp_path / "out", **pinned).output).config
     assert config.qk_rope_head_dims == [8, 0, 8]
+
+
+def test_a_gguf_of_experts_is_refused(tmp_path: Path) -> None:
+    source = open_source(str(save_family(tmp_path / "source", "mixtral")))
+    source.location = replace(source.location, gguf_file="mixtral.gguf")
+    with pytest.raises(SourceError, match="is a GGUF of a model with experts"):
+        _ = source.tensors
