@@ -126,6 +126,9 @@ def _budgets(recipe: Recipe, method: Method, geometries: list[AttentionGeometry]
             _budget(recipe, method, geometry, elements, cache)
             for geometry, elements in zip(geometries, cache_elements(cache, geometries, itemsize), strict=True)
         ]
+    # A width that the user names is for the layers that rotate.
+    layers = zip(geometries, budgets, strict=True)
+    budgets = [budget if geometry.rotary_dim else LayerBudget(budget.kv_lora_rank, 0) for geometry, budget in layers]
     for layer, (geometry, budget) in enumerate(zip(geometries, budgets, strict=True)):
         _check(method, geometry, budget, layer)
     return budgets

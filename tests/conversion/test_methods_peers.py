@@ -260,3 +260,14 @@ def test_mha2mla_refuses_biases_that_a_softcap_or_sinks_make_visible(options: di
     geometry, weights = naive.random_layer(biases=True, **options)
     with pytest.raises(SourceError, match="biases beside a softcap or sinks"):
         MHA2MLA.statistics(geometry, weights, seed=0)
+
+
+@pytest.mark.parametrize("method", [TRANSMLA, MHA2MLA])
+def test_a_layer_without_rotation_loses_nothing_at_full_rank(method: Method) -> None:
+    geometry, weights = naive.random_layer(rotary_dim=0, biases=True)
+    budget = method.split(geometry, geometry.cache_elements)
+    assert budget.qk_rope_head_dim == 0
+    converted = factorised(method, geometry, weights, budget)
+    inputs = torch.randn(7, geometry.hidden_size, dtype=torch.float64)
+    expected = naive.source_output(geometry, weights, inputs)
+    torch.testing.assert_close(naive.converted_output(geometry, converted, inputs), expected)

@@ -1,5 +1,8 @@
 """The last pass of a conversion: what a refit sees behind the layers that are converted already."""
 
+from dataclasses import replace
+
+import naive_attention as naive
 import pytest
 import torch
 from tiny_families import FAMILIES, save_family
@@ -7,8 +10,11 @@ from tiny_source import LAYERS, byte_tokenizer, convert, write_text
 from transformers import AutoModelForCausalLM
 
 from conversion.forward.hidden_states import HiddenStates
+from conversion.layers import MLAWeights
+from conversion.methods import get_method
 from conversion.methods.attention_aware.method import AttentionAwareMethod
 from conversion.methods.attention_aware.value_ridge import ValueRidge
+from conversion.methods.base import LayerInputs
 from conversion.pipeline.refit import refitted_windows
 from conversion.planning.text_use import window_length
 from conversion.sources import open_source
@@ -55,3 +61,29 @@ def test_it_reads_the_converted_model_beside_the_source(family, tmp_path, monkey
                 torch.testing.assert_close(inputs.residual, states[layer][index], rtol=1e-3, atol=1e-4)
         assert (pairs[0][0].residual - pairs[0][1].residual).abs().max().item() > 1e-3 or layer == 0
     assert {layer for name, layer in kept if name == "converted"} == set(range(1, LAYERS))
+
+
+def refitted(output_scale: float = 1.0, *, normed: bool = False, gain: float = 1.0, shift: float = 0.0) -> MLAWeights:
+    """A layer whose output is multiplied by ``gain``, behind layers that have moved the stream by ``shift``."""
+    geometry, weights = naive.random_layer()
+    geometry = replace(geometry, output_scale=output_scale, output_is_normed=normed)
+    weights = replace(weights, o=gain * weights.o)
+    draw = torch.Generator().manual_seed(4)
+    stream, moved, inputs = torch.randn(3, 40, geometry.hidden_size, generator=draw, dtype=torch.float64)
+    converted = get_method("exact").factorise(geometry, weights, None, get_method("exact").smallest(geometry))
+    ridge = ValueRidge(geometry, weights, converted)
+    ridge.update(LayerInputs(inputs, stream), LayerInputs(inputs, stream + shift * moved))
+    return ridge.weights()
+
+
+def test_a_scaled_output_is_refitted_as_the_stream_sees_it() -> None:
+    """Scaled behind the projection, or in it: the stream is the same."""
+    behind, within = refitted(output_scale=0.3, shift=0.5), refitted(gain=0.3, shift=0.5)
+    torch.testing.assert_close(0.3 * behind.o_proj, within.o_proj)
+    torch.testing.assert_close(0.3 * behind.o_proj_bias, within.o_proj_bias)
+
+
+def test_a_normalised_output_is_refitted_on_itself() -> None:
+    """What is added to the stream says nothing of the size of an output that is normalised first."""
+    assert torch.equal(refitted(normed=True, shift=0.5).o_proj, refitted(normed=True).o_proj)
+    assert not torch.allclose(refitted(shift=0.5).o_proj, refitted().o_proj)

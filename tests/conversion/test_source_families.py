@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -192,3 +193,25 @@ def test_unknown_families_are_refused_by_name_and_their_relatives_named(tmp_path
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": {}, "vision_config": {}}))
     with pytest.raises(SourceError, match=r"'gemma3', of which only the language model \('gemma3_text'\)"):
         open_source(str(tmp_path))
+
+
+@pytest.mark.parametrize("method", ["mha2mla", "transmla"])
+def test_every_method_converts_layers_that_do_not_rotate(method: str, tmp_path: Path) -> None:
+    source, text = save_family(tmp_path / "source", "smollm3"), write_text(tmp_path / "text.txt")
+    output = convert(source, tmp_path / "out", method=method, cache="60%", calibration=str(text), tokens=256).output
+    config = load(output).config
+    assert [config.layer_qk_rope_head_dim(layer) > 0 for layer in range(3)] == [True, False, True]
+
+
+def test_a_pinned_rotary_width_is_for_layers_that_rotate(tmp_path: Path) -> None:
+    source, text = save_family(tmp_path / "source", "smollm3"), write_text(tmp_path / "text.txt")
+    pinned = {"kv_lora_rank": 24, "qk_rope_head_dim": 8, "calibration": str(text), "tokens": 256}
+    config = load(convert(source, tmp_path / "out", **pinned).output).config
+    assert config.qk_rope_head_dims == [8, 0, 8]
+
+
+def test_a_gguf_of_experts_is_refused(tmp_path: Path) -> None:
+    source = open_source(str(save_family(tmp_path / "source", "mixtral")))
+    source.location = replace(source.location, gguf_file="mixtral.gguf")
+    with pytest.raises(SourceError, match="is a GGUF of a model with experts"):
+        _ = source.tensors
