@@ -21,7 +21,8 @@ class AttentionGeometry:
     multiplies scores. ``sliding_window`` counts visible keys, the current token included; None is full attention.
     ``softcap`` bounds scores: ``softcap * tanh(score / softcap)``. ``output_is_normed`` says that the attention output
     is normalised before it is added to the residual stream; ``output_scale`` multiplies it there. ``long_inv_freq``
-    takes the place of ``inv_freq`` beyond the original context, which no calibration text is.
+    takes the place of ``inv_freq`` beyond the original context, which no calibration text is. ``behind_norms`` says
+    that the source normalises queries and keys, and its maps stand behind that: see `AttentionWeights`.
     """
 
     hidden_size: int
@@ -34,6 +35,7 @@ class AttentionGeometry:
     sliding_window: int | None = None
     softcap: float | None = None
     output_is_normed: bool = False
+    behind_norms: bool = False
     output_scale: float = 1.0
     long_inv_freq: Tensor | None = None
 
@@ -43,7 +45,7 @@ class AttentionGeometry:
         return 2 * int(self.inv_freq.numel())
 
     @property
-    def num_groups(self) -> int:
+    def num_key_value_groups(self) -> int:
         """Query heads that share one key/value head."""
         return self.num_heads // self.num_kv_heads
 
@@ -61,8 +63,9 @@ class AttentionWeights:
     ``sinks [H]`` are one logit a head that takes its share of the softmax and has no value.
 
     They are linear maps of the *attention input*, what the source adapter's ``attention_input`` gives. Where a source
-    does something else first (Qwen3 normalises queries and keys), that has been done there, and ``q`` may read other
-    columns than ``k`` and ``v``: see `query_input` and `encoder_input`.
+    normalises queries and keys, that has been done there: its attention input is queries, keys and values themselves,
+    side by side. Then ``q [H*d, d]`` maps every head's own query, and ``k`` and ``v`` ``[n_kv*d, 2*n_kv*d]`` select
+    from the rest (`encoder_input`).
     """
 
     q: Tensor
@@ -74,11 +77,6 @@ class AttentionWeights:
     v_bias: Tensor | None = None
     o_bias: Tensor | None = None
     sinks: Tensor | None = None
-
-
-def query_input(inputs: Tensor, query_map: Tensor) -> Tensor:
-    """The columns of the attention input ``[..., n]`` that a query map ``[out, D_q]`` reads: the first ``D_q``."""
-    return inputs[..., : query_map.shape[1]]
 
 
 def encoder_input(inputs: Tensor, encoder_map: Tensor) -> Tensor:
@@ -105,7 +103,7 @@ class MLAWeights:
 
     ``q_proj [H*(d_n+d_r), D]`` (per head: un-rotated part, then rotated part), ``kv_a_proj_with_mqa [r+d_r, D]``
     (latent, then shared rotary key), ``kv_b_proj [H*(d_n+d_v), r]`` (per head: key, then value), ``o_proj [D, H*d_v]``.
-    The first two read those columns of the attention input which the source's maps read. ``inv_freq`` has ``d_r / 2``
+    The first two read what the source's maps read, each head's own query behind norms. ``inv_freq`` has ``d_r / 2``
     entries; pair ``f`` of the rotary part is channels ``(f, f + d_r/2)``. ``sinks`` are the source's.
     """
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..layers import AttentionGeometry, AttentionWeights, MLAWeights, encoder_input, query_input
+from ..layers import AttentionGeometry, AttentionWeights, MLAWeights, encoder_input
 
 _ROWS = 128
 """Of a window, whose scores are formed at a time."""
@@ -78,15 +78,37 @@ class SourceHeads:
 def source_heads(geometry: AttentionGeometry, weights: AttentionWeights, inputs: Tensor, rows: Tensor) -> SourceHeads:
     """Projects the attention input ``inputs [S, D]`` of one window; ``rows [n]`` are the query positions."""
 
-    def heads(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return torch.nn.functional.linear(states, weight, bias).unflatten(-1, (-1, geometry.head_dim)).transpose(0, 1)
+    def heads(weight: Tensor, bias: Tensor | None) -> Tensor:
+        read = encoder_input(inputs, weight)
+        if geometry.behind_norms:
+            states = read[:, weight.argmax(dim=1)]
+        else:
+            states = torch.nn.functional.linear(read, weight, bias)
+        return states.unflatten(-1, (-1, geometry.head_dim)).transpose(0, 1)
 
     return SourceHeads(
-        queries=heads(query_input(inputs[rows], weights.q), weights.q, weights.q_bias),
-        keys=heads(encoder_input(inputs, weights.k), weights.k, weights.k_bias),
-        values=heads(encoder_input(inputs, weights.v), weights.v, weights.v_bias),
+        queries=project_queries(geometry, inputs[rows], weights.q, weights.q_bias),
+        keys=heads(weights.k, weights.k_bias),
+        values=heads(weights.v, weights.v_bias),
         sinks=weights.sinks,
     )
+
+
+def project_queries(geometry: AttentionGeometry, inputs: Tensor, query_map: Tensor, bias: Tensor | None) -> Tensor:
+    """Queries ``[H, S, m]`` of a source or converted layer from its attention input ``[S, D]``.
+
+    Args:
+        geometry: of the source layer.
+        inputs: the attention input of one window.
+        query_map: ``[H*m, D]``, or behind norms ``[H*m, d]``, of every head's own query.
+        bias: ``[H*m]``; there is none behind norms.
+    """
+    if not geometry.behind_norms:
+        return (
+            torch.nn.functional.linear(inputs, query_map, bias).unflatten(-1, (geometry.num_heads, -1)).transpose(0, 1)
+        )
+    own = inputs[:, : geometry.num_heads * geometry.head_dim].unflatten(-1, (geometry.num_heads, -1)).transpose(0, 1)
+    return own @ query_map.unflatten(0, (geometry.num_heads, -1)).mT
 
 
 def source_scores(geometry: AttentionGeometry, heads: SourceHeads, rows: Tensor) -> Tensor:
@@ -94,7 +116,7 @@ def source_scores(geometry: AttentionGeometry, heads: SourceHeads, rows: Tensor)
     rotation = Rotation.of(geometry.inv_freq, heads.keys.shape[1], geometry.attention_factor)
     queries, keys = rotation.apply(heads.queries, rows), rotation.apply(heads.keys)
     grouped = (queries * geometry.softmax_scale).unflatten(0, (geometry.num_kv_heads, -1)).flatten(1, 2)
-    return (grouped @ keys.mT).unflatten(1, (geometry.num_groups, -1)).flatten(0, 1)
+    return (grouped @ keys.mT).unflatten(1, (geometry.num_key_value_groups, -1)).flatten(0, 1)
 
 
 def attention_of(geometry: AttentionGeometry, scores: Tensor, rows: Tensor, sinks: Tensor | None = None) -> Tensor:
@@ -110,7 +132,7 @@ def source_attention(geometry: AttentionGeometry, heads: SourceHeads, rows: Tens
 def attended(geometry: AttentionGeometry, attention: Tensor, values: Tensor) -> Tensor:
     """Contexts ``[H, n, d]``: what the heads gather from their group's ``values [n_kv, S, d]``."""
     grouped = attention.unflatten(0, (geometry.num_kv_heads, -1)).flatten(1, 2)
-    return (grouped @ values).unflatten(1, (geometry.num_groups, -1)).flatten(0, 1)
+    return (grouped @ values).unflatten(1, (geometry.num_key_value_groups, -1)).flatten(0, 1)
 
 
 def window_attention(
@@ -153,7 +175,8 @@ def source_output(geometry: AttentionGeometry, weights: AttentionWeights, inputs
     heads = source_heads(geometry, weights, inputs, torch.arange(inputs.shape[0]))
     rotation = Rotation.of(geometry.inv_freq, inputs.shape[0], geometry.attention_factor)
     keys, values = (
-        states.repeat_interleave(geometry.num_groups, dim=0) for states in (rotation.apply(heads.keys), heads.values)
+        states.repeat_interleave(geometry.num_key_value_groups, dim=0)
+        for states in (rotation.apply(heads.keys), heads.values)
     )
     contexts = window_attention(geometry, rotation.apply(heads.queries), keys, values, heads.sinks)
     return torch.nn.functional.linear(contexts, weights.o, weights.o_bias)
@@ -163,9 +186,8 @@ def converted_contexts(geometry: AttentionGeometry, weights: MLAWeights, inputs:
     """Per-head contexts of the converted layer, side by side: what its ``o_proj`` reads, ``[S, H*d_v]``."""
     nope, v_dim, pairs = weights.qk_nope_head_dim, weights.v_head_dim, weights.inv_freq.numel()
     heads, length = geometry.num_heads, inputs.shape[0]
-    read = query_input(inputs, weights.q_proj)
-    query = torch.nn.functional.linear(read, weights.q_proj, weights.q_proj_bias)
-    q_nope, q_rope = query.unflatten(-1, (heads, -1)).transpose(0, 1).split((nope, 2 * pairs), dim=-1)
+    query = project_queries(geometry, inputs, weights.q_proj, weights.q_proj_bias)
+    q_nope, q_rope = query.split((nope, 2 * pairs), dim=-1)
     read = encoder_input(inputs, weights.kv_a_proj_with_mqa)
     cached = torch.nn.functional.linear(read, weights.kv_a_proj_with_mqa, weights.kv_a_proj_with_mqa_bias)
     latent, key_rope = cached.split((cached.shape[-1] - 2 * pairs, 2 * pairs), dim=-1)

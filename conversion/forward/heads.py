@@ -11,7 +11,7 @@ from ..layers import AttentionGeometry, AttentionWeights
 def repeat_groups(geometry: AttentionGeometry, rows: Tensor) -> Tensor:
     """From one block of ``d`` rows for each kv head, ``[n_kv*d, ...]``, to one for each query head, ``[H*d, ...]``."""
     blocks = rows.unflatten(0, (geometry.num_kv_heads, geometry.head_dim))
-    return blocks.repeat_interleave(geometry.num_groups, dim=0).flatten(0, 1)
+    return blocks.repeat_interleave(geometry.num_key_value_groups, dim=0).flatten(0, 1)
 
 
 def constants_cancel(geometry: AttentionGeometry, weights: AttentionWeights) -> bool:

@@ -103,10 +103,10 @@ def output_sensitivity(geometry: AttentionGeometry, output: Tensor, heads: Sourc
     sees it: the slope of a softcap is a factor besides.
     """
     gram = output_gram(geometry, output).to(attention.dtype)
-    grouped = attention.unflatten(0, (geometry.num_kv_heads, geometry.num_groups))
+    grouped = attention.unflatten(0, (geometry.num_kv_heads, geometry.num_key_value_groups))
     values = heads.values[:, None]
     context = attended(geometry, attention, heads.values).unflatten(0, grouped.shape[:2])
-    gram = gram.unflatten(0, (geometry.num_kv_heads, geometry.num_groups))
+    gram = gram.unflatten(0, (geometry.num_kv_heads, geometry.num_key_value_groups))
     measured = values @ gram
     value_norm = (measured * values).sum(-1)
     context_norm = ((context @ gram) * context).sum(-1)

@@ -88,7 +88,7 @@ def _spread_queries(geometry: AttentionGeometry, q: Tensor) -> Tensor:
         ``[H*(d - d_rot + n_kv*d_rot), n]``: per head the un-rotated rows, then the real and the imaginary halves of
         all groups' pairs, zero but for its own group.
     """
-    kv, groups, half = geometry.num_kv_heads, geometry.num_groups, geometry.rotary_dim // 2
+    kv, groups, half = geometry.num_kv_heads, geometry.num_key_value_groups, geometry.rotary_dim // 2
     q = q.view(kv, groups, geometry.head_dim, -1)
     spread = q.new_zeros(kv, groups, 2, kv, half, q.shape[-1])
     for group in range(kv):
@@ -99,7 +99,7 @@ def _spread_queries(geometry: AttentionGeometry, q: Tensor) -> Tensor:
 
 def _select_groups(geometry: AttentionGeometry, like: Tensor) -> Tensor:
     """``kv_b_proj [H*(passive + d), n_kv*(passive + d)]`` of ones and zeros: the group's share of the latent."""
-    kv, groups, d = geometry.num_kv_heads, geometry.num_groups, geometry.head_dim
+    kv, groups, d = geometry.num_kv_heads, geometry.num_key_value_groups, geometry.head_dim
     passive = d - geometry.rotary_dim
     select = like.new_zeros(kv, groups, passive + d, kv * (passive + d))
     for group in range(kv):

@@ -94,7 +94,7 @@ class MHA2MLAMethod(Method):
 
     @override
     def statistics(self, geometry: AttentionGeometry, weights: AttentionWeights, seed: int) -> PairNorms:
-        if len(weights.k.nonzero()) == len(weights.k):
+        if geometry.behind_norms:
             # What lies behind key norms is a selection, of which no singular value decomposition says anything.
             raise SourceError(
                 f"method {self.name} does not convert models that normalise queries and keys; choose another method."
@@ -117,7 +117,7 @@ class MHA2MLAMethod(Method):
         budget: LayerBudget,
     ) -> MLAWeights:
         assert statistics is not None, "MHA2MLA needs the norms of rotary pairs"
-        kv, groups, d = geometry.num_kv_heads, geometry.num_groups, geometry.head_dim
+        kv, groups, d = geometry.num_kv_heads, geometry.num_key_value_groups, geometry.head_dim
         query = augmented_rows(weights.q, weights.q_bias, d)
         key = augmented_rows(weights.k, weights.k_bias, d)
         value = augmented_rows(weights.v, None, d)

@@ -125,7 +125,7 @@ def _factorise(
     budget: LayerBudget,
 ) -> MLAWeights:
     """Both steps, each with the moment ``[D+1, D+1]`` of the activations that it reads."""
-    pairs, groups, d = geometry.rotary_dim // 2, geometry.num_groups, geometry.head_dim
+    pairs, groups, d = geometry.rotary_dim // 2, geometry.num_key_value_groups, geometry.head_dim
     query, key, value = (
         augmented_rows(weight, bias, d)
         for weight, bias in (

@@ -7,6 +7,7 @@ select.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from typing_extensions import override
 
-from ..layers import AttentionWeights, MLAWeights
+from ..layers import AttentionGeometry, AttentionWeights, MLAWeights
 from .base import SourceModel
 
 
@@ -25,6 +26,10 @@ class NormedSource(SourceModel):
     def has_norms(self) -> bool:
         """False where the configuration leaves them out."""
         return True
+
+    @override
+    def geometry(self, layer: int) -> AttentionGeometry:
+        return replace(super().geometry(layer), behind_norms=self.has_norms)
 
     def normed(self, norm: nn.Module, projected: Tensor) -> Tensor:
         """``[B, S, heads * d]`` through the family's norm; by default of every head."""
@@ -38,12 +43,11 @@ class NormedSource(SourceModel):
         prefix = self.layer_prefix.format(layer=layer) + self.attention_prefix
         output = self.tensors.tensor(f"{prefix}o_proj.weight")
         dtype = dtype or torch.promote_types(output.dtype, torch.float32)
-        queries = self.config.num_attention_heads * self.head_dim
         keys = self.config.num_key_value_heads * self.head_dim
         bias = f"{prefix}o_proj.bias"
         select = torch.eye(2 * keys, dtype=dtype)
         return AttentionWeights(
-            q=torch.eye(queries, dtype=dtype),
+            q=torch.eye(self.head_dim, dtype=dtype).repeat(self.config.num_attention_heads, 1),
             k=select[:keys],
             v=select[keys:],
             o=output.to(dtype),
@@ -75,11 +79,8 @@ class NormedSource(SourceModel):
         if not self.has_norms:
             return tensors
         prefix = self.layer_prefix.format(layer=layer) + self.attention_prefix
-        heads = self.config.num_attention_heads
-        # The heads' maps are the blocks on the diagonal; a head's query depends on no other's.
-        blocks = tensors.pop(f"{prefix}q_proj.weight").unflatten(0, (heads, -1)).unflatten(-1, (heads, -1))
-        own = torch.arange(heads)
-        tensors[f"{prefix}q_head_proj.weight"] = blocks[own, :, own]
+        by_head = tensors.pop(f"{prefix}q_proj.weight").unflatten(0, (self.config.num_attention_heads, -1))
+        tensors[f"{prefix}q_head_proj.weight"] = by_head.contiguous()
         for name in ("q_proj.bias", "kv_a_proj_with_mqa.bias"):
             tensors.pop(prefix + name, None)
         return tensors

@@ -51,7 +51,7 @@ def random_layer(
 
 def source_output(geometry: AttentionGeometry, weights: AttentionWeights, inputs: Tensor) -> Tensor:
     """``[S, D] -> [S, D]`` of a source layer."""
-    d, half, groups = geometry.head_dim, geometry.rotary_dim // 2, geometry.num_groups
+    d, half, groups = geometry.head_dim, geometry.rotary_dim // 2, geometry.num_key_value_groups
     q = _linear(inputs, weights.q, weights.q_bias).view(len(inputs), -1, d)
     k = _linear(inputs, weights.k, weights.k_bias).view(len(inputs), -1, d)
     v = _linear(inputs, weights.v, weights.v_bias).view(len(inputs), -1, d)

@@ -58,7 +58,7 @@ def turned_partly(
     ``rotation [n_kv*pairs, n_kv*pairs]`` mixes real parts and imaginary parts alike; ``keep [n_kv*pairs]`` holds the
     frequency of each component, 0 where it has lost its rotation.
     """
-    kv, pairs, groups = geometry.num_kv_heads, geometry.rotary_dim // 2, geometry.num_groups
+    kv, pairs, groups = geometry.num_kv_heads, geometry.rotary_dim // 2, geometry.num_key_value_groups
     passive = geometry.head_dim - 2 * pairs
 
     def heads(weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -86,7 +86,7 @@ def test_output_sensitivity_is_the_derivative_of_the_output():
         moved = scores.clone()
         moved[head, i, j] += step
         change = causal_softmax(moved, rows, 5)[head, i] - causal_softmax(scores, rows, 5)[head, i]
-        output = blocks[:, head] @ (change @ heads.values[head // geometry.num_groups]) / step
+        output = blocks[:, head] @ (change @ heads.values[head // geometry.num_key_value_groups]) / step
         assert float(analytic[head, i, j]) == pytest.approx(float(output.square().sum()), rel=1e-4)
 
 

@@ -75,7 +75,7 @@ class _Measured:
         d, kv = geometry.head_dim, geometry.num_kv_heads
 
         def over_group(per_head: Tensor) -> Tensor:
-            return per_head.unflatten(0, (kv, geometry.num_groups)).sum(1)
+            return per_head.unflatten(0, (kv, geometry.num_key_value_groups)).sum(1)
 
         tokens, moment = float(statistics["mean"][-1]), statistics["moment"].double()
         query_moment = statistics["query_moment"].double() / (tokens * d)
@@ -224,7 +224,7 @@ def _assemble(
 
     Constants of keys drop out and those of values become the output bias, or the latent holds them.
     """
-    pairs, groups = geometry.rotary_dim // 2, geometry.num_groups
+    pairs, groups = geometry.rotary_dim // 2, geometry.num_key_value_groups
     query = torch.cat((measured.query, rotary_queries(groups, as_pairs(measured.query, pairs), rotary)), dim=1)
     query = query.flatten(0, 1)
     rotary_rows = from_pairs(rotary.encoder)
