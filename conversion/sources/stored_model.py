@@ -77,8 +77,8 @@ class StoredModel:
             location = locate(f"{location.name}@{location.revision}")
         if location.gguf_file is not None and self.chooses_experts:
             raise SourceError(
-                f"{location.model} is a GGUF of a model with experts, which lie there otherwise than is read; convert the "
-                "safetensors checkpoint instead."
+                f"{location.model} is a GGUF of a model with experts, which lie there otherwise than is read; convert "
+                "the safetensors checkpoint instead."
             )
         if location.gguf_file is not None:
             reader: TensorReader = GGUFTensorReader(location, self.meta_model)
