@@ -189,13 +189,25 @@ class MLAPreTrainedMixin(_Body):
                 module.backend = backend
 
 
+class _BodysEmbeddings:
+    """Transformers' generic heads look for the embedding under Llama's name for it; the body knows its own."""
+
+    base_model: PreTrainedModel
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.base_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.base_model.set_input_embeddings(value)
+
+
 def generic_heads(pretrained_class: type) -> tuple[type, ...]:
     """Transformers' generic heads on a family: sequence classification, token classification, question answering."""
     family = pretrained_class.__name__.removesuffix("PreTrainedModel")
     return tuple(
         type(
             f"{family}{generic.__name__.removeprefix('Generic')}",
-            (generic, pretrained_class),
+            (_BodysEmbeddings, generic, pretrained_class),
             {"__module__": pretrained_class.__module__},
         )
         for generic in (GenericForSequenceClassification, GenericForTokenClassification, GenericForQuestionAnswering)

@@ -243,6 +243,9 @@ def test_saved_models_load_by_auto_classes(family, tmp_path):
 def test_heads(family, task):
     model = family_model(family, task, num_labels=3, pad_token_id=0)
     assert model(random_ids(2, 5))[0].isfinite().all()
+    model.resize_token_embeddings(70)
+    assert model.get_input_embeddings() is model.base_model.get_input_embeddings()
+    assert model.get_input_embeddings().weight.shape[0] == 70
 
 
 @torch.no_grad()
