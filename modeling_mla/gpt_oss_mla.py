@@ -61,6 +61,8 @@ class GptOssMLAPreTrainedModel(MLAPreTrainedMixin, body.GptOssPreTrainedModel):
     config: GptOssMLAConfig
     config_class = GptOssMLAConfig
     _no_split_modules = ["GptOssMLADecoderLayer"]
+    # The body says "norm", which is looked for anywhere in a name and would be found in that of the latent norm.
+    _keep_in_fp32_modules = ["post_attention_layernorm", "input_layernorm", r"(?<![a-z_])norm"]
     _can_record_outputs = body.GptOssPreTrainedModel._can_record_outputs | {
         "hidden_states": GptOssMLADecoderLayer,
         "attentions": SinkMLAttention,
