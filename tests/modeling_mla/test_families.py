@@ -243,7 +243,6 @@ def test_saved_models_load_by_auto_classes(family, tmp_path):
 def test_heads(family, task):
     model = family_model(family, task, num_labels=3, pad_token_id=0)
     assert model(random_ids(2, 5))[0].isfinite().all()
-<<<<<<< HEAD
     model.resize_token_embeddings(70)
     assert model.get_input_embeddings() is model.base_model.get_input_embeddings()
     assert model.get_input_embeddings().weight.shape[0] == 70
@@ -256,7 +255,6 @@ def test_a_bias_behind_the_key_norm_reaches_the_cache():
     projection = model.model.layers[0].self_attn.kv_a_proj_with_mqa
     projection.bias.zero_()
     assert (cache_of(model(ids)).layers[0].keys - before).abs().max() > 1e-3
-=======
 
 
 def test_float16_keeps_the_norms_of_the_body_alone_in_float32(tmp_path):
@@ -267,4 +265,3 @@ def test_float16_keeps_the_norms_of_the_body_alone_in_float32(tmp_path):
     assert set(latent.values()) == {torch.float16}
     assert {dtype for name, dtype in norms.items() if name not in latent} == {torch.float32}
     assert model(random_ids(1, 5)).logits.isfinite().all()
->>>>>>> families1
