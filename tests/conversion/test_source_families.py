@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_families import FAMILIES, load, prompts, save_family
+from tiny_families import FAMILIES, WINDOW, load, prompts, save_family
 from tiny_source import convert, write_text
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -152,9 +152,15 @@ def test_norms_keep_their_projections_bit_for_bit(tmp_path: Path) -> None:
     assert output.get_parameter("model.layers.1.self_attn.q_head_proj.weight").shape == (4, 32, 16)
 
 
-def test_mistral_with_layer_types_is_refused(tmp_path: Path) -> None:
+def test_mistral_with_layer_types_is_ministral(tmp_path: Path) -> None:
     layer_types = ["full_attention", "sliding_attention", "full_attention"]
-    folder = save_family(tmp_path / "source", "mistral", layer_types=layer_types)
+    source = open_source(str(save_family(tmp_path / "source", "mistral", layer_types=layer_types)))
+    assert source.model_type == "ministral", "so Transformers loads it"
+    assert [source.geometry(layer).sliding_window for layer in range(3)] == [None, WINDOW, None]
+
+
+def test_layer_types_that_a_model_ignores_are_refused(tmp_path: Path) -> None:
+    folder = save_family(tmp_path / "source", "starcoder2", layer_types=["full_attention"] * 3)
     with pytest.raises(SourceError, match="layer_types"):
         open_source(str(folder))
 
