@@ -9,7 +9,7 @@ from transformers.models.gemma3 import modeling_gemma3 as body
 
 from .modeling_mla import MLAPreTrainedMixin, built_with, generic_heads, register_family, with_latent_cache
 from .qk_norm_mla import NormedMLAConfigMixin, NormedMLAttention, normed_mla_tp_plan
-from .rope_mla import MLARotaryEmbedding
+from .rope_mla import ByLayerType, MLARotaryEmbedding
 
 
 @strict
@@ -31,6 +31,15 @@ class Gemma3MLAttention(NormedMLAttention):
         return body.Gemma3RMSNorm(self.norm_dim, eps=self.config.rms_norm_eps)
 
 
+class Gemma3MLARotaryEmbedding(ByLayerType, body.Gemma3RotaryEmbedding):
+    pass
+
+
+def gemma3_rotary(config: Gemma3MLAConfig) -> nn.Module:
+    """By explicit frequencies, or by those of ``rope_parameters``."""
+    return (Gemma3MLARotaryEmbedding if config.rope_inv_freq is None else MLARotaryEmbedding)(config)
+
+
 class Gemma3MLADecoderLayer(body.Gemma3DecoderLayer):
     __init__ = built_with(body.Gemma3DecoderLayer, Gemma3Attention=Gemma3MLAttention)
 
@@ -45,7 +54,7 @@ class Gemma3MLAPreTrainedModel(MLAPreTrainedMixin, body.Gemma3PreTrainedModel):
 
 class Gemma3MLAModel(Gemma3MLAPreTrainedModel, body.Gemma3TextModel):
     __init__ = built_with(
-        body.Gemma3TextModel, Gemma3DecoderLayer=Gemma3MLADecoderLayer, Gemma3RotaryEmbedding=MLARotaryEmbedding
+        body.Gemma3TextModel, Gemma3DecoderLayer=Gemma3MLADecoderLayer, Gemma3RotaryEmbedding=gemma3_rotary
     )
     forward = with_latent_cache(body.Gemma3TextModel.forward)
 
