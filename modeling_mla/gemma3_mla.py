@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from .modeling_mla import MLAPreTrainedMixin, built_with, generic_heads, register_family, with_latent_cache
 from .qk_norm_mla import NormedMLAConfigMixin, NormedMLAttention, normed_mla_tp_plan
-from .rope_mla import MLARotaryEmbedding
+from .rope_mla import ByLayerType, MLARotaryEmbedding
 
 
 @strict
@@ -37,6 +37,15 @@ class Gemma3MLAttention(NormedMLAttention):
         return body.Gemma3RMSNorm(self.norm_dim, eps=self.config.rms_norm_eps)
 
 
+class Gemma3MLARotaryEmbedding(ByLayerType, body.Gemma3RotaryEmbedding):
+    pass
+
+
+def gemma3_rotary(config: Gemma3MLAConfig) -> nn.Module:
+    """By explicit frequencies, or by those of ``rope_parameters``."""
+    return (Gemma3MLARotaryEmbedding if config.rope_inv_freq is None else MLARotaryEmbedding)(config)
+
+
 class Gemma3MLADecoderLayer(body.Gemma3DecoderLayer):
     """Gemma 3's decoder layer with `Gemma3MLAttention`, between the two norms that it has around a block."""
 
@@ -57,7 +66,7 @@ class Gemma3MLAModel(Gemma3MLAPreTrainedModel, body.Gemma3TextModel):
     """Gemma 3's text decoder with `Gemma3MLAttention`; layers with a window rotate by a base of their own."""
 
     __init__ = built_with(
-        body.Gemma3TextModel, Gemma3DecoderLayer=Gemma3MLADecoderLayer, Gemma3RotaryEmbedding=MLARotaryEmbedding
+        body.Gemma3TextModel, Gemma3DecoderLayer=Gemma3MLADecoderLayer, Gemma3RotaryEmbedding=gemma3_rotary
     )
     forward = with_latent_cache(body.Gemma3TextModel.forward)
 

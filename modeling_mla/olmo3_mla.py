@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from huggingface_hub.dataclasses import strict
+from torch import nn
 from transformers import GenerationMixin, Olmo3Config
 from transformers.models.olmo3 import modeling_olmo3 as body
 
 from .modeling_mla import MLAPreTrainedMixin, built_with, generic_heads, register_family, with_latent_cache
 from .olmo_attention_mla import OlmoMLARotaryEmbedding, OlmoMLAttention
 from .qk_norm_mla import NormedMLAConfigMixin, normed_mla_tp_plan
+from .rope_mla import ByLayerType
 
 
 @strict
@@ -17,6 +19,15 @@ class Olmo3MLAConfig(NormedMLAConfigMixin, Olmo3Config):
 
     model_type = "olmo3_mla"
     base_model_tp_plan = normed_mla_tp_plan(Olmo3Config.base_model_tp_plan, norm_spans_heads=True)
+
+
+class Olmo3MLARotaryEmbedding(ByLayerType, body.Olmo3RotaryEmbedding):
+    pass
+
+
+def olmo3_rotary(config: Olmo3MLAConfig) -> nn.Module:
+    """By explicit frequencies, or by those of ``rope_parameters``."""
+    return (Olmo3MLARotaryEmbedding if config.rope_inv_freq is None else OlmoMLARotaryEmbedding)(config)
 
 
 class Olmo3MLADecoderLayer(body.Olmo3DecoderLayer):
@@ -37,9 +48,7 @@ class Olmo3MLAPreTrainedModel(MLAPreTrainedMixin, body.Olmo3PreTrainedModel):
 class Olmo3MLAModel(Olmo3MLAPreTrainedModel, body.Olmo3Model):
     """OLMo 3's decoder with `OlmoMLAttention`; layers with a window rotate unscaled, the others may be scaled."""
 
-    __init__ = built_with(
-        body.Olmo3Model, Olmo3DecoderLayer=Olmo3MLADecoderLayer, Olmo3RotaryEmbedding=OlmoMLARotaryEmbedding
-    )
+    __init__ = built_with(body.Olmo3Model, Olmo3DecoderLayer=Olmo3MLADecoderLayer, Olmo3RotaryEmbedding=olmo3_rotary)
     forward = with_latent_cache(body.Olmo3Model.forward)
 
 

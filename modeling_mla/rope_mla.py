@@ -10,17 +10,16 @@ from torch import nn
 from transformers import PreTrainedConfig
 from typing_extensions import override
 
-from .rope_extension_mla import BY_FREQUENCY, rope_extension
+from .rope_extension_mla import rope_extension
 from .transformers_seams_mla import ROPE_INIT_FUNCTIONS, dynamic_rope_update, init
 
 
 class MLARotaryEmbedding(nn.Module):
     """Cosines and sines for ``qk_rope_head_dim`` channels of every layer, from one position table.
 
-    Layers that rotate alike share one row of ``inv_freq``; a compressed conversion has a row a layer, as has a body
-    whose kinds of layers rotate by parameters of their own. Frequencies that the configuration does not list follow
-    ``rope_parameters`` by Transformers' own functions, every type of them, as if ``qk_rope_head_dim`` were the head
-    size.
+    Layers that rotate alike share one row of ``inv_freq``; a compressed conversion has a row a layer. Frequencies
+    that the configuration does not list follow ``rope_parameters`` by Transformers' own functions, every type of
+    them, as if ``qk_rope_head_dim`` were the head size.
 
     Attributes:
         attention_scaling: the factor for cos and sin, or ``[rows, 1]`` where rows differ in it.
@@ -32,19 +31,16 @@ class MLARotaryEmbedding(nn.Module):
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
-        # The functions of Transformers take the number of channels from `head_dim`.
-        self.config = copy.copy(config)
-        self.config.head_dim = config.qk_rope_head_dim
+        self.config = _rotary_config(config)
         self.max_seq_len_cached = config.max_position_embeddings
         self.original_max_seq_len = config.max_position_embeddings
 
         # Explicit frequencies contain whatever scaling the source had.
         explicit = config.rope_inv_freq is not None
-        fixed = explicit or rotates_by_layer_type(config)
-        if not fixed:
+        if not explicit:
             # Of these channels all are rotated, whatever share a body of the family rotates.
             self.config.rope_parameters = dict(config.rope_parameters) | {"partial_rotary_factor": 1.0}
-        self.rope_type = "default" if fixed else config.rope_parameters["rope_type"]
+        self.rope_type = "default" if explicit else config.rope_parameters["rope_type"]
         init_function: Callable = self.compute_default_rope_parameters
         if self.rope_type != "default":
             init_function = ROPE_INIT_FUNCTIONS[self.rope_type]
@@ -63,7 +59,7 @@ class MLARotaryEmbedding(nn.Module):
     def compute_default_rope_parameters(
         config: PreTrainedConfig, **kwargs
     ) -> tuple[torch.Tensor, float | torch.Tensor]:
-        """Unscaled or explicit inverse frequencies, or those of each layer's kind, and the factor for cos and sin.
+        """Unscaled or explicit inverse frequencies, and the factor for cos and sin.
 
         Returns:
             ``[rows, d/2]`` float32, rows of layers with fewer channels padded by zeros, the rows for long texts behind
@@ -79,11 +75,9 @@ class MLARotaryEmbedding(nn.Module):
             inv_freq = torch.tensor(rows, dtype=torch.float32).view(len(rows), width)
             extension = rope_extension(config)
             return inv_freq if extension is None else extension.apply(inv_freq), factor
-        if rotates_by_layer_type(config):
-            kinds = [_kind_frequencies(config, kind) for kind in config.layer_types]
-            factors = torch.tensor([[factor] for _, factor in kinds], dtype=torch.float32)
-            return torch.stack([inv_freq for inv_freq, _ in kinds]), factors
-        return _default_frequencies(config.qk_rope_head_dim, config.rope_parameters["rope_theta"]), 1.0
+        dim = config.qk_rope_head_dim
+        exponent = torch.arange(0, dim, 2, dtype=torch.float32) / max(dim, 1)
+        return 1.0 / (config.rope_parameters["rope_theta"] ** exponent), 1.0
 
     @override
     def forward(
@@ -116,26 +110,28 @@ class MLARotaryEmbedding(nn.Module):
         return (angles.cos() * scaling).to(x.dtype), (angles.sin() * scaling).to(x.dtype)
 
 
-def rotates_by_layer_type(config: PreTrainedConfig) -> bool:
-    """Whether ``rope_parameters`` holds a dictionary for each of ``layer_types`` (Gemma 3, OLMo 3)."""
-    return any(isinstance(value, dict) for value in (config.rope_parameters or {}).values())
+class ByLayerType(nn.Module):
+    """First base beside a body's rotary module whose kinds of layers rotate by parameters of their own (Gemma 3).
+
+    For frequencies that the configuration does not list. Angles are those of the kind that is asked for, in one row.
+    """
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(_rotary_config(config))
+
+    def forward(
+        self, x: torch.Tensor, position_ids: torch.Tensor, layer_type: str
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `MLARotaryEmbedding.forward`."""
+        cos, sin = (table.chunk(2, dim=-1)[0].unsqueeze(2) for table in super().forward(x, position_ids, layer_type))
+        return cos, sin
 
 
-def _default_frequencies(dim: int, theta: float) -> torch.Tensor:
-    return 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / max(dim, 1)))
-
-
-def _kind_frequencies(config: PreTrainedConfig, layer_type: str) -> tuple[torch.Tensor, float]:
-    parameters = config.rope_parameters[layer_type]
-    rope_type = parameters["rope_type"]
-    if rope_type == "default":
-        return _default_frequencies(config.qk_rope_head_dim, parameters["rope_theta"]), 1.0
-    if rope_type not in BY_FREQUENCY:
-        raise ValueError(
-            f"rope_parameters[{layer_type!r}] has rope_type {rope_type!r}; kinds of layers with parameters of their "
-            f"own take default, {', '.join(BY_FREQUENCY)}."
-        )
-    return ROPE_INIT_FUNCTIONS[rope_type](config, layer_type=layer_type)
+def _rotary_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """As the functions of Transformers want it, which take the number of channels from `head_dim`."""
+    rotary = copy.copy(config)
+    rotary.head_dim = config.qk_rope_head_dim
+    return rotary
 
 
 def layer_angles(

@@ -10,7 +10,6 @@ from transformers import Cache, PreTrainedModel
 
 from modeling_mla import LlamaMLAConfig, LlamaMLAForCausalLM, MLAConfigMixin, MLAttention
 from modeling_mla.qk_norm_mla import NormedMLAttention
-from modeling_mla.rope_mla import rotates_by_layer_type
 from modeling_mla.transformers_seams_mla import ROPE_INIT_FUNCTIONS, cache_argument, cache_of
 
 VOCABULARY = 61
@@ -144,7 +143,7 @@ def reference_attention(
         factor = config.rope_attention_factor or 1.0
         if config.rope_attention_factors is not None:
             factor = config.rope_attention_factors[attention.layer_idx]
-    elif rotates_by_layer_type(config):
+    elif "rope_theta" not in config.rope_parameters:
         kind = config.layer_types[attention.layer_idx]
         grid = copy.copy(config)
         grid.head_dim = rope
