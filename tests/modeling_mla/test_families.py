@@ -3,7 +3,14 @@
 import pytest
 import torch
 from tiny import assert_close, decode, left_padding, positions_of, random_ids, reference_logits, tiny_model
-from transformers import AutoModel, AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    ContinuousBatchingConfig,
+    GenerationConfig,
+)
 
 import modeling_mla
 from modeling_mla.cache_layers_mla import LatentLayer, SlidingLatentLayer
@@ -178,3 +185,13 @@ def test_heads(family, task):
     model.resize_token_embeddings(70)
     assert model.get_input_embeddings() is model.base_model.get_input_embeddings()
     assert model.get_input_embeddings().weight.shape[0] == 70
+
+
+@every_family
+def test_every_head_reads_the_body_of_a_causal_model(family, tmp_path):
+    model = family_model(family)
+    model.save_pretrained(tmp_path)
+    body = model.base_model.state_dict()
+    for auto_class in (AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification):
+        loaded = auto_class.from_pretrained(tmp_path, dtype=torch.float64).base_model.state_dict()
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in body.items())
