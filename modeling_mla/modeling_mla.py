@@ -190,7 +190,7 @@ class MLAPreTrainedMixin(_Body):
 
 
 class _BodysEmbeddings:
-    """Transformers' generic heads look for the embedding under Llama's name for it; the body knows its own."""
+    """Transformers' generic heads call body and embedding as Llama does; the body has names of its own."""
 
     base_model: PreTrainedModel
 
@@ -201,14 +201,14 @@ class _BodysEmbeddings:
         self.base_model.set_input_embeddings(value)
 
 
-def generic_heads(pretrained_class: type) -> tuple[type, ...]:
+def generic_heads(pretrained_class: type[PreTrainedModel]) -> tuple[type, ...]:
     """Transformers' generic heads on a family: sequence classification, token classification, question answering."""
     family = pretrained_class.__name__.removesuffix("PreTrainedModel")
     return tuple(
         type(
             f"{family}{generic.__name__.removeprefix('Generic')}",
             (_BodysEmbeddings, generic, pretrained_class),
-            {"__module__": pretrained_class.__module__},
+            {"__module__": pretrained_class.__module__, "base_model_prefix": pretrained_class.base_model_prefix},
         )
         for generic in (GenericForSequenceClassification, GenericForTokenClassification, GenericForQuestionAnswering)
     )

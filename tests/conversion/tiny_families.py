@@ -12,6 +12,13 @@ WINDOW = 20
 ORIGINAL = CONTEXT // 2
 """Context before a scaling: shorter than what the tests read."""
 YARN = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 2.0, "original_max_position_embeddings": ORIGINAL}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1000.0,
+    "short_factor": [1.0, 1.1, 1.3, 1.2, 1.4, 1.5],
+    "long_factor": [1.5, 1.2, 2.0, 3.0, 2.5, 4.0],
+    "original_max_position_embeddings": ORIGINAL,
+}
 GRANITE = {
     "attention_bias": True,
     "attention_multiplier": 0.3,
@@ -87,6 +94,7 @@ FAMILIES = {
     "granite": GRANITE,
     "granitemoe": GRANITE | {"num_local_experts": 4},
     "llama": {},
+    "llama-longrope": {"head_dim": 12, "rope_parameters": LONGROPE},
     "ministral": {
         "head_dim": 8,
         "sliding_window": WINDOW,
@@ -98,14 +106,7 @@ FAMILIES = {
     "phi3": {"sliding_window": WINDOW},
     "phi3-longrope": {
         "original_max_position_embeddings": ORIGINAL,
-        "rope_parameters": {
-            "rope_type": "longrope",
-            "rope_theta": 1000.0,
-            "partial_rotary_factor": 0.75,
-            "short_factor": [1.0, 1.1, 1.3, 1.2, 1.4, 1.5],
-            "long_factor": [1.5, 1.2, 2.0, 3.0, 2.5, 4.0],
-            "original_max_position_embeddings": ORIGINAL,
-        },
+        "rope_parameters": LONGROPE | {"partial_rotary_factor": 0.75},
     },
     "qwen2": {},
     "qwen2-windows": {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},

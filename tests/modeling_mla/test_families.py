@@ -12,7 +12,14 @@ from tiny import (
     reference_logits,
     tiny_model,
 )
-from transformers import AutoModel, AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    ContinuousBatchingConfig,
+    GenerationConfig,
+)
 
 import modeling_mla
 from modeling_mla.cache_layers_mla import LatentLayer, SlidingLatentLayer
@@ -265,3 +272,13 @@ def test_float16_keeps_the_norms_of_the_body_alone_in_float32(tmp_path):
     assert set(latent.values()) == {torch.float16}
     assert {dtype for name, dtype in norms.items() if name not in latent} == {torch.float32}
     assert model(random_ids(1, 5)).logits.isfinite().all()
+
+
+@every_family
+def test_every_head_reads_the_body_of_a_causal_model(family, tmp_path):
+    model = family_model(family)
+    model.save_pretrained(tmp_path)
+    body = model.base_model.state_dict()
+    for auto_class in (AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification):
+        loaded = auto_class.from_pretrained(tmp_path, dtype=torch.float64).base_model.state_dict()
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in body.items())
