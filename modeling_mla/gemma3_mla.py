@@ -38,7 +38,7 @@ class Gemma3MLAttention(NormedMLAttention):
 
 
 class Gemma3MLARotaryEmbedding(ByLayerType, body.Gemma3RotaryEmbedding):
-    pass
+    """Gemma 3\'s rotary tables, one for each kind of layer, by the channels that are rotated here."""
 
 
 def gemma3_rotary(config: Gemma3MLAConfig) -> nn.Module:

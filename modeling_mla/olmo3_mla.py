@@ -22,7 +22,7 @@ class Olmo3MLAConfig(NormedMLAConfigMixin, Olmo3Config):
 
 
 class Olmo3MLARotaryEmbedding(ByLayerType, body.Olmo3RotaryEmbedding):
-    pass
+    """OLMo 3\'s rotary tables, one for each kind of layer, by the channels that are rotated here."""
 
 
 def olmo3_rotary(config: Olmo3MLAConfig) -> nn.Module:
