@@ -128,7 +128,7 @@ class SourceModel(StoredModel):
                 "which of long_factor's take their places in longer texts; correct rope_parameters."
             )
         beyond = longrope["original_max_position_embeddings"] + 1
-        return ROPE_INIT_FUNCTIONS["longrope"](self.config, seq_len=beyond)[0].float()
+        return self._sound(ROPE_INIT_FUNCTIONS["longrope"](self.config, seq_len=beyond)[0].float())
 
     @property
     def _longrope(self) -> dict[str, Any] | None:
@@ -136,13 +136,15 @@ class SourceModel(StoredModel):
 
     def _frequencies(self, layer: int) -> tuple[Tensor, float]:
         inv_freq, attention_factor = self.layer_rotary(layer)
-        inv_freq, attention_factor = inv_freq.float(), float(attention_factor)
+        return self._sound(inv_freq.float(), float(attention_factor)), float(attention_factor)
+
+    def _sound(self, inv_freq: Tensor, attention_factor: float = 1.0) -> Tensor:
         if not (torch.isfinite(inv_freq).all() and (inv_freq > 0).all() and 0 < attention_factor < float("inf")):
             raise SourceError(
                 f"{self.location.model} has rotary frequencies that are not positive numbers; correct rope_parameters "
                 f"in its configuration: {dict(self.config.rope_parameters)}."
             )
-        return inv_freq, attention_factor
+        return inv_freq
 
     def cache_bytes_per_token(self, dtype: torch.dtype) -> int:
         """Bytes that all layers of the source together cache for one token."""

@@ -134,8 +134,17 @@ def test_a_folded_frequency_is_as_far_between_the_long_ones() -> None:
     torch.testing.assert_close(found[4:], (long[:-1] * long[1:]).sqrt())
 
 
-def test_short_frequencies_that_do_not_descend_are_refused(tmp_path: Path) -> None:
-    rope = FAMILIES["phi3-longrope"]["rope_parameters"] | {"short_factor": [10.0, 1.1, 1.3, 1.2, 1.4, 1.5]}
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"short_factor": [10.0, 1.1, 1.3, 1.2, 1.4, 1.5]}, "short_factor whose frequencies do not descend"),
+        ({"long_factor": [1.0, 1.1, 1.3, -1.2, 1.4, 1.5]}, "rotary frequencies that are not positive numbers"),
+    ],
+)
+def test_frequencies_that_cannot_be_told_apart_or_turn_nothing_are_refused(
+    fields: dict, said: str, tmp_path: Path
+) -> None:
+    rope = FAMILIES["phi3-longrope"]["rope_parameters"] | fields
     source = save_family(tmp_path / "source", "phi3-longrope", rope_parameters=rope)
-    with pytest.raises(SourceError, match="short_factor whose frequencies do not descend"):
+    with pytest.raises(SourceError, match=said):
         convert(source, tmp_path / "out", method="exact")

@@ -242,3 +242,16 @@ def test_a_gguf_of_experts_is_refused(tmp_path: Path) -> None:
     source.location = replace(source.location, gguf_file="mixtral.gguf")
     with pytest.raises(SourceError, match="is a GGUF of a model with experts"):
         _ = source.tensors
+
+
+def test_buffers_of_old_pythia_checkpoints_are_left_out(tmp_path: Path) -> None:
+    folder = save_family(tmp_path / "source", "gpt_neox")
+    found = weights_of(folder)
+    for layer in range(3):
+        prefix = f"gpt_neox.layers.{layer}.attention."
+        found[f"{prefix}bias"] = torch.ones(1, 1, 64, 64, dtype=torch.bool).tril()
+        found |= {f"{prefix}masked_bias": torch.tensor(-1e9), f"{prefix}rotary_emb.inv_freq": torch.ones(2)}
+    save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
+    output = convert(folder, tmp_path / "out", method="exact").output
+    assert not any("masked_bias" in name or "inv_freq" in name for name in weights_of(output))
+    torch.testing.assert_close(load(output)(prompts(1, 20)).logits, load(folder)(prompts(1, 20)).logits)
