@@ -9,7 +9,7 @@ from huggingface_hub.errors import StrictDataclassError
 from tiny import tiny_config
 from transformers import AutoConfig, LlamaConfig
 
-from modeling_mla import LlamaMLAConfig
+from modeling_mla import CohereMLAConfig, Gemma2MLAConfig, LlamaMLAConfig
 
 INVALID = {
     "kv_lora_rank": ({"kv_lora_rank": 0}, "kv_lora_rank is 0; it must be at least 1"),
@@ -147,3 +147,20 @@ def test_every_auto_class_is_written(tmp_path):
         "AutoModelForTokenClassification": "llama_mla.LlamaMLAForTokenClassification",
         "AutoModelForQuestionAnswering": "llama_mla.LlamaMLAForQuestionAnswering",
     }
+
+
+def test_attention_to_later_tokens_is_refused():
+    with pytest.raises(StrictDataclassError, match="use_bidirectional_attention is True; latents"):
+        tiny_config(Gemma2MLAConfig, use_bidirectional_attention=True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"use_qk_norm": True}, "both must be numbers"),
+        ({"qk_norm_head_dim": 8, "qk_norm_key_heads": 2}, "both must be None without use_qk_norm"),
+    ],
+)
+def test_norms_are_sized_where_they_are_set(fields, message):
+    with pytest.raises(StrictDataclassError, match=message):
+        tiny_config(CohereMLAConfig, **fields)
