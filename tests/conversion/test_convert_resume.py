@@ -26,6 +26,8 @@ from conversion.pipeline.conversion import STAGES
 from conversion.pipeline.work.journal import WorkFolder
 
 RECIPE = {"cache": "50%", "tokens": 256}
+PREPARED = 3
+"""Times that the journal is saved before anything is measured: when it is made, and behind two stages."""
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -115,7 +117,7 @@ def test_the_work_done_is_not_done_again(
     folder, _, _ = unbroken
     arguments = {"calibration": str(folder / "text.txt"), **RECIPE}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(WorkFolder, "save", stop_at(LAYERS + 2, before=False))
+        patch.setattr(WorkFolder, "save", stop_at(PREPARED + LAYERS + 3, before=False))
         with pytest.raises(KeyboardInterrupt):
             convert(folder / "source", tmp_path / "out", **arguments)
 
@@ -132,7 +134,7 @@ def half_done(unbroken: tuple[Path, dict[str, bytes], int], tmp_path: Path) -> C
     folder, _, _ = unbroken
     arguments = {"calibration": str(folder / "text.txt"), **RECIPE}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(WorkFolder, "save", stop_at(4, before=False))
+        patch.setattr(WorkFolder, "save", stop_at(PREPARED + 2, before=False))
         with pytest.raises(KeyboardInterrupt):
             convert(folder / "source", tmp_path / "out", **arguments)
     return lambda **changed: convert(folder / "source", tmp_path / "out", **(arguments | changed))

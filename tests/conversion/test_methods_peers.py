@@ -210,12 +210,10 @@ def test_rotary_widths_that_do_not_fit_are_refused() -> None:
         MHA2MLA.check(geometry, LayerBudget(8, 6))
 
 
-@pytest.mark.parametrize("order", [torch.arange(16), torch.randperm(16, generator=torch.Generator().manual_seed(0))])
-def test_mha2mla_refuses_query_and_key_norms(order: Tensor) -> None:
+def test_mha2mla_refuses_query_and_key_norms() -> None:
     geometry, weights = naive.random_layer()
-    behind_norms = replace(weights, q=torch.eye(32)[:, :20], k=torch.eye(20)[order], v=torch.eye(20)[4:])
     with pytest.raises(SourceError, match="normalise queries and keys"):
-        MHA2MLA.statistics(geometry, behind_norms, seed=0)
+        MHA2MLA.statistics(replace(geometry, behind_norms=True), weights, seed=0)
 
 
 @pytest.mark.parametrize("method", ["transmla", "mha2mla"])
