@@ -124,6 +124,17 @@ def verify_checkpoint(
     dtype = config.dtype or torch.float32
     overall = sum(scores.values(), Scores()).result(", ".join(texts), windows, len(first))
     domains = tuple(score.result(name, *texts[name].shape) for name, score in scores.items())
+    for domain in domains:
+        if math.isinf(domain.perplexity_source):
+            raise SourceError(
+                f"{source.location.name} gives the text {domain.text} no probability that a number holds; look for "
+                "weights that are damaged."
+            )
+        if math.isinf(domain.perplexity):
+            raise VerificationError(
+                f"{folder} gives the text {domain.text} no probability that a number holds; convert with a larger "
+                "cache."
+            )
     return Verification(
         **vars(overall),
         domains=domains,

@@ -8,13 +8,15 @@ from transformers import PreTrainedTokenizerBase
 
 from ..checkpoint.atomic import require_space
 from ..checkpoint.paths import require_free
-from ..errors import CalibrationError, SourceError, one_line
+from ..errors import CalibrationError, SourceError, blaming, one_line
 from ..planning.plan import ConversionPlan
 from ..reporting.report import calibration_name
 from ..sources import SourceModel
 from ..text.default_mix import template_failure
 from ..text.windows import load_windows
 from .work.partial_output import beside, require_absent
+
+_SAMPLE = "Aa 0.\n"
 
 
 def open_inputs(plan: ConversionPlan, source: SourceModel, progress: Progress) -> PreTrainedTokenizerBase:
@@ -33,6 +35,8 @@ def open_inputs(plan: ConversionPlan, source: SourceModel, progress: Progress) -
         require_space(work.absolute().parent, plan.disk_bytes)
     tokenizer = source.location.tokenizer()
     check_vocabulary(tokenizer, source)
+    with blaming(SourceError, f"the tokenizer of {source.location.model} tokenises no text"):
+        tokenizer(_SAMPLE)
     failure = template_failure(tokenizer) if tokenizer.chat_template is not None else None
     if failure is not None:
         note = f"note: the chat template {failure}; the default text goes without conversations."

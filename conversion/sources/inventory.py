@@ -44,6 +44,12 @@ def refuse_unfit(name: str, config: PreTrainedConfig, head_dim: int, kv_heads: i
             f"{name} has use_bidirectional_attention: its tokens attend to later ones, of which there are none in a "
             "cache; give a model that generates."
         )
+    window = getattr(config, "sliding_window", None)
+    if window is not None and window < 1:
+        raise SourceError(
+            f"{name} has sliding_window {window}, with which a query does not even see itself; give its true size, or "
+            "remove it from the configuration."
+        )
     heads = config.num_attention_heads
     if heads % kv_heads:
         raise SourceError(f"{name} has {heads} heads, no multiple of its {kv_heads} key/value heads.")

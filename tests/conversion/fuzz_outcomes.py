@@ -17,12 +17,14 @@ from commands import LONGEST, mla
 from fuzz_small_files import small_file_mutations
 from fuzz_sources import KINDS, SECRET, save_outside
 from fuzz_weights import weight_mutations
-from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, GgufConfig, PreTrainedModel
 
 _TWICE = 0.3
 """Share of mutants with two mutations."""
 _COMPRESSED = 0.25
 """Share of mutants that are compressed, by transmla; the others are converted exactly."""
+_ATTENTION = (".self_attn.", ".attention.")
+"""What bodies call theirs."""
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Of the exact form's logits, relative to the largest, by the type in which it is written."""
 _ONLY_OPENED = 0x20
@@ -123,7 +125,7 @@ def what_is_wrong(source: Path, output: Path, exact: bool) -> str | None:
         return f"logits differ by {error:.1e} of the largest"
     parameters = expected.state_dict()
     for name, tensor in found.state_dict().items():
-        if ".self_attn." not in name and not torch.equal(tensor, parameters[name]):
+        if not any(part in name for part in _ATTENTION) and not torch.equal(tensor, parameters[name]):
             return f"{name} is another"
     return None
 
@@ -135,7 +137,7 @@ def _load(folder: Path) -> PreTrainedModel:
         if not (folder / "config.json").is_file():
             arguments |= {"gguf_file": file.name, "quantization_config": GgufConfig(dequantize=True)}
     config = AutoConfig.from_pretrained(folder, gguf_file=arguments.get("gguf_file"))
-    config._attn_implementation = "sdpa"
+    config._attn_implementation = "sdpa" if MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa else "eager"
     config.return_dict = True
     return AutoModelForCausalLM.from_pretrained(folder, config=config, **arguments).eval()
 

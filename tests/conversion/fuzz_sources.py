@@ -9,11 +9,12 @@ import gguf
 import torch
 from safetensors.torch import load_file, save_file
 from test_reader import write_gguf
-from tiny_families import save_family
+from tiny_families import FAMILIES, save_family
 from tiny_source import byte_tokenizer, save_source, tiny_llama, write_text
 
 SECRET = "what lies outside"
-KINDS = ("single", "sharded", "untied", "qwen3", "gguf")
+_OF_FAMILIES = [family for family in FAMILIES if "-" not in family]
+KINDS = ("single", "sharded", "untied", *_OF_FAMILIES, "gguf")
 
 
 class _WriterWithTokenizer(gguf.GGUFWriter):
@@ -36,7 +37,8 @@ def save_sound(folder: Path) -> None:
     save_source(folder / "single", dtype=torch.float32)
     save_source(folder / "sharded", dtype=torch.float32, max_shard_size="100KB")
     save_source(folder / "untied", dtype=torch.float32, tie_word_embeddings=False, attention_bias=True)
-    save_family(folder / "qwen3", "qwen3", dtype=torch.float32)
+    for family in _OF_FAMILIES:
+        save_family(folder / family, family, dtype=torch.float32)
     (folder / "gguf").mkdir()
     write_gguf(folder / "gguf" / "model.gguf", tiny_llama(vocab_size=259), writer_class=_WriterWithTokenizer)
     write_text(folder / "text.txt")

@@ -274,6 +274,20 @@ def test_a_refusal_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_unforeseen_error_leaves_nothing_where_nothing_is_done(
+    unbroken: tuple[Path, dict[str, bytes], int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError
+
+    for function, left in (("preflight.check_weights", []), ("convert_layers.Refitting", [".out.partial"])):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"conversion.pipeline.stages.{function}", fail)
+            with pytest.raises(ZeroDivisionError):
+                convert(unbroken[0] / "source", tmp_path / "out", calibration=str(unbroken[0] / "text.txt"), **RECIPE)
+        assert [path.name for path in tmp_path.iterdir()] == left
+
+
 def test_statistics_of_something_else_leave_nothing(
     unbroken: tuple[Path, dict[str, bytes], int], tmp_path: Path
 ) -> None:

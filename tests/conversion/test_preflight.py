@@ -11,6 +11,7 @@ import torch
 from click.testing import Result
 from commands import assert_refused, edit_json, edit_tensors, mla
 from safetensors.torch import load_file, save_file
+from tiny_families import save_family
 from tiny_source import save_source, write_text
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -270,3 +271,22 @@ def test_quantised_folders_are_named(source: Path) -> None:
     edit_json(source / "config.json", quantization={"group_size": 64, "bits": 4})
     with pytest.raises(SourceError, match=r"quantised .*MLX"):
         open_source(str(source))
+
+
+def test_window_in_which_a_query_does_not_see_itself(tmp_path: Path) -> None:
+    source = save_family(tmp_path / "source", "smollm3", dtype=torch.float32)
+    edit_json(source / "config.json", sliding_window=0)
+    assert_refused_early(source, "sliding_window 0")
+
+
+def test_tokenizer_that_fails_on_every_text(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise Exception("Unk token `<unk>` not found in the vocabulary")
+
+    monkeypatch.setattr("transformers.PreTrainedTokenizerFast.__call__", fail)
+    assert_refused_early(source, "tokenises no text", "Unk token")
+
+
+def test_probabilities_that_no_number_holds(source: Path) -> None:
+    edit_tensors(source, lambda tensors: tensors["model.norm.weight"].mul_(1e4))
+    assert_refused_early(source, "no probability that a number holds")
