@@ -68,7 +68,7 @@ class PartialOutput(LockedFolder, Generic[AnyJournal]):
     def __exit__(self, *exception: object) -> None:
         error = exception[1] if exception else None
         refused = isinstance(error, ConversionError) and not isinstance(error, OutputError | JournalError)
-        if refused or (error is not None and self.is_idle):
+        if refused or (isinstance(error, Exception) and self.is_idle):
             shutil.rmtree(self.path, ignore_errors=True)
         super().__exit__()
 
