@@ -9,6 +9,7 @@ from typing_extensions import override
 from .cache_file_mla import SavedLayer
 from .cache_indexed_mla import IndexedLatentLayer
 from .cache_layers_mla import LatentLayer, SlidingLatentLayer
+from .coded_layer_mla import CodedLayer
 from .coded_states_mla import CodedStates, LatentCodec
 from .first_tokens_mla import FirstTokens
 from .latent_code_mla import LatentCode, code_for
@@ -16,24 +17,20 @@ from .latent_code_mla import LatentCode, code_for
 logger = logging.get_logger(__name__)
 
 
-class CodedLatentLayer(LatentLayer):
-    """A `LatentLayer` whose buffer holds bytes, ``[B, capacity, code.nbytes]`` uint8, and a few first tokens besides.
+class CodedLatentLayer(CodedLayer, LatentLayer):
+    """A `LatentLayer` whose buffer holds bytes, ``[B, capacity, code.nbytes]`` uint8.
 
-    Rows are coded once, when they are appended. `update` returns `CodedStates`, which are decoded where they are read;
-    ``keys`` and ``values`` decode all. Where a gradient is wanted `update` returns tensors, and the gradient passes the
+    Rows are coded once, when they are appended. `update` returns `CodedStates`, which are decoded where they are read.
+    Where a gradient is wanted `update` returns tensors, and the gradient passes the
     code unchanged to the tokens of that call.
 
     Args:
         code: of the rows, or the bits of a uniform one.
     """
 
-    visible = None
-    code: LatentCode
-
     def __init__(self, code: LatentCode | int, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.wanted = code
-        self.padding: tuple[int, ...] | None = None
 
     @override
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -59,20 +56,8 @@ class CodedLatentLayer(LatentLayer):
 
     @property
     @override
-    def keys(self) -> torch.Tensor | None:
-        return self._states(self.stored)[0].decode() if self.is_initialized else None
-
-    @property
-    @override
-    def values(self) -> torch.Tensor | None:
-        return self._states(self.stored)[1].decode() if self.is_initialized else None
-
-    def _states(self, rows: torch.Tensor) -> tuple[CodedStates, CodedStates]:
-        return self.codec.states(rows, self.first.rows[:, : self.first.count], self.first.starts)
-
-    def skip_padding(self, padding: tuple[int, ...]) -> None:
-        """Is told, before a prompt is cached, how many padded tokens stand before each of its sequences."""
-        self.padding = padding
+    def coded_rows(self) -> torch.Tensor:
+        return self.stored
 
     @override
     def update(  # type: ignore[override]
@@ -123,18 +108,6 @@ class CodedLatentLayer(LatentLayer):
         self.codec = LatentCodec(self.code, dtype, self.device)
         self.first = FirstTokens(self.exact_tokens, len(saved.rows), self.codec.width, dtype, self.device)
         self.first.rows[:, : saved.exact.shape[1]] = saved.exact
-
-    @override
-    def offload(self) -> None:
-        super().offload()
-        if self.is_initialized:
-            self.first.rows = self.first.rows.to("cpu", non_blocking=True)
-
-    @override
-    def prefetch(self) -> None:
-        super().prefetch()
-        if self.is_initialized and self.first.rows.device != self.device:
-            self.first.rows = self.first.rows.to(self.device, non_blocking=True)
 
     @override
     def batch_repeat_interleave(self, repeats: int) -> None:

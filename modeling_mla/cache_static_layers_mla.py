@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from typing_extensions import override
 
+from .coded_layer_mla import CodedLayer
 from .coded_states_mla import CodedStates, LatentCodec
 from .first_tokens_mla import FirstTokens
 from .latent_code_mla import LatentCode, code_for
@@ -115,18 +116,15 @@ class StaticLatentLayer(StaticLayer):
                 tensor.copy_(tensor.index_select(0, beam_idx.to(tensor.device)))
 
 
-class CodedStaticLatentLayer(StaticLatentLayer):
+class CodedStaticLatentLayer(CodedLayer, StaticLatentLayer):
     """A `StaticLatentLayer` whose ``latents`` are bytes, ``[B, max_cache_len, code.nbytes]`` uint8.
 
-    It keeps a few first tokens besides; `update` returns `CodedStates`.
+    `update` returns `CodedStates`.
     """
-
-    visible = None
 
     def __init__(self, code: LatentCode | int, max_cache_len: int, kv_lora_rank: int, qk_rope_head_dim: int) -> None:
         super().__init__(max_cache_len, kv_lora_rank, qk_rope_head_dim)
         self.code = code_for(code, kv_lora_rank, qk_rope_head_dim)
-        self.padding: tuple[int, ...] | None = None
 
     @override
     def _allocate(self) -> None:
@@ -140,22 +138,10 @@ class CodedStaticLatentLayer(StaticLatentLayer):
     def _tensors(self) -> tuple[torch.Tensor, ...]:
         return self.latents, self.first.rows
 
-    def _states(self) -> tuple[CodedStates, CodedStates]:
-        return self.codec.states(self.latents, self.first.rows[:, : self.first.count], self.first.starts)
-
-    def skip_padding(self, padding: tuple[int, ...]) -> None:
-        """Is told, before a prompt is cached, how many padded tokens stand before each of its sequences."""
-        self.padding = padding
-
     @property
     @override
-    def keys(self) -> torch.Tensor | None:
-        return self._states()[0].decode() if self.is_initialized else None
-
-    @property
-    @override
-    def values(self) -> torch.Tensor | None:
-        return self._states()[1].decode() if self.is_initialized else None
+    def coded_rows(self) -> torch.Tensor:
+        return self.latents
 
     @override
     def update(  # type: ignore[override]
@@ -171,19 +157,7 @@ class CodedStaticLatentLayer(StaticLatentLayer):
         positions = self._new_positions(key_states.shape[-2])
         self.latents.index_copy_(1, positions, self.codec.encode(rotated))
         self.first.write(rotated, positions)
-        return self._states()
-
-    @override
-    def offload(self) -> None:
-        super().offload()
-        if self.is_initialized:
-            self.first.rows = self.first.rows.to("cpu", non_blocking=True)
-
-    @override
-    def prefetch(self) -> None:
-        super().prefetch()
-        if self.is_initialized and self.first.rows.device != self.device:
-            self.first.rows = self.first.rows.to(self.device, non_blocking=True)
+        return self._states(self.latents)
 
     @override
     def reset(self) -> None:

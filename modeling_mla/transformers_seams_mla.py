@@ -18,6 +18,7 @@ from transformers import initialization as init
 from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
     STATIC_LAYER_TYPE_MAPPING,
+    CacheLayerMixin,
     DynamicIndexedLayer,
     DynamicLayer,
     StaticLayer,
@@ -152,6 +153,7 @@ __all__ = [
     "STATIC_LAYER_TYPE_MAPPING",
     "TESTED_RELEASES",
     "AttentionInterface",
+    "CacheLayerMixin",
     "ContinuousBatchingManager",
     "ContinuousMixin",
     "DynamicIndexedLayer",
