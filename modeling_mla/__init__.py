@@ -4,30 +4,6 @@ Importing the package registers its families with AutoConfig and the AutoModel c
 each other by ``from .file import name`` alone, for they travel with every checkpoint.
 """
 
-# A line for every family here and below: what a family has is named once, where it is.
-from . import (
-    cohere_mla,
-    gemma2_mla,
-    gemma3_mla,
-    glm4_mla,
-    gpt_neox_mla,
-    gpt_oss_mla,
-    granite_mla,
-    granitemoe_mla,
-    llama_mla,
-    ministral_mla,
-    mistral_mla,
-    mixtral_mla,
-    olmo2_mla,
-    olmo3_mla,
-    phi3_mla,
-    qwen2_mla,
-    qwen2_moe_mla,
-    qwen3_mla,
-    qwen3_moe_mla,
-    smollm3_mla,
-    starcoder2_mla,
-)
 from .attention_mla import MLAttention
 from .cache_mla import LatentCache
 from .cache_static_mla import StaticLatentCache
@@ -69,24 +45,5 @@ __all__ = [
     "enable_absorbed_attention",
     "enable_shared_head_attention",
 ]
-__all__ += cohere_mla.__all__
-__all__ += gemma2_mla.__all__
-__all__ += gemma3_mla.__all__
-__all__ += glm4_mla.__all__
-__all__ += gpt_neox_mla.__all__
-__all__ += gpt_oss_mla.__all__
-__all__ += granite_mla.__all__
-__all__ += granitemoe_mla.__all__
-__all__ += llama_mla.__all__
-__all__ += ministral_mla.__all__
-__all__ += mistral_mla.__all__
-__all__ += mixtral_mla.__all__
-__all__ += olmo2_mla.__all__
-__all__ += olmo3_mla.__all__
-__all__ += phi3_mla.__all__
-__all__ += qwen2_mla.__all__
-__all__ += qwen2_moe_mla.__all__
-__all__ += qwen3_mla.__all__
-__all__ += qwen3_moe_mla.__all__
-__all__ += smollm3_mla.__all__
-__all__ += starcoder2_mla.__all__
+# What a family has is named once, where it is.
+__all__ += sorted(name for name in globals() if "MLA" in name and name not in __all__)

@@ -11,16 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_source import byte_tokenizer, save_source, write_text
 from transformers import AutoModelForCausalLM, DeepseekV2Config
 from typer.testing import CliRunner
 
+from conversion.cli import app
+from conversion.reporting.families import families, markdown
+
 ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "tests" / "conversion"))
 
-from tiny_source import byte_tokenizer, save_source, write_text  # noqa: E402
-
-from conversion.cli import app  # noqa: E402
-from conversion.reporting.families import families, markdown  # noqa: E402
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")

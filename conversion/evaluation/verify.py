@@ -124,17 +124,7 @@ def verify_checkpoint(
     dtype = config.dtype or torch.float32
     overall = sum(scores.values(), Scores()).result(", ".join(texts), windows, len(first))
     domains = tuple(score.result(name, *texts[name].shape) for name, score in scores.items())
-    for domain in domains:
-        if math.isinf(domain.perplexity_source):
-            raise SourceError(
-                f"{source.location.name} gives the text {domain.text} no probability that a number holds; look for "
-                "weights that are damaged."
-            )
-        if math.isinf(domain.perplexity):
-            raise VerificationError(
-                f"{folder} gives the text {domain.text} no probability that a number holds; convert with a larger "
-                "cache."
-            )
+    _refuse_beyond_numbers(domains, source.location.name, folder)
     return Verification(
         **vars(overall),
         domains=domains,
@@ -166,6 +156,15 @@ def _refuse_not_finite(scores: Mapping[str, Scores], layer_errors: Sequence[floa
             raise VerificationError(
                 f"the attention of layer {layer} of {folder} gives what is not finite; convert with a larger cache."
             )
+
+
+def _refuse_beyond_numbers(domains: Sequence[Score], source: str, folder: Path) -> None:
+    for domain in domains:
+        said = f"gives the text {domain.text} no probability that a number holds"
+        if math.isinf(domain.perplexity_source):
+            raise SourceError(f"{source} {said}; look for weights that are damaged.")
+        if math.isinf(domain.perplexity):
+            raise VerificationError(f"{folder} {said}; convert with a larger cache.")
 
 
 def text_windows(text: str, text_name: str, tokenizer: PreTrainedTokenizerBase, length: int, count: int) -> Tensor:

@@ -124,11 +124,6 @@ def attention_of(geometry: AttentionGeometry, scores: Tensor, rows: Tensor, sink
     return causal_softmax(capped(geometry, scores), rows, geometry.sliding_window, sinks)
 
 
-def source_attention(geometry: AttentionGeometry, heads: SourceHeads, rows: Tensor) -> Tensor:
-    """The source's attention weights ``[H, n, S]``."""
-    return attention_of(geometry, source_scores(geometry, heads, rows), rows, heads.sinks)
-
-
 def attended(geometry: AttentionGeometry, attention: Tensor, values: Tensor) -> Tensor:
     """Contexts ``[H, n, d]``: what the heads gather from their group's ``values [n_kv, S, d]``."""
     grouped = attention.unflatten(0, (geometry.num_kv_heads, -1)).flatten(1, 2)

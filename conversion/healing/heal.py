@@ -10,7 +10,6 @@ import hashlib
 import math
 import shutil
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -26,7 +25,7 @@ from ..errors import CalibrationError, ConversionError, SourceError
 from ..evaluation.accounting import kept, passed_through
 from ..evaluation.loading import load_model
 from ..evaluation.reference import check_reference
-from ..pipeline.work.partial_output import require_absent
+from ..pipeline.work.partial_output import require_absent, versions
 from ..progress import counting
 from ..sources import SourceModel, open_source
 from ..text.windows import load_windows
@@ -111,11 +110,7 @@ def _identity(recipe: HealingRecipe, location: Location, teacher: SourceModel, w
         "teacher files": teacher.location.fingerprint(),
         "training tokens": hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:16],
     }
-    return settings | contents | _versions()
-
-
-def _versions() -> dict[str, str]:
-    return {name: version(name) for name in ("modeling-mla", "torch", "transformers")}
+    return settings | contents | versions()
 
 
 def _train(
@@ -200,7 +195,7 @@ def _write_report(folder: Path, location: Location, recipe: HealingRecipe, heale
     settings |= {"data": Path(recipe.data).name, "model": location.name}
     del settings["output"]
     found = healed.model_dump() | {"improved": healed.improved}
-    write_json(folder / "healing.json", {"recipe": settings, "versions": _versions()} | found)
+    write_json(folder / "healing.json", {"recipe": settings, "versions": versions()} | found)
     card = location.folder / "README.md"
     if card.is_file():
         told = (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 from rich.progress import Progress
@@ -30,6 +29,7 @@ from .stages.weigh import weigh
 from .stages.write import write
 from .work.journal import WorkFolder
 from .work.measurements import SharedMeasurements
+from .work.partial_output import versions
 
 STAGES = (preflight, compose, measure, weigh, allocate, measure_again, convert_layers, write, verify, report)
 
@@ -63,7 +63,7 @@ def run_plan(plan: ConversionPlan, source: SourceModel, progress: Progress | Non
     work = WorkFolder(recipe.output, _identity(plan, source, windows))
     measurements, locks = work.measurements, []
     if recipe.statistics is not None and plan.windows:
-        identity = _contents(plan, source, windows) | _versions() | {"method": recipe.method, "seed": str(recipe.seed)}
+        identity = _contents(plan, source, windows) | versions() | {"method": recipe.method, "seed": str(recipe.seed)}
         measurements = SharedMeasurements(recipe.statistics, identity)
         locks.append(measurements)
     job = ConversionJob(plan, source, tokenizer, windows, work, measurements, progress)
@@ -73,7 +73,7 @@ def run_plan(plan: ConversionPlan, source: SourceModel, progress: Progress | Non
 
 def _identity(plan: ConversionPlan, source: SourceModel, windows: Tensor | None) -> dict[str, str]:
     """What makes a conversion another one: settings, contents of its inputs, versions of what computes."""
-    return plan.recipe.identity() | _contents(plan, source, windows) | _versions()
+    return plan.recipe.identity() | _contents(plan, source, windows) | versions()
 
 
 def _contents(plan: ConversionPlan, source: SourceModel, windows: Tensor | None) -> dict[str, str]:
@@ -82,10 +82,6 @@ def _contents(plan: ConversionPlan, source: SourceModel, windows: Tensor | None)
     if plan.windows and plan.recipe.is_self_written:
         tokens = f"{plan.windows * plan.window} written by the source"
     return {"source files": source.location.fingerprint(), "calibration tokens": tokens}
-
-
-def _versions() -> dict[str, str]:
-    return {name: version(name) for name in ("modeling-mla", "torch", "transformers")}
 
 
 __all__ = ["Conversion", "make_plan", "run_plan"]

@@ -9,7 +9,6 @@ from conversion.forward.attention import (
     attention_of,
     causal_softmax,
     converted_output,
-    source_attention,
     source_heads,
     source_output,
     source_scores,
@@ -47,7 +46,14 @@ def window(length=9, **options):
     inputs = torch.randn(length, geometry.hidden_size, dtype=torch.float64)
     rows = torch.arange(length)
     heads = source_heads(geometry, weights, inputs, rows)
-    return geometry, weights, inputs, rows, heads, source_attention(geometry, heads, rows)
+    return (
+        geometry,
+        weights,
+        inputs,
+        rows,
+        heads,
+        attention_of(geometry, source_scores(geometry, heads, rows), rows, heads.sinks),
+    )
 
 
 @pytest.mark.parametrize(
@@ -71,7 +77,13 @@ def test_attention_is_the_definition(options):
     torch.testing.assert_close(converted_output(geometry, converted, inputs), wanted, rtol=1e-6, atol=1e-6)
 
     heads = source_heads(geometry, weights, inputs, rows)
-    contexts = attended(geometry, source_attention(geometry, heads, rows), heads.values).transpose(0, 1).flatten(1)
+    contexts = (
+        attended(
+            geometry, attention_of(geometry, source_scores(geometry, heads, rows), rows, heads.sinks), heads.values
+        )
+        .transpose(0, 1)
+        .flatten(1)
+    )
     sampled = torch.nn.functional.linear(contexts, weights.o, weights.o_bias)
     torch.testing.assert_close(sampled, wanted[rows], rtol=1e-6, atol=1e-6)
 

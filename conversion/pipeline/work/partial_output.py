@@ -10,6 +10,7 @@ import os
 import shutil
 from abc import abstractmethod
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import ClassVar, Generic, TypeVar
 
@@ -140,6 +141,11 @@ class PartialOutput(LockedFolder, Generic[AnyJournal]):
                 shutil.rmtree(path)
             else:
                 path.unlink()
+
+
+def versions() -> dict[str, str]:
+    """What computes, by its release: another one may give other bytes, and must not go on from here."""
+    return {name: version(name) for name in ("modeling-mla", "torch", "transformers")}
 
 
 def require_absent(output: Path) -> None:
