@@ -46,14 +46,11 @@ def window(length=9, **options):
     inputs = torch.randn(length, geometry.hidden_size, dtype=torch.float64)
     rows = torch.arange(length)
     heads = source_heads(geometry, weights, inputs, rows)
-    return (
-        geometry,
-        weights,
-        inputs,
-        rows,
-        heads,
-        attention_of(geometry, source_scores(geometry, heads, rows), rows, heads.sinks),
-    )
+    return geometry, weights, inputs, rows, heads, attention_weights(geometry, heads, rows)
+
+
+def attention_weights(geometry, heads, rows):
+    return attention_of(geometry, source_scores(geometry, heads, rows), rows, heads.sinks)
 
 
 @pytest.mark.parametrize(
@@ -77,13 +74,7 @@ def test_attention_is_the_definition(options):
     torch.testing.assert_close(converted_output(geometry, converted, inputs), wanted, rtol=1e-6, atol=1e-6)
 
     heads = source_heads(geometry, weights, inputs, rows)
-    contexts = (
-        attended(
-            geometry, attention_of(geometry, source_scores(geometry, heads, rows), rows, heads.sinks), heads.values
-        )
-        .transpose(0, 1)
-        .flatten(1)
-    )
+    contexts = attended(geometry, attention_weights(geometry, heads, rows), heads.values).transpose(0, 1).flatten(1)
     sampled = torch.nn.functional.linear(contexts, weights.o, weights.o_bias)
     torch.testing.assert_close(sampled, wanted[rows], rtol=1e-6, atol=1e-6)
 

@@ -77,6 +77,10 @@ OTHERS: dict[str, list[dict | Callable[[], dict]]] = {
 """Expanded, for one matrix does not give what they do, or is not known to."""
 
 
+UNMERGEABLE = ("BEFT", "LILY")
+"""Nor does PEFT merge LoRA's bias into a projection without one."""
+
+
 def cases(table: dict[str, list]) -> list:
     return [
         pytest.param(name, options, id=f"{name}{at}") for name, rows in table.items() for at, options in enumerate(rows)
@@ -101,18 +105,15 @@ def adapted(name: str, options: dict | Callable[[], dict]) -> "peft.PeftModel":
     return model.eval()
 
 
-def check_decoding(model: "peft.PeftModel", routes: list[str]) -> None:
+def check_decoding(model: "peft.PeftModel", routes: list[str], *, merges: bool = True) -> None:
     model.set_attention_route("expanded")
     expected = decode(model, IDS)
     assert (expected - decode(tiny_model(dtype=torch.float32, **SIZES), IDS)).abs().max() > 1e-2, "it must matter"
     for route in routes:
         model.set_attention_route(route)
         assert_close(decode(model, IDS), expected, 1e-4)
-    try:
-        merged = copy.deepcopy(model).merge_and_unload()
-    except (NotImplementedError, RuntimeError, ValueError):
-        return  # PEFT cannot merge the method, and says so
-    assert_close(reference_logits(merged, IDS), expected, 1e-4)
+    if merges:
+        assert_close(reference_logits(copy.deepcopy(model).merge_and_unload(), IDS), expected, 1e-4)
 
 
 @pytest.mark.parametrize(("name", "options"), cases(MATRICES))
@@ -123,7 +124,8 @@ def test_methods_that_are_one_matrix(name, options):
 @pytest.mark.parametrize(("name", "options"), cases(OTHERS))
 def test_methods_that_are_not(name, options):
     model = adapted(name, options)
-    check_decoding(model, ["auto"])
+    adds_a_bias = isinstance(options, dict) and "lora_bias" in options
+    check_decoding(model, ["auto"], merges=name not in UNMERGEABLE and not adds_a_bias)
     model.set_attention_route("absorbed")
     with pytest.raises(ValueError, match=r"kv_b_proj cannot be absorbed: (it has a bias|PEFT's)"):
         decode(model, IDS)
