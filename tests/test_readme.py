@@ -19,8 +19,6 @@ from conversion.cli import app
 from conversion.reporting.families import families, markdown
 
 ROOT = Path(__file__).parents[1]
-
-
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
 ELSEWHERE = ("pip ", "make ")
