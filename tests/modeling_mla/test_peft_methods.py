@@ -56,7 +56,7 @@ MATRICES: dict[str, list[dict | Callable[[], dict]]] = {
     "OSF": [{}],
     "PEANUT": [{}],
     "PSOFT": [{"r": 4}],
-    "RANDLORA": [{"randlora_alpha": 32}],
+    "RANDLORA": [{}],
     "ROAD": [{"group_size": 16, "variant": variant} for variant in ("road_1", "road_2", "road_4")],
     "SHIRA": [{"r": 2}],
     "SUPERTUNING": [{}],

@@ -180,9 +180,10 @@ def reference_attention(
         scores = torch.cat((query[:, :nope], query_rope), dim=-1) @ key.T * scale
         if config.attention_softcap is not None:
             scores = torch.tanh(scores / config.attention_softcap) * config.attention_softcap
-        weights = scores.masked_fill(~visible, float("-inf")).exp()
-        sink = attention.sinks[head].exp() if hasattr(attention, "sinks") else 0.0
-        weights = weights / (weights.sum(-1, keepdim=True) + sink)
+        # A sink has a score and no value.
+        sink = attention.sinks[head] if hasattr(attention, "sinks") else scores.new_tensor(float("-inf"))
+        scores = torch.cat((scores.masked_fill(~visible, float("-inf")), sink.expand(len(scores), 1)), dim=-1)
+        weights = scores.softmax(-1)[:, :-1]
         outputs.append(weights.nan_to_num() @ (latent @ up[nope:].T))
     assert outputs[0].shape[-1] == value_dim
     return attention.o_proj(torch.cat(outputs, dim=-1))
