@@ -10,6 +10,8 @@ from typing import Protocol
 
 import torch
 
+from .latent_code_mla import LatentCode
+from .latent_tiles_mla import CodedLatents
 from .masks_mla import VisibleKeys
 
 
@@ -27,6 +29,7 @@ class AbsorbedShape:
     device: torch.device
     has_mask: bool
     softcap: float | None = None
+    code: LatentCode | None = None
 
 
 class AbsorbedBackend(Protocol):
@@ -40,7 +43,7 @@ class AbsorbedBackend(Protocol):
     def attend(
         self,
         query: torch.Tensor,
-        latents: torch.Tensor,
+        latents: torch.Tensor | CodedLatents,
         kv_lora_rank: int,
         scale: float,
         visible: VisibleKeys,
@@ -51,6 +54,7 @@ class AbsorbedBackend(Protocol):
         Args:
             query: ``[B, H, n, r + d_r]``, the absorbed query beside the rotary query.
             latents: ``[B, S, r + d_r]``, the latents beside the rotary keys; rows may be strided, channels are dense.
+                Coded where the shape has a code: query and context are then rotated as what is in the codes.
             kv_lora_rank: r, how many of the channels are the value as well.
             scale: of the scores.
             visible: which of the S keys each query sees, as a mask or as what one would be made of.

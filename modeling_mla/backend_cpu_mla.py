@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .backend_base_mla import AbsorbedShape
+from .latent_tiles_mla import CodedLatents
 from .masks_mla import VisibleKeys
 
 _MIN_LENGTH = 512
@@ -24,6 +25,8 @@ class CpuBackend:
             return f"it takes float32 on a CPU, not {shape.dtype} on {shape.device.type}"
         if shape.has_mask or shape.softcap is not None:
             return "it takes neither a mask nor a softcap"
+        if shape.code is not None:
+            return "it takes no coded latents"
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return "it has no gradient and is not compiled"
         if shape.kv_length < _MIN_LENGTH:
@@ -33,13 +36,14 @@ class CpuBackend:
     def attend(
         self,
         query: torch.Tensor,
-        latents: torch.Tensor,
+        latents: torch.Tensor | CodedLatents,
         kv_lora_rank: int,
         scale: float,
         visible: VisibleKeys,
         softcap: float | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `AbsorbedBackend.attend`."""
+        assert isinstance(latents, torch.Tensor)
         batch, heads, length, width = query.shape
         parts = torch.get_num_threads()
         size = latents.shape[1] // parts

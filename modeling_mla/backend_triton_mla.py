@@ -8,6 +8,7 @@ import importlib.util
 import torch
 
 from .backend_base_mla import AbsorbedShape
+from .latent_tiles_mla import CodedLatents
 from .masks_mla import VisibleKeys
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -28,6 +29,8 @@ class TritonBackend:
             return f"it takes tensors on an NVIDIA GPU, not on {shape.device.type}"
         if shape.dtype not in _DTYPES:
             return f"it takes bfloat16, float16 and float32, not {shape.dtype}"
+        if shape.code is not None:
+            return "it takes no coded latents"
         if shape.kv_lora_rank % _RANK_STEP or not 0 < shape.kv_lora_rank <= _MAX_RANK:
             return f"it takes ranks up to {_MAX_RANK} that {_RANK_STEP} divides, not {shape.kv_lora_rank}"
         if shape.qk_rope_head_dim > _MAX_ROPE:
@@ -41,13 +44,14 @@ class TritonBackend:
     def attend(
         self,
         query: torch.Tensor,
-        latents: torch.Tensor,
+        latents: torch.Tensor | CodedLatents,
         kv_lora_rank: int,
         scale: float,
         visible: VisibleKeys,
         softcap: float | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `AbsorbedBackend.attend`."""
+        assert isinstance(latents, torch.Tensor)
         from .triton_decode_mla import absorbed_decode, decode
 
         function = absorbed_decode if torch.compiler.is_compiling() else decode

@@ -11,12 +11,13 @@ from transformers.utils import logging
 
 from .backend_base_mla import AbsorbedBackend, AbsorbedShape
 from .backend_cpu_mla import CpuBackend
+from .backend_int8_mla import Int8Backend
 from .backend_torch_mla import TorchBackend
 from .backend_triton_mla import TritonBackend
 
 logger = logging.get_logger(__name__)
 
-_IN_ORDER: tuple[AbsorbedBackend, ...] = (CpuBackend(), TritonBackend(), TorchBackend())
+_IN_ORDER: tuple[AbsorbedBackend, ...] = (CpuBackend(), Int8Backend(), TritonBackend(), TorchBackend())
 BACKENDS = {backend.name: backend for backend in _IN_ORDER}
 """In order of preference for ``auto``."""
 

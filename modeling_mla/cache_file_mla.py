@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,29 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-_FORMAT = "modeling_mla.latent_cache.v2"
+from .latent_code_mla import LatentCode
+
+_FORMAT = "modeling_mla.latent_cache.v3"
 _SAMPLE = 64
 """Values of every tensor that identify a model: all of a large one's would take longer to read than the prefix."""
-_FIELDS = {"format": str, "model": str, "content": str, "kv_lora_ranks": list}
+_FIELDS = {"format": str, "model": str, "content": str, "dtype": str, "kv_lora_ranks": list, "codes": list}
+
+
+@dataclass(frozen=True)
+class SavedLayer:
+    """What a layer holds of some tokens.
+
+    Args:
+        rows: ``[B, S, r + d_r]`` in the model's dtype, or of a code ``[B, S, code.nbytes]`` uint8.
+        kv_lora_rank: r.
+        code: of the rows, None where they are not coded.
+        exact: ``[B, e, r + d_r]``, the first tokens that a code keeps besides; None where there is no code.
+    """
+
+    rows: torch.Tensor
+    kv_lora_rank: int
+    code: LatentCode | None = None
+    exact: torch.Tensor | None = None
 
 
 def model_fingerprint(model: PreTrainedModel) -> str:
@@ -44,22 +64,20 @@ def _content_fingerprint(description: dict[str, Any], tensors: dict[str, torch.T
 
 
 def write_prefix(
-    path: str | os.PathLike,
-    layers: list[tuple[torch.Tensor, int]],
-    model: PreTrainedModel,
-    input_ids: torch.Tensor,
+    path: str | os.PathLike, layers: list[SavedLayer], model: PreTrainedModel, input_ids: torch.Tensor
 ) -> None:
-    """Writes latents to a safetensors file that appears only when it is complete; see `LatentCache.save`.
-
-    Args:
-        layers: of every layer the latents ``[B, S, r + d_r]`` and r.
-    """
-    tensors = {_latents_name(index): latents.cpu().clone() for index, (latents, _) in enumerate(layers)}
-    tensors["input_ids"] = input_ids.cpu().clone()
+    """Writes layers to a safetensors file that appears only when it is complete; see `LatentCache.save`."""
+    tensors = {"input_ids": input_ids.cpu().clone()}
+    for index, layer in enumerate(layers):
+        tensors[_latents_name(index)] = layer.rows.cpu().clone()
+        if layer.exact is not None:
+            tensors[_exact_name(index)] = layer.exact.cpu().clone()
     description: dict[str, Any] = {
         "format": _FORMAT,
         "model": model_fingerprint(model),
-        "kv_lora_ranks": [rank for _, rank in layers],
+        "dtype": str(model.dtype),
+        "kv_lora_ranks": [layer.kv_lora_rank for layer in layers],
+        "codes": [None if layer.code is None else layer.code.to_dict() for layer in layers],
     }
     description["content"] = _content_fingerprint(description, tensors)
     target = Path(path)
@@ -70,26 +88,37 @@ def write_prefix(
 
 def read_prefix(
     path: str | os.PathLike, model: PreTrainedModel, num_layers: int
-) -> tuple[list[tuple[torch.Tensor, int]], torch.Tensor]:
+) -> tuple[list[SavedLayer], torch.Tensor]:
     """What `write_prefix` wrote of ``num_layers`` layers, checked; see `LatentCache.load`."""
     description, tensors = _read(path)
-    reason = _why_damaged(description, tensors)
-    if reason is not None:
-        raise ValueError(f"{path} is damaged: {reason}; save the prefix again.")
-    ranks, input_ids = description["kv_lora_ranks"], tensors["input_ids"]
-    if len(ranks) != num_layers:
-        raise ValueError(f"{path} holds {len(ranks)} layers, the model caches {num_layers}; prefill with this model.")
-    dtype = tensors[_latents_name(0)].dtype
-    if dtype != model.dtype:
+    try:
+        layers = _saved_layers(description, tensors)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}; save the prefix again.") from error
+    input_ids, dtype = tensors["input_ids"], description["dtype"]
+    if len(layers) != num_layers:
+        raise ValueError(f"{path} holds {len(layers)} layers, the model caches {num_layers}; prefill with this model.")
+    if dtype != str(model.dtype):
         raise ValueError(f"{path} holds {dtype} latents, the model is {model.dtype}; load the model in {dtype}.")
     if model_fingerprint(model) != description["model"]:
         raise ValueError(f"{path} was written by another model (or other adapters); prefill its tokens with this one.")
-    layers = [(tensors[_latents_name(index)].to(model.device), rank) for index, rank in enumerate(ranks)]
-    return layers, input_ids.to(model.device)
+    on_device = [
+        replace(
+            layer,
+            rows=layer.rows.to(model.device),
+            exact=None if layer.exact is None else layer.exact.to(model.device),
+        )
+        for layer in layers
+    ]
+    return on_device, input_ids.to(model.device)
 
 
 def _latents_name(layer: int) -> str:
     return f"layers.{layer}.latents"
+
+
+def _exact_name(layer: int) -> str:
+    return f"layers.{layer}.exact"
 
 
 def _read(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -104,20 +133,40 @@ def _read(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, torch.Tens
     return description, tensors
 
 
-def _why_damaged(description: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str | None:
-    """What in a file is not as `write_prefix` leaves it, None where all is."""
+def _saved_layers(description: dict[str, Any], tensors: dict[str, torch.Tensor]) -> list[SavedLayer]:
+    """What the tensors are by the description.
+
+    Raises:
+        ValueError: something is not as `write_prefix` leaves it.
+    """
     if {name: type(value) for name, value in description.items()} != _FIELDS:
-        return f"its description is not one of {', '.join(_FIELDS)}"
+        raise ValueError(f"its description is not one of {', '.join(_FIELDS)}")
     if description["content"] != _content_fingerprint(description, tensors):
-        return "its content does not match its fingerprint"
-    ranks, input_ids = description["kv_lora_ranks"], tensors.get("input_ids")
-    expected = {"input_ids", *(_latents_name(layer) for layer in range(len(ranks)))}
-    if not ranks or input_ids is None or set(tensors) != expected:
-        return f"it holds {', '.join(sorted(tensors))} for {len(ranks)} layers"
-    if input_ids.dim() != 2 or input_ids.is_floating_point():
-        return f"its input_ids are {input_ids.dtype} of {tuple(input_ids.shape)}"
-    for layer, rank in enumerate(ranks):
-        shape = tensors[_latents_name(layer)].shape
-        if type(rank) is not int or len(shape) != 3 or shape[:2] != input_ids.shape or not 0 < rank <= shape[2]:
-            return f"layer {layer} has latents of {tuple(shape)}, rank {rank!r}, for tokens of {tuple(input_ids.shape)}"
-    return None
+        raise ValueError("its content does not match its fingerprint")
+    ranks, codes, input_ids = description["kv_lora_ranks"], description["codes"], tensors.get("input_ids")
+    if not ranks or input_ids is None or input_ids.dim() != 2 or input_ids.is_floating_point():
+        raise ValueError(f"it has {len(ranks)} layers, and its input_ids are {input_ids!r}")
+    layers = []
+    for index, (rank, written) in enumerate(zip(ranks, codes, strict=True)):
+        code = None if written is None else LatentCode.from_dict(written)
+        rows, exact = tensors.get(_latents_name(index)), tensors.get(_exact_name(index))
+        layer = None if rows is None or type(rank) is not int else SavedLayer(rows, rank, code, exact)
+        if layer is None or not _fits(layer, input_ids.shape, description["dtype"]):
+            raise ValueError(f"layer {index} is not what its rank {rank!r} and its code {written} say")
+        layers.append(layer)
+    if len(tensors) != 1 + len(layers) + sum(layer.exact is not None for layer in layers):
+        raise ValueError(f"it holds {', '.join(sorted(tensors))} for {len(layers)} layers")
+    return layers
+
+
+def _fits(layer: SavedLayer, tokens: torch.Size, dtype: str) -> bool:
+    if layer.rows.dim() != 3 or layer.rows.shape[:2] != tokens or layer.kv_lora_rank < 1:
+        return False
+    width = layer.rows.shape[2]
+    if layer.code is None:
+        return layer.exact is None and str(layer.rows.dtype) == dtype and layer.kv_lora_rank <= width
+    if layer.exact is None or str(layer.exact.dtype) != dtype:
+        return False
+    exact = (tokens[0], min(layer.code.exact_tokens, tokens[1]), layer.code.latent.channels + layer.code.rope.channels)
+    coded = layer.rows.dtype == torch.uint8 and width == layer.code.nbytes
+    return coded and layer.code.latent.channels == layer.kv_lora_rank and tuple(layer.exact.shape) == exact

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from .cache_file_mla import SavedLayer
 from .transformers_seams_mla import DynamicLayer
 
 _ALIGNMENT = 64
@@ -111,6 +112,16 @@ class LatentLayer(DynamicLayer):
 
     def get_seq_length(self) -> int:
         return self.filled
+
+    def saved(self) -> SavedLayer:
+        """What the next tokens need, for a file."""
+        return SavedLayer(self.stored, self.kv_lora_rank)
+
+    def restore(self, saved: SavedLayer, dtype: torch.dtype) -> None:
+        """Makes the layer hold what another of its kind had `saved`, in a model of ``dtype``."""
+        self.dtype, self.device, self.kv_lora_rank = dtype, saved.rows.device, saved.kv_lora_rank
+        self.buffer, self.filled = saved.rows, saved.rows.shape[1]
+        self.is_initialized = True
 
     def offload(self) -> None:
         if self.is_initialized:

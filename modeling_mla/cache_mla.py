@@ -7,11 +7,21 @@ import os
 import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
+from .cache_coded_mla import CodedIndexedLatentLayer, CodedLatentLayer, CodedSlidingLatentLayer
 from .cache_file_mla import read_prefix, write_prefix
 from .cache_indexed_mla import IndexedLatentLayer
 from .cache_layers_mla import LatentLayer, SlidingLatentLayer
-from .cache_quantized_mla import QuantizedLatentLayer
+from .configuration_mla import layer_code
+from .latent_code_mla import EXACT
 from .transformers_seams_mla import DYNAMIC_LAYER_TYPE_MAPPING, PagedAttentionCache, get_layer_types_and_kwargs
+
+_LAYERS: dict[str, tuple[type, type]] = {
+    "full_attention": (LatentLayer, CodedLatentLayer),
+    "indexed_attention": (IndexedLatentLayer, CodedIndexedLatentLayer),
+    "sliding_attention": (SlidingLatentLayer, CodedSlidingLatentLayer),
+    "chunked_attention": (SlidingLatentLayer, CodedSlidingLatentLayer),
+}
+"""The plain and the coded layer of every kind of attention."""
 
 
 class LatentCache(DynamicCache):
@@ -24,7 +34,8 @@ class LatentCache(DynamicCache):
         config: of the model.
         capacity: tokens to allocate at once where the final length is known.
         offloading: keeps all layers but the current one on the CPU (needs an accelerator with streams).
-        quantized: full-attention layers store int8 latents, at about 0.56 of the bytes of bfloat16.
+        latent_bits: bits of a latent's channel, behind a rotation (`uniform_code`): 2, 3, 4, 5, 6 or 8; 16 is uncoded.
+            None is what the configuration says.
     """
 
     def __init__(
@@ -32,21 +43,26 @@ class LatentCache(DynamicCache):
         config: PreTrainedConfig,
         capacity: int | None = None,
         offloading: bool = False,
-        quantized: bool = False,
+        latent_bits: int | None = None,
     ) -> None:
-        layer_types, layer_kwargs = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
+        config = config.get_text_config(decoder=True)
         layers = []
         # A model that drafts with its first layers has fewer of them than of layer types.
-        for layer_type, kwargs in zip(layer_types, layer_kwargs, strict=False):
-            if layer_type == "full_attention":
-                layers.append((QuantizedLatentLayer if quantized else LatentLayer)(capacity=capacity))
-            elif layer_type == "indexed_attention":
-                layers.append(IndexedLatentLayer())
-            elif layer_type in ("sliding_attention", "chunked_attention"):
-                layers.append(SlidingLatentLayer(**kwargs))
+        for index, (layer_type, kwargs) in enumerate(zip(*get_layer_types_and_kwargs(config), strict=False)):
+            if layer_type in _LAYERS:
+                plain, coded = _LAYERS[layer_type]
+                kwargs = {"capacity": capacity} if layer_type == "full_attention" else kwargs
+                code = layer_code(config, index, latent_bits)
+                layers.append(plain(**kwargs) if code is None else coded(code, **kwargs))
             else:
                 layers.append(DYNAMIC_LAYER_TYPE_MAPPING[layer_type](**kwargs))
         super(DynamicCache, self).__init__(layers=layers, offloading=offloading)
+
+    def skip_padding(self, padding: tuple[int, ...]) -> None:
+        """Tells the coded layers how many padded tokens stand before each sequence of a prompt that comes next."""
+        for layer in self.layers:
+            if hasattr(layer, "skip_padding"):
+                layer.skip_padding(padding)
 
     @property
     def nbytes(self) -> int:
@@ -64,7 +80,7 @@ class LatentCache(DynamicCache):
         Raises:
             ValueError: the cache holds another number of sequences or tokens, or has layers that are no `LatentLayer`.
         """
-        other = next((layer for layer in self.layers if type(layer) is not LatentLayer), None)
+        other = next((layer for layer in self.layers if type(layer) not in (LatentLayer, CodedLatentLayer)), None)
         if other is not None:
             raise ValueError(f"Only full-attention latent layers can be saved, and this cache has a {other!r}.")
         held = tuple(self.layers[0].stored.shape[:2]) if self.layers[0].is_initialized else (0, 0)
@@ -72,11 +88,11 @@ class LatentCache(DynamicCache):
             raise ValueError(
                 f"input_ids is {tuple(input_ids.shape)}, the cache is {held} (sequences, tokens); pass what it holds."
             )
-        write_prefix(path, [(layer.stored, layer.kv_lora_rank) for layer in self.layers], model, input_ids)
+        write_prefix(path, [layer.saved() for layer in self.layers], model, input_ids)
 
     @classmethod
     def load(cls, path: str | os.PathLike, model: PreTrainedModel) -> tuple[LatentCache, torch.Tensor]:
-        """Reads a saved prefix for ``model``.
+        """Reads a saved prefix for ``model``; its layers are coded as they were when it was saved.
 
         Returns:
             The cache, on the model's device, and the tokens ``[B, S]`` that it holds. Generation continues from ids
@@ -85,11 +101,12 @@ class LatentCache(DynamicCache):
         Raises:
             ValueError: the file is no prefix, is damaged, was written by another model or in another dtype.
         """
-        cache = cls(config=model.config)
+        cache = cls(config=model.config, latent_bits=EXACT)
         layers, input_ids = read_prefix(path, model, len(cache.layers))
-        for index, (latents, rank) in enumerate(layers):
-            latents = latents.unsqueeze(1)
-            cache.update(latents[..., :rank], latents[..., rank:], index)
+        for index, saved in enumerate(layers):
+            layer = LatentLayer() if saved.code is None else CodedLatentLayer(saved.code)
+            layer.restore(saved, model.dtype)
+            cache.layers[index] = layer
         return cache, input_ids
 
 

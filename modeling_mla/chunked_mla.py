@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from .coded_states_mla import CodedStates
 from .scores_mla import capped_and_masked, float32_products
 from .softmax_merge_mla import finite_lse, merge_attended
 
@@ -23,10 +24,10 @@ def expanded_bytes(query: torch.Tensor, kv_length: int, v_head_dim: int) -> int:
 
 
 def attend_in_pieces(
-    expand: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    expand: Callable[..., tuple[torch.Tensor, torch.Tensor]],
     query: torch.Tensor,
-    kv_c: torch.Tensor,
-    k_pe: torch.Tensor,
+    kv_c: torch.Tensor | CodedStates,
+    k_pe: torch.Tensor | CodedStates,
     mask_of: Callable[[slice, slice], torch.Tensor | None],
     scaling: float,
     softcap: float | None,
@@ -36,7 +37,7 @@ def attend_in_pieces(
     Args:
         expand: ``(kv_c, k_pe) -> (key, value)`` for some positions.
         query: ``[B, H, n, d_qk]``.
-        kv_c, k_pe: ``[B, 1, S, r]`` and ``[B, 1, S, d_r]``.
+        kv_c, k_pe: ``[B, 1, S, r]`` and ``[B, 1, S, d_r]``, which may be coded.
         mask_of: the mask between a range of queries and a range of keys, broadcastable to ``[B, H, n, S]``, bool
             (True attends) or additive; None where all is visible.
 
@@ -49,7 +50,8 @@ def attend_in_pieces(
     context: torch.Tensor | None = None
     for start in range(0, kv_c.shape[2], piece):
         keys = slice(start, min(start + piece, kv_c.shape[2]))
-        key, value = expand(kv_c[:, :, keys], k_pe[:, :, keys])
+        own = (states.narrow(2, start, keys.stop - start) for states in (kv_c, k_pe))
+        key, value = expand(*own)
         if context is None:
             context = query.new_zeros(batch, heads, length, value.shape[-1], dtype=precision)
             lse = query.new_full((batch, heads, length), float("-inf"), dtype=precision)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from transformers import PreTrainedConfig
 
+from .latent_code_mla import EXACT, LatentCode, check_latent_bits
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig as _Body
 else:
@@ -62,6 +64,8 @@ class MLAConfigMixin(_Body):
         softmax_scale: multiplies the scores; None is ``(qk_nope_head_dim + qk_rope_head_dim) ** -0.5``.
         q_bias, kv_a_bias, o_bias: biases of the query, down and output projections (``kv_b_proj`` never has one).
         latent_norm: ``"rms_norm"`` (DeepSeek) or ``"identity"`` (converted models, which have no latent norm).
+        latent_code: in how few bits a latent is cached, ``LatentCode.to_dict()``: one for all layers, or a list of one
+            (or None) a layer. None caches in the model's precision.
     """
 
     model_auto_map: ClassVar[dict[str, str]] = {}
@@ -84,6 +88,7 @@ class MLAConfigMixin(_Body):
     kv_a_bias: bool = False
     o_bias: bool = False
     latent_norm: str = "rms_norm"
+    latent_code: dict | list | None = None
 
     def __post_init__(self, **kwargs) -> None:
         if getattr(self, "attention_bias", False):
@@ -127,6 +132,19 @@ class MLAConfigMixin(_Body):
         self._validate_per_layer("kv_lora_ranks", self.kv_lora_ranks, self.kv_lora_rank)
         self._validate_per_layer("qk_rope_head_dims", self.qk_rope_head_dims, self.qk_rope_head_dim)
         self._validate_rope_rows()
+        self._validate_latent_code()
+
+    def _validate_latent_code(self) -> None:
+        written = self.latent_code
+        if isinstance(written, list) and len(written) != self.num_hidden_layers:
+            raise ValueError(f"latent_code has {len(written)} entries for {self.num_hidden_layers} layers.")
+        for layer in range(self.num_hidden_layers):
+            try:
+                code = self.layer_latent_code(layer)
+                if code is not None:
+                    code.check_widths(self.layer_kv_lora_rank(layer), self.layer_qk_rope_head_dim(layer))
+            except ValueError as error:
+                raise ValueError(f"latent_code of layer {layer}: {error}") from error
 
     def _validate_per_layer(self, name: str, values: list[int] | None, largest: int) -> None:
         if values is None:
@@ -173,16 +191,24 @@ class MLAConfigMixin(_Body):
         """Width of the rotary key that layer ``layer_idx`` caches."""
         return self.qk_rope_head_dims[layer_idx] if self.qk_rope_head_dims is not None else self.qk_rope_head_dim
 
+    def layer_latent_code(self, layer_idx: int) -> LatentCode | None:
+        """The code in which layer ``layer_idx`` caches; None for the model's precision."""
+        written = self.latent_code[layer_idx] if isinstance(self.latent_code, list) else self.latent_code
+        return None if written is None else LatentCode.from_dict(written)
+
     def cache_bytes_per_token(self, dtype: torch.dtype | None = None) -> int:
-        """Bytes that all layers together cache for one token of one sequence.
+        """Bytes that all layers together cache for one token of one sequence, behind the first tokens of a code.
 
         Args:
-            dtype: of the cache; by default the configuration's, or bfloat16 where it names none.
+            dtype: of what is not coded; by default the configuration's, or bfloat16 where it names none.
         """
         dtype = dtype or getattr(self, "dtype", None) or torch.bfloat16
-        ranks = sum(self.layer_kv_lora_rank(layer) for layer in range(self.num_hidden_layers))
-        rotary = sum(self.layer_qk_rope_head_dim(layer) for layer in range(self.num_hidden_layers))
-        return (ranks + rotary) * dtype.itemsize
+        total = 0
+        for layer in range(self.num_hidden_layers):
+            code = self.layer_latent_code(layer)
+            width = self.layer_kv_lora_rank(layer) + self.layer_qk_rope_head_dim(layer)
+            total += width * dtype.itemsize if code is None else code.nbytes
+        return total
 
 
 def latent_widths(config: PreTrainedConfig, layer_idx: int) -> tuple[int, int]:
@@ -191,3 +217,16 @@ def latent_widths(config: PreTrainedConfig, layer_idx: int) -> tuple[int, int]:
         return config.layer_kv_lora_rank(layer_idx), config.layer_qk_rope_head_dim(layer_idx)
     layer = config.per_layer_config[layer_idx]
     return layer.kv_lora_rank, layer.qk_rope_head_dim
+
+
+def layer_code(config: PreTrainedConfig, layer_idx: int, latent_bits: int | None) -> LatentCode | int | None:
+    """The code in which a cache keeps a layer: the configuration's, or `uniform_code` of ``latent_bits``, where given.
+
+    Returns:
+        The code, or the bits of a uniform one, whatever the layer's widths are; None for the model's precision.
+    """
+    check_latent_bits(latent_bits)
+    if latent_bits is not None:
+        return None if latent_bits == EXACT else latent_bits
+    own = getattr(config, "layer_latent_code", None)
+    return None if own is None else own(layer_idx)

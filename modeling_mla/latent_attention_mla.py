@@ -8,6 +8,7 @@ from transformers import PreTrainedConfig
 
 from .absorbed_weights_mla import AbsorbedWeights, absorbed_weights
 from .attention_functions_mla import is_latent_aware
+from .coded_states_mla import CodedStates, decoded
 
 
 class LatentAttention(nn.Module):
@@ -51,15 +52,22 @@ class LatentAttention(nn.Module):
         key, value = expand_latents(self.kv_b_proj, kv_c, k_pe, self.qk_nope_head_dim, self.v_head_dim)
         return key, value
 
-    def expand_latents(self, kv_c: torch.Tensor, k_pe: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def expand_latents(
+        self, kv_c: torch.Tensor | CodedStates, k_pe: torch.Tensor | CodedStates
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `expand_kv`, whatever function is in use."""
         return expand_latents(self.kv_b_proj, kv_c, k_pe, self.qk_nope_head_dim, self.v_head_dim)
 
 
 def expand_latents(
-    kv_b_proj: nn.Module, kv_c: torch.Tensor, k_pe: torch.Tensor, qk_nope_head_dim: int, v_head_dim: int
+    kv_b_proj: nn.Module,
+    kv_c: torch.Tensor | CodedStates,
+    k_pe: torch.Tensor | CodedStates,
+    qk_nope_head_dim: int,
+    v_head_dim: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rebuilds every head's keys and values: shapes as in `MLAttention.expand_kv`."""
+    kv_c, k_pe = decoded(kv_c), decoded(k_pe)
     batch, _, length, _ = kv_c.shape
     # In the form of hidden states: some adapters and packed layers take nothing else.
     expanded = (

@@ -21,6 +21,7 @@ from typing_extensions import override
 
 from .cache_mla import LatentCache
 from .cache_static_mla import StaticLatentCache
+from .first_tokens_mla import leading_padding
 from .latent_attention_mla import LatentAttention
 from .paged_mla import LatentBatchingManager
 from .peft_mla import register_peft_targets
@@ -40,6 +41,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel as _Body
 else:
     _Body = object
+
+_QUANTIZED_BITS = 8
+"""Of ``cache_implementation="quantized"``, where nothing else says how many."""
 
 
 def built_with(body_class: type[nn.Module], **replacements: type) -> Callable:
@@ -75,7 +79,14 @@ def add_latent_cache(model: PreTrainedModel, args: tuple, kwargs: dict) -> tuple
     # Transformers' models take the cache as fourth positional argument.
     if use_cache and not checkpointing and not given and len(args) < 4:
         kwargs = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
-        kwargs[CACHE_NAME] = LatentCache(config=model.config)
+        kwargs[CACHE_NAME] = LatentCache(config=model.config, latent_bits=getattr(model, "latent_bits", None))
+    cache: Any = kwargs.get(CACHE_NAME)
+    inputs = kwargs.get("input_ids", args[0] if args else None)
+    inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
+    if hasattr(cache, "skip_padding") and inputs is not None:
+        padding = leading_padding(kwargs, inputs.shape[:2], cache.get_seq_length())
+        if padding is not None:
+            cache.skip_padding(padding)
     return args, kwargs
 
 
@@ -94,6 +105,8 @@ class MLAPreTrainedMixin(_Body):
     """First base of a family's `PreTrainedModel`: latent caches for generation, and the choice of route and backend."""
 
     config: PreTrainedConfig
+    latent_bits: int | None = None
+    """Of the caches that `generate` makes, where `enable_absorbed_attention` was asked for a code."""
 
     @override
     def post_init(self) -> None:
@@ -111,20 +124,27 @@ class MLAPreTrainedMixin(_Body):
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict, *args, **kwargs
     ) -> None:
-        """Puts latent caches where Transformers makes its own; a cache that the user gave stays."""
+        """Puts latent caches where Transformers makes its own; a cache that the user gave stays.
+
+        ``cache_config={"latent_bits": n}`` chooses the code, as `LatentCache` does.
+        """
         given = model_kwargs.get(CACHE_NAME)
+        wanted = generation_config.cache_config or {}
+        bits = wanted.get("latent_bits", self.latent_bits)
         quantized = generation_config.cache_implementation == "quantized"
-        if given is None and quantized and not (generation_config.cache_config or {}).get("backend"):
-            cache: Cache = LatentCache(config=self.config, quantized=True)
+        if given is None and quantized and not wanted.get("backend"):
+            if bits is None and getattr(self.config, "latent_code", None) is None:
+                bits = _QUANTIZED_BITS
+            cache: Cache = LatentCache(config=self.config, latent_bits=bits)
         else:
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
             made = model_kwargs.get(CACHE_NAME)
             if given is not None or made is None or type(made) not in (DynamicCache, StaticCache):
                 return
             if type(made) is DynamicCache:
-                cache = LatentCache(config=self.config, offloading=made.offloading)
+                cache = LatentCache(config=self.config, offloading=made.offloading, latent_bits=bits)
             else:
-                cache = StaticLatentCache(self.config, made.get_max_length(), offloading=made.offloading)
+                cache = StaticLatentCache(self.config, made.get_max_length(), made.offloading, latent_bits=bits)
         if generation_config.is_assistant:
             cache.activate_past_recording()
         model_kwargs[CACHE_NAME] = cache

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from .attention_mla import ALL_ATTENTION_FUNCTIONS
 from .backends_mla import BACKENDS
 from .latent_attention_mla import LatentAttention, expand_latents
+from .latent_code_mla import check_latent_bits
 from .modeling_mla import MLAPreTrainedMixin, add_latent_cache
 from .native_classes_mla import (
     become,
@@ -32,7 +33,7 @@ _DIMENSIONS = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_d
 _CACHE_HOOK = "_latent_cache_hook"
 
 
-def enable_absorbed_attention(model: nn.Module, backend: str = "auto") -> nn.Module:
+def enable_absorbed_attention(model: nn.Module, backend: str = "auto", latent_bits: int | None = None) -> nn.Module:
     """Makes a loaded MLA model attend over its cached latents instead of rebuilding every head's keys and values.
 
     In place: modules and parameters stay the ones that they are, results are the same up to rounding. `generate` and
@@ -43,6 +44,8 @@ def enable_absorbed_attention(model: nn.Module, backend: str = "auto") -> nn.Mod
         model: any model whose attention modules have the form that Transformers gives to MLA since 5.23, also inside
             wrappers (vision, adapters).
         backend: of the absorbed attention: ``"auto"`` or a name in `modeling_mla.backends_mla.BACKENDS`.
+        latent_bits: of the caches that the model makes: 2, 3, 4, 5, 6 or 8 bits a channel of a latent, behind a fixed
+            rotation that is applied when a token is cached, and to what reads it. None caches in the model's precision.
 
     Returns:
         ``model``.
@@ -53,6 +56,7 @@ def enable_absorbed_attention(model: nn.Module, backend: str = "auto") -> nn.Mod
     """
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"Unknown MLA backend {backend!r}; known are auto, {', '.join(BACKENDS)}.")
+    check_latent_bits(latent_bits)
     attentions = [module for module in model.modules() if "kv_b_proj" in module._modules]
     if not attentions:
         raise ValueError(_why_not_mla(model))
@@ -69,6 +73,7 @@ def enable_absorbed_attention(model: nn.Module, backend: str = "auto") -> nn.Mod
         if _CACHE_HOOK not in body.__dict__:
             body.__dict__[_CACHE_HOOK] = body.register_forward_pre_hook(add_latent_cache, with_kwargs=True)
     for module in _models(model, attentions):
+        module.latent_bits = latent_bits
         if module.can_generate() and not isinstance(module, MLAPreTrainedMixin):
             become(module, _latent_generation)
     return model
@@ -80,6 +85,7 @@ def disable_absorbed_attention(model: nn.Module) -> nn.Module:
         hook = module.__dict__.pop(_CACHE_HOOK, None)
         if hook is not None:
             hook.remove()
+        module.__dict__.pop("latent_bits", None)
         become_native(module, "backend", "route")
     return model
 

@@ -17,7 +17,9 @@ from .attention_functions_mla import eager_attention_forward, is_flash, is_laten
 from .backend_base_mla import AbsorbedShape
 from .backends_mla import select_backend
 from .chunked_mla import EXPANDED_LIMIT, attend_in_pieces, expanded_bytes
+from .coded_states_mla import CodedStates
 from .latent_attention_mla import LatentAttention
+from .latent_tiles_mla import CodedLatents, narrowed
 from .masks_mla import VisibleKeys
 from .peft_mla import refuse_adapters_by_position
 from .transformers_seams_mla import AttentionInterface, PagedAttentionCache, tells_rows_apart
@@ -119,8 +121,8 @@ def attend_latents(
     attn_implementation: str,
     module: LatentAttention,
     query: torch.Tensor,
-    kv_c: torch.Tensor,
-    k_pe: torch.Tensor,
+    kv_c: torch.Tensor | CodedStates,
+    k_pe: torch.Tensor | CodedStates,
     attention_mask: torch.Tensor | BlockMask | None,
     dropout: float = 0.0,
     scaling: float = 1.0,
@@ -151,13 +153,13 @@ def attend_latents(
         refuse_adapters_by_position(module.kv_b_proj)
     reason = why_expand(module, query, attn_implementation, dropout, kwargs)
     if _takes_absorbed_route(module, query, kv_c.shape[2], reason):
-        latents = fused_latents(kv_c, k_pe) if latents is None else latents
+        read = fused_latents(kv_c, k_pe) if latents is None else latents
         visible = _visible_keys(query, kv_c, attention_mask, attn_implementation, kwargs)
         softcap, s_aux = kwargs.get("softcap"), kwargs.get("s_aux")
-        return attend_absorbed(module, query, latents, visible, scaling, softcap, s_aux), None
+        return attend_absorbed(module, query, read, visible, scaling, softcap, s_aux), None
     if _must_expand_in_pieces(module, query, kv_c.shape[2], reason, kwargs):
         visible = _visible_keys(query, kv_c, attention_mask, attn_implementation, kwargs)
-        kv_c, k_pe = kv_c[:, :, : visible.keys_in_use], k_pe[:, :, : visible.keys_in_use]
+        kv_c, k_pe = (states.narrow(2, 0, visible.keys_in_use) for states in (kv_c, k_pe))
         softcap = kwargs.get("softcap")
         return attend_in_pieces(module.expand_latents, query, kv_c, k_pe, visible.block, scaling, softcap), None
     key, value = module.expand_latents(kv_c, k_pe)
@@ -166,7 +168,7 @@ def attend_latents(
 
 def _visible_keys(
     query: torch.Tensor,
-    kv_c: torch.Tensor,
+    kv_c: torch.Tensor | CodedStates,
     attention_mask: torch.Tensor | BlockMask | None,
     attn_implementation: str,
     kwargs: dict,
@@ -185,7 +187,7 @@ def _visible_keys(
 def attend_absorbed(
     module: LatentAttention,
     query: torch.Tensor,
-    latents: torch.Tensor,
+    latents: torch.Tensor | CodedLatents,
     visible: VisibleKeys,
     scaling: float,
     softcap: float | None = None,
@@ -195,10 +197,12 @@ def attend_absorbed(
 
     ``s_aux [H]`` are attention sinks, one logit a head that takes its share of the softmax and has no value.
     """
-    latents = latents[:, : visible.keys_in_use]
+    latents = narrowed(latents, visible.keys_in_use)
     weights = module.absorbed_weights(query)
     q_nope, q_rope = query.split([module.qk_nope_head_dim, module.qk_rope_head_dim], dim=-1)
     query = torch.cat((weights.latent_query(q_nope), q_rope), dim=-1)
+    coded = latents if isinstance(latents, CodedLatents) else None
+    query = query if coded is None else coded.rotated_query(query)
     shape = AbsorbedShape(
         batch=query.shape[0],
         num_heads=query.shape[1],
@@ -210,19 +214,25 @@ def attend_absorbed(
         device=query.device,
         has_mask=visible.hides_keys,
         softcap=softcap,
+        code=None if coded is None else coded.code,
     )
     backend = select_backend(module.backend, shape)
     context, lse = backend.attend(query, latents, module.kv_lora_rank, scaling, visible, softcap)
+    context = context if coded is None else coded.context(context)
     if s_aux is not None:
         context = context * torch.sigmoid(lse - s_aux[:, None]).unsqueeze(-1).to(context.dtype)
     return weights.values(context).transpose(1, 2)
 
 
-def fused_latents(kv_c: torch.Tensor, k_pe: torch.Tensor) -> torch.Tensor:
+def fused_latents(kv_c: torch.Tensor | CodedStates, k_pe: torch.Tensor | CodedStates) -> torch.Tensor | CodedLatents:
     """``[B, S, r + d_r]`` from the pair ``[B, 1, S, r]`` and ``[B, 1, S, d_r]``.
 
     A view where both are views of one buffer, as `LatentCache` gives them; a copy for any other cache.
     """
+    if isinstance(kv_c, CodedStates) and isinstance(k_pe, CodedStates):
+        return CodedLatents(kv_c, k_pe)
+    assert isinstance(kv_c, torch.Tensor)
+    assert isinstance(k_pe, torch.Tensor)
     if not torch.compiler.is_compiling() and (
         kv_c.stride() == k_pe.stride()
         and kv_c.stride(-1) == 1

@@ -1,10 +1,12 @@
 """One decode step of this library beside what Transformers does with the same weights, in one process.
 
-Two comparisons: Transformers' DeepSeek-V3 attention against ours over the same parameters (both cache latents; theirs
-expands the whole cache at every step), and a standard checkpoint against its conversion.
+Three comparisons: Transformers' DeepSeek-V3 attention against ours over the same parameters (both cache latents; theirs
+expands the whole cache at every step), a standard checkpoint against its conversion, and our caches of fewer bits
+against the uncoded one.
 
     python examples/benchmarks/decode.py
     python examples/benchmarks/decode.py --source MODEL --converted OUT --contexts 1024,4096,8192
+    python examples/benchmarks/decode.py --cache-bits 16,8,4 --contexts 1024,4096,16384,65536
 """
 
 from __future__ import annotations
@@ -111,6 +113,29 @@ def compare(theirs: PreTrainedModel, ours: PreTrainedModel, context: int, second
     }
 
 
+def step_of_bits(model: PreTrainedModel, bits: int, context: int, seconds: float) -> dict:
+    """One row: a step over a cache of so many bits a channel (16: uncoded), and how fast it reads the cache."""
+    cache = LatentCache(config=model.config, capacity=context + 1, latent_bits=bits)
+    fill(model, cache, context)
+    run, times = step(model, cache), []
+    run()
+    end = time.perf_counter() + seconds
+    while len(times) < 2 * STEPS_IN_A_ROW or time.perf_counter() < end:
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    median = statistics.median(times)
+    return {
+        "context": context,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "cache_bits": bits,
+        "cache_mib": round(cache.nbytes / (1 << 20), 2),
+        "ms": round(1e3 * median, 3),
+        "gib_per_second": round(cache.nbytes / (1 << 30) / median, 2),
+        "rounds": len(times),
+    }
+
+
 def load(name: str, dtype: torch.dtype) -> PreTrainedModel:
     """A model from a folder, a Hub id, or a folder with one GGUF file."""
     files = list(Path(name).glob("*.gguf"))
@@ -123,6 +148,7 @@ def main(
     dtypes: Annotated[str, typer.Option(help="Precisions, separated by commas.")] = "float32,bfloat16",
     source: Annotated[str | None, typer.Option(help="Compare this checkpoint ...")] = None,
     converted: Annotated[str | None, typer.Option(help="... with its conversion.")] = None,
+    cache_bits: Annotated[str | None, typer.Option(help="Compare caches of these bits, separated by commas.")] = None,
     seconds: Annotated[float, typer.Option(help="Measuring time for each row.")] = 6.0,
     threads: Annotated[int, typer.Option(help="Threads of PyTorch.")] = 2,
     as_json: Annotated[bool, typer.Option("--json", help="Print rows as JSON.")] = False,
@@ -132,6 +158,14 @@ def main(
     rows = []
     for name in dtypes.split(","):
         dtype = getattr(torch, name)
+        if cache_bits:
+            model = load(converted, dtype) if converted else deepseek_pair(dtype)[1]
+            rows += [
+                step_of_bits(model, int(bits), int(context), seconds)
+                for context in contexts.split(",")
+                for bits in cache_bits.split(",")
+            ]
+            continue
         if source and converted:
             pair, same = (load(source, dtype), load(converted, dtype)), False
         else:

@@ -3,6 +3,7 @@
 The cache is filled with random latents. Peak memory is that of the whole process, measured by a thread that samples it.
 
     python examples/benchmarks/long_context.py --context 262144
+    python examples/benchmarks/long_context.py --context 262144 --cache-bits 4
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from modeling_mla import LatentCache, LlamaMLAConfig, LlamaMLAForCausalLM
 from modeling_mla.transformers_seams_mla import cache_argument
 
 MIB = 1 << 20
+_FILLED_AT_ONCE = 4096
 
 
 def kimi_layer(dtype: torch.dtype) -> LlamaMLAForCausalLM:
@@ -66,6 +68,7 @@ def main(
     context: Annotated[int, typer.Option(help="Tokens in the cache.")] = 262144,
     prefill: Annotated[int, typer.Option(help="Tokens prefilled on top of them.")] = 512,
     dtype: Annotated[str, typer.Option(help="Precision.")] = "bfloat16",
+    cache_bits: Annotated[int, typer.Option(help="Bits that are cached of a latent's channel; 16 is uncoded.")] = 16,
     threads: Annotated[int, typer.Option(help="Threads of PyTorch.")] = 2,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -73,22 +76,25 @@ def main(
     torch.set_num_threads(threads)
     model = kimi_layer(getattr(torch, dtype))
     config = model.config
-    cache = LatentCache(config=config, capacity=context + prefill)
+    cache = LatentCache(config=config, capacity=context + prefill, latent_bits=cache_bits)
     with torch.no_grad():
         # One token allocates the cache and the absorbed weights, so that neither counts as a step's memory.
         model(torch.zeros((1, 1), dtype=torch.long), **cache_argument(cache))
-        layer = cache.layers[0]
-        layer.buffer[:, : layer.capacity].normal_()
-        layer.filled = context - 1
+        widths = config.kv_lora_rank, config.qk_rope_head_dim
+        while cache.get_seq_length() < context - 1:
+            tokens = min(_FILLED_AT_ONCE, context - 1 - cache.get_seq_length())
+            cache.update(*(torch.randn(1, 1, tokens, width).to(model.dtype) for width in widths), 0)
         token = torch.ones((1, 1), dtype=torch.long)
         step_seconds, step_mib = peak_of(lambda: model(token, **cache_argument(cache)))
         tokens = torch.ones((1, prefill), dtype=torch.long)
         prefill_seconds, prefill_mib = peak_of(lambda: model(tokens, **cache_argument(cache), logits_to_keep=1))
-    per_token = config.cache_bytes_per_token(model.dtype)
+    code = cache.layers[0].code if cache_bits < 16 else None
+    per_token = config.cache_bytes_per_token(model.dtype) if code is None else code.nbytes
     expanded = config.num_attention_heads * (config.qk_head_dim + config.v_head_dim) * model.dtype.itemsize
     result = {
         "context": context,
         "dtype": dtype,
+        "cache_bits": cache_bits,
         "cache_mib": round(cache.nbytes / MIB, 1),
         "latent_data_mib": round(context * per_token / MIB, 1),
         "step_seconds": round(step_seconds, 3),

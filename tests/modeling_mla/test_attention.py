@@ -224,7 +224,7 @@ def test_unknown_backend_is_refused_by_name():
     model = tiny_model()
     model.set_attention_route("absorbed")
     model.set_attention_backend("cuda9")
-    with pytest.raises(ValueError, match="Unknown MLA backend 'cuda9'; known are auto, cpu, triton, torch"):
+    with pytest.raises(ValueError, match="Unknown MLA backend 'cuda9'; known are auto, cpu, int8, triton, torch"):
         model(random_ids(1, 3))
 
 

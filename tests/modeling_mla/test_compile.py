@@ -5,7 +5,9 @@ import torch
 from tiny import assert_close, every_route, random_ids, reference_logits, tiny_model
 from torch._dynamo.testing import CompileCounter
 
+from modeling_mla import LatentCache
 from modeling_mla.cache_static_mla import StaticLatentCache
+from modeling_mla.latent_code_mla import uniform_code
 from modeling_mla.transformers_seams_mla import cache_argument
 
 pytestmark = pytest.mark.one_route
@@ -28,16 +30,37 @@ def test_decode_is_one_graph_for_every_step(route, implementation):
     assert_close(torch.cat(parts, dim=1), reference_logits(model, IDS))
 
 
+@pytest.mark.parametrize("bits", [16, 6])
 @torch.no_grad()
-def test_decode_runs_as_inductor_code():
+def test_decode_runs_as_inductor_code(bits):
     """In the precision in which models are served; every other test here stops at the graph."""
     model = tiny_model(dtype=torch.float32, num_hidden_layers=1)
-    cache = StaticLatentCache(model.config, max_cache_len=16)
-    model(IDS[:, :10], **cache_argument(cache))
+    steps = []
+    for compiles in (True, False):
+        cache = StaticLatentCache(model.config, max_cache_len=16, latent_bits=bits)
+        model(IDS[:, :10], **cache_argument(cache))
+        torch.compiler.reset()
+        step = torch.compile(model, fullgraph=True) if compiles else model
+        steps.append(torch.cat([step(IDS[:, at : at + 1], **cache_argument(cache)).logits for at in (10, 11)], dim=1))
+    assert_close(*steps, 1e-4)
+    assert_close(steps[0], reference_logits(model, IDS)[:, 10:], {16: 1e-4, 6: 0.5}[bits])
+
+
+@every_route
+@torch.no_grad()
+def test_coded_decode_is_one_graph_for_every_step(route):
+    model = tiny_model(latent_code=uniform_code(4, 16, 4).to_dict())
+    model.set_attention_route(route)
+    eager, static = LatentCache(model.config), StaticLatentCache(model.config, max_cache_len=16)
+    parts = [model(IDS[:, :6], **cache_argument(cache)).logits for cache in (eager, static)]
+    assert_close(*parts)
     torch.compiler.reset()
-    step = torch.compile(model, fullgraph=True)
-    actual = torch.cat([step(IDS[:, at : at + 1], **cache_argument(cache)).logits for at in (10, 11)], dim=1)
-    assert_close(actual, reference_logits(model, IDS)[:, 10:], 1e-4)
+    counter = CompileCounter()
+    step = torch.compile(model, fullgraph=True, backend=counter)
+    for at in range(6, 12):
+        expected = model(IDS[:, at : at + 1], **cache_argument(eager)).logits
+        assert_close(step(IDS[:, at : at + 1], **cache_argument(static)).logits, expected)
+    assert counter.frame_count == 1, "no step compiles anew"
 
 
 @torch.no_grad()

@@ -87,7 +87,7 @@ def test_quantized_cache_gives_nearly_the_same_logits(models, name, mode):
     output = generate(model, ids, cache_implementation="quantized", **options)
     error = (torch.stack(output.logits) - expected).abs().max() / expected.std()
     assert error < 0.15
-    assert type(cache_of(output).layers[0]).__name__ == "QuantizedLatentLayer"
+    assert type(cache_of(output).layers[0]).__name__ == "CodedLatentLayer"
     whole = generate(model, ids, cache_implementation="quantized", **MODES[mode])
     assert whole.shape == (2, 9 + TOKENS)
 

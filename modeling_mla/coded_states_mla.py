@@ -1,0 +1,195 @@
+"""Coded latents and rotary keys: how they are written, and what stands for them where they are read.
+
+The attention function gets `CodedStates` where it would get tensors, and reads them tile by tile.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .bit_planes_mla import pack_levels, unpack_levels
+from .hartley_mla import hartley_matrix
+from .latent_code_mla import LatentCode, PartCode, largest, middle, plane_bytes, planes
+
+
+class Codec:
+    """Writes and reads one `PartCode` on a device.
+
+    Attributes:
+        dtype: of the states that are coded, and of what they are decoded to.
+        matrix: ``[n, n]`` orthogonal, applied from the right before coding; None where the code is not rotated.
+        middles: ``[n]`` float32, what is taken from every channel's level.
+    """
+
+    def __init__(self, code: PartCode, dtype: torch.dtype, device: torch.device) -> None:
+        self.code, self.dtype = code, dtype
+        self.exact_dtype = torch.float16 if dtype == torch.float16 else torch.bfloat16
+        self.precision = torch.promote_types(dtype, torch.float32)
+        self.matrix = hartley_matrix(code.channels, self.precision, device) if code.rotated else None
+        self.matrix_back = hartley_matrix(code.channels, dtype, device).t() if code.rotated else None
+        self.groups = torch.tensor(code.groups, dtype=torch.long, device=device)
+        if not code.is_exact:
+            self.middles, self.limits = (
+                torch.tensor([of(bits) for channels, bits in code.segments for _ in range(channels)]).to(device)
+                for of in (middle, largest)
+            )
+
+    def rotate(self, states: torch.Tensor) -> torch.Tensor:
+        """``[..., n]`` as they are coded, in float32 or wider where that takes products."""
+        return states if self.matrix is None else states.to(self.precision) @ self.matrix
+
+    def rotate_back(self, states: torch.Tensor) -> torch.Tensor:
+        if self.matrix is None or self.matrix_back is None:
+            return states
+        return states @ (self.matrix_back if states.dtype == self.dtype else self.matrix.t().to(states.dtype))
+
+    def encode(self, rotated: torch.Tensor) -> torch.Tensor:
+        """``[..., n]``, rotated, to bytes ``[..., code.nbytes]`` uint8: scales, then the planes of every segment."""
+        code = self.code
+        if code.is_exact:
+            return rotated.to(self.exact_dtype).contiguous().view(torch.uint8)
+        states = rotated.float()
+        shares = (states.abs() / self.limits).split(code.groups, dim=-1)
+        scales = _rounded_up(torch.stack([share.amax(-1) for share in shares], dim=-1))
+        # Where a scale is zero all its states are.
+        steps = self._by_channel(scales.float()).clamp(min=torch.finfo(torch.float32).tiny)
+        levels = (states / steps + self.middles).round()
+        levels = levels.clamp(self.middles - self.limits, self.middles + self.limits).to(torch.int8).view(torch.uint8)
+        parts = [scales.view(torch.uint8)]
+        for part, (_, bits) in zip(levels.split([n for n, _ in code.segments], dim=-1), code.segments, strict=True):
+            parts.append(pack_levels(part, bits))
+        rows = torch.cat(parts, dim=-1)
+        return torch.nn.functional.pad(rows, (0, code.nbytes - rows.shape[-1]))
+
+    def _by_channel(self, scales: torch.Tensor) -> torch.Tensor:
+        """``[..., groups]`` spread over the channels, or, of one scale, as it is."""
+        return scales if len(self.code.groups) == 1 else scales.repeat_interleave(self.groups, dim=-1)
+
+    def scales(self, rows: torch.Tensor) -> torch.Tensor:
+        """``[..., groups]`` bfloat16, as they lie in ``rows [..., code.nbytes]``."""
+        return rows[..., : self.code.scale_bytes].view(torch.bfloat16)
+
+    def unpack(self, rows: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+        """Writes the levels in ``rows [..., code.nbytes]`` to ``levels [..., n]`` uint8; returns these as int8."""
+        start, first = self.code.scale_bytes, 0
+        for channels, bits in self.code.segments:
+            stop = start + sum(plane_bytes(channels, width) for width in planes(bits))
+            unpack_levels(rows[..., start:stop], bits, levels[..., first : first + channels])
+            start, first = stop, first + channels
+        return levels.view(torch.int8)
+
+    def tile(self, rows: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Bytes ``[..., code.nbytes]`` as numbers of ``dtype``, still rotated.
+
+        Returns:
+            ``[..., n]``, and ``[...]`` by which they have to be multiplied, in float32 or wider; None for one.
+        """
+        if self.code.is_exact:
+            return rows.view(self.exact_dtype).to(dtype), None
+        levels = self.unpack(rows, rows.new_empty(*rows.shape[:-1], self.code.channels))
+        centred = levels.to(dtype).sub_(self.middles.to(dtype))
+        scales = self.scales(rows)
+        if scales.shape[-1] > 1:
+            return centred.mul_(self._by_channel(scales.to(dtype))), None
+        return centred, scales[..., 0].to(torch.promote_types(dtype, torch.float32))
+
+    def decode(self, rows: torch.Tensor) -> torch.Tensor:
+        """Bytes ``[..., code.nbytes]`` as states ``[..., n]``, still rotated, in float32 or wider."""
+        states, scales = self.tile(rows, self.precision)
+        return states if scales is None else states.mul_(scales.unsqueeze(-1))
+
+
+def _rounded_up(scales: torch.Tensor) -> torch.Tensor:
+    """The next bfloat16 that is not below a positive float32, so that no level passes the largest."""
+    return ((scales.view(torch.int32) + 0xFFFF) >> 16).to(torch.int16).view(torch.bfloat16)
+
+
+class CodedStates:
+    """Stands for a tensor ``[B, 1, S, n]`` of latents or rotary keys that are cached in codes.
+
+    Args:
+        codec: that wrote them.
+        rows: ``[B, S, code.nbytes]`` uint8, strided views of a cache.
+        exact: ``[B, e, n]``, rotated, which stand in the place of as many rows.
+        starts: of every sequence, the place of the first of these rows; before the first place they are left out.
+    """
+
+    def __init__(self, codec: Codec, rows: torch.Tensor, exact: torch.Tensor, starts: tuple[int, ...]) -> None:
+        self.codec, self.rows, self.exact, self.starts = codec, rows, exact, starts
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((self.rows.shape[0], 1, self.rows.shape[1], self.codec.code.channels))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.codec.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.rows.device
+
+    def narrow(self, dim: int, start: int, length: int) -> CodedStates:
+        """As of a tensor, along the tokens."""
+        if dim != 2:
+            raise ValueError(f"coded states are cut along their tokens, dimension 2, not {dim}; decode them first.")
+        starts = tuple(own - start for own in self.starts)
+        return CodedStates(self.codec, self.rows[:, start : start + length], self.exact, starts)
+
+    def exact_places(self, index: int) -> tuple[slice, slice]:
+        """The places of a sequence's exact tokens among its rows, and among ``exact``."""
+        start, count, length = self.starts[index], self.exact.shape[1], self.rows.shape[1]
+        first, stop = min(max(start, 0), length), min(max(start + count, 0), length)
+        return slice(first, stop), slice(first - start, stop - start)
+
+    def decode(self) -> torch.Tensor:
+        """The tensor ``[B, 1, S, n]``."""
+        states = self.codec.decode(self.rows)
+        for index in range(len(states)):
+            places, own = self.exact_places(index)
+            states[index, places] = self.exact[index, own].to(states.dtype)
+        return self.codec.rotate_back(states).to(self.dtype).unsqueeze(1)
+
+
+class LatentCodec:
+    """Writes and reads the rows of one `LatentCode`: latents, then rotary keys."""
+
+    def __init__(self, code: LatentCode, dtype: torch.dtype, device: torch.device) -> None:
+        self.latent, self.rope = (Codec(part, dtype, device) for part in (code.latent, code.rope))
+        self.widths = [code.latent.channels, code.rope.channels]
+        self.width = sum(self.widths)
+
+    def rotated(self, kv_c: torch.Tensor, k_pe: torch.Tensor) -> torch.Tensor:
+        """``[..., r]`` and ``[..., d_r]`` to ``[..., r + d_r]``, as they are coded."""
+        return torch.cat((self.latent.rotate(kv_c), self.rope.rotate(k_pe)), dim=-1)
+
+    def encode(self, rotated: torch.Tensor) -> torch.Tensor:
+        """``[..., r + d_r]`` to rows ``[..., code.nbytes]`` uint8."""
+        latent, rope = rotated.split(self.widths, dim=-1)
+        return torch.cat((self.latent.encode(latent), self.rope.encode(rope)), dim=-1)
+
+    def decode(self, rows: torch.Tensor) -> torch.Tensor:
+        """The inverse of `encode`, up to rounding: ``[..., r + d_r]``, still rotated, in float32 or wider."""
+        latent, rope = rows.split([self.latent.code.nbytes, self.rope.code.nbytes], dim=-1)
+        return torch.cat((self.latent.decode(latent), self.rope.decode(rope)), dim=-1)
+
+    def states(
+        self, rows: torch.Tensor, exact: torch.Tensor, starts: tuple[int, ...]
+    ) -> tuple[CodedStates, CodedStates]:
+        """What stands for the latents and the rotary keys in ``rows [B, S, code.nbytes]``.
+
+        Args:
+            exact: ``[B, e, r + d_r]``, rotated, tokens of the rows as they are.
+            starts: as of `CodedStates`.
+        """
+        own, rope = rows.split([self.latent.code.nbytes, self.rope.code.nbytes], dim=-1)
+        exact_latent, exact_rope = exact.split(self.widths, dim=-1)
+        return (
+            CodedStates(self.latent, own, exact_latent, starts),
+            CodedStates(self.rope, rope, exact_rope, starts),
+        )
+
+
+def decoded(states: torch.Tensor | CodedStates) -> torch.Tensor:
+    """``[B, 1, S, n]`` of a cache that may be coded."""
+    return states.decode() if isinstance(states, CodedStates) else states

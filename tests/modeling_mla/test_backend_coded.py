@@ -1,0 +1,155 @@
+"""Absorbed attention over codes equals a softmax over what they decode to, by every backend that reads them."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from decode_cases import KINDS, TOLERANCES, Case, expected, random_tensors, visible_keys
+
+from modeling_mla import backend_int8_mla, backend_torch_mla, latent_tiles_mla
+from modeling_mla.backend_base_mla import AbsorbedShape
+from modeling_mla.backend_int8_mla import Int8Backend
+from modeling_mla.backend_torch_mla import TorchBackend
+from modeling_mla.backends_mla import BACKENDS, select_backend
+from modeling_mla.coded_states_mla import LatentCodec
+from modeling_mla.fixed_point_mla import FixedPoint
+from modeling_mla.latent_code_mla import LatentCode, PartCode, uniform_code
+from modeling_mla.latent_tiles_mla import CodedLatents
+
+CPU = torch.device("cpu")
+ROPE = PartCode(((8, 6),))
+CODES = {
+    "4 bits": uniform_code(4, 32, 8),
+    "8 bits": uniform_code(8, 32, 8),
+    "segments": LatentCode(PartCode(((16, 6), (9, 5), (4, 8), (3, 2))), ROPE, exact_tokens=0),
+    "groups": LatentCode(PartCode(((20, 4), (12, 3)), group=8), PartCode(((8, 5),), group=3)),
+    "latents in 16": LatentCode(PartCode(((32, 16),)), ROPE),
+}
+BYTES = ("4 bits", "8 bits", "segments")
+"""The codes that products of bytes serve."""
+
+
+def coded(code: LatentCode, latents: torch.Tensor) -> CodedLatents:
+    """``latents [B, S, r + d_r]`` as a cache holds them: rows of a larger buffer."""
+    codec = LatentCodec(code, latents.dtype, CPU)
+    rotated = codec.rotated(*latents.split(codec.widths, dim=-1))
+    rows = codec.encode(rotated)
+    buffer = torch.full((len(rows), rows.shape[1] + 5, rows.shape[2]), 255, dtype=torch.uint8)
+    buffer[:, : rows.shape[1]] = rows
+    exact = rotated[:, : code.exact_tokens].to(latents.dtype)
+    return CodedLatents(*codec.states(buffer[:, : rows.shape[1]], exact, (0,) * len(rows)))
+
+
+def check(case: Case, code: LatentCode, backend) -> None:
+    torch.manual_seed(0)
+    query, latents = random_tensors(case, CPU)
+    visible, bias = visible_keys(case, CPU)
+    scale = 2 / math.sqrt(case.rank + case.rope)
+    held = coded(code, latents)
+    decoded = torch.cat([part.codec.rotate_back(part.codec.decode(part.rows)) for part in held], dim=-1)
+    first = latents[:, : code.exact_tokens].to(decoded.dtype)
+    decoded[:, : first.shape[1]] = first
+    with torch.no_grad():
+        context, lse = backend.attend(held.rotated_query(query), held, case.rank, scale, visible, case.softcap)
+    context = held.context(context)
+    assert context.dtype == case.dtype
+    wanted, wanted_lse = expected(case, query, decoded, scale, bias)
+    error = (context.double() - wanted).norm() / wanted.norm().clamp(min=1e-30)
+    # The query is rounded once more behind its rotation.
+    assert error <= 2 * TOLERANCES[case.dtype], f"{case}: {error:.2g}"
+    tolerance = 1e-4 if case.dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(lse.double(), wanted_lse, rtol=1e-3, atol=tolerance)
+
+
+@pytest.fixture(params=[None, 7])
+def block(request, monkeypatch) -> None:
+    """As few tokens at once as are asked for."""
+    if request.param is not None:
+        monkeypatch.setattr(backend_torch_mla, "_BLOCK_SCORES", 0)
+        monkeypatch.setattr(backend_torch_mla, "_MIN_BLOCK", request.param)
+        monkeypatch.setattr(latent_tiles_mla, "_CODED_TOKENS", request.param)
+        monkeypatch.setattr(backend_int8_mla, "_MIN_TOKENS", request.param)
+        monkeypatch.setattr(backend_int8_mla, "_MAX_TOKENS", request.param)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("softcap", [None, 0.7])
+@pytest.mark.parametrize("backend", [TorchBackend(), Int8Backend()], ids=lambda backend: backend.name)
+def test_every_mask(kind, softcap, backend, block):
+    check(Case(kind, queries=4, softcap=softcap), CODES["4 bits"], backend)
+
+
+@pytest.mark.parametrize("name", CODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_code(name, dtype, block):
+    check(Case(keys=300, dtype=dtype), CODES[name], TorchBackend())
+    if name in BYTES:
+        check(Case(keys=300, dtype=dtype), CODES[name], Int8Backend())
+
+
+@pytest.mark.parametrize("keys", [1, 3, 4, 5])
+@pytest.mark.parametrize("backend", [TorchBackend(), Int8Backend()], ids=lambda backend: backend.name)
+def test_contexts_about_as_long_as_the_exact_tokens(keys, backend):
+    check(Case(keys=keys), CODES["4 bits"], backend)
+
+
+@pytest.mark.parametrize("backend", [TorchBackend(), Int8Backend()], ids=lambda backend: backend.name)
+def test_a_model_without_rotary_keys(backend):
+    check(Case(rope=0), uniform_code(4, 32, 0), backend)
+
+
+@pytest.mark.parametrize("digits", [2, 3])
+@pytest.mark.parametrize("magnitude", [1e-30, 1.0, 1e30])
+def test_products_are_those_of_the_rounded_rows(digits, magnitude):
+    rows = magnitude * torch.randn(5, 70, generator=torch.Generator().manual_seed(0))
+    rows[0], rows[1, 0] = 0, 0
+    columns = torch.randint(-128, 128, (70, 9), dtype=torch.int8)
+    fixed = FixedPoint.of(rows, digits)
+    products, exact = fixed.products(columns).double(), rows.double() @ columns.double()
+    steps = rows.double().abs().amax(-1, keepdim=True) / (127 << 8 * (digits - 1))
+    limit = 0.5 * steps * columns.double().abs().sum(0) + 1e-6 * rows.double().abs() @ columns.double().abs()
+    assert ((products - exact).abs() <= limit + 1e-45).all()
+    torch.testing.assert_close(fixed.sums.double(), rows.double().sum(-1), rtol=0.0, atol=float(70 * steps.max()))
+
+
+def test_a_row_that_is_not_finite_gives_no_finite_product():
+    for value in (math.nan, math.inf):
+        rows = torch.ones(1, 3)
+        rows[0, 1] = value
+        assert not FixedPoint.of(rows, 2).products(torch.ones(3, 2, dtype=torch.int8)).isfinite().any()
+
+
+SHAPE = AbsorbedShape(1, 4, 1, 600, 32, 8, torch.float32, CPU, has_mask=False, code=CODES["4 bits"])
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"code": None}, "coded latents only"),
+        ({"dtype": torch.float64}, "not torch.float64 on cpu"),
+        ({"num_heads": 300}, "at most 256 queries of all heads, not 300"),
+        ({"code": CODES["groups"]}, "one scale a token, and the latent code has 5"),
+        ({"code": CODES["latents in 16"]}, "kept in 16 bits"),
+    ],
+)
+@torch.no_grad()
+def test_products_of_bytes_refuse_what_they_do_not_serve(change, reason, monkeypatch):
+    monkeypatch.setattr(backend_int8_mla, "_multiplies_bytes", lambda: True)
+    assert Int8Backend().supports(SHAPE) is None
+    assert reason in Int8Backend().supports(dataclasses.replace(SHAPE, **change))
+
+
+def test_products_of_bytes_need_a_processor_and_no_gradient(monkeypatch):
+    monkeypatch.setattr(backend_int8_mla, "_multiplies_bytes", lambda: False)
+    assert "no gradient" in Int8Backend().supports(SHAPE)
+    with torch.no_grad():
+        assert "AVX512-VNNI" in Int8Backend().supports(SHAPE)
+        assert select_backend("auto", SHAPE).name == "torch"
+
+
+@pytest.mark.parametrize("name", [name for name in BACKENDS if name not in ("torch", "int8", "triton")])
+@torch.no_grad()
+def test_other_backends_refuse_codes_by_name(name):
+    with pytest.raises(ValueError, match=f"'{name}' cannot serve this attention: it takes no coded latents"):
+        select_backend(name, SHAPE)
