@@ -34,6 +34,11 @@ class VllmExporter(Exporter):
 
     @override
     def config(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        if config.latent_code is not None:
+            raise SourceError(
+                "latent_code keeps this model's cache in few bits, which vLLM has no kernels for; convert it with "
+                "--latent-bits 16, or serve it with Transformers."
+            )
         if hasattr(config, "qk_norm_head_dim"):
             raise SourceError(
                 f"{config.model_type} normalises queries and keys of every head, which vLLM cannot fuse into its MLA "

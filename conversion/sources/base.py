@@ -42,6 +42,8 @@ class SourceModel:
     rotary_class: ClassVar[type[nn.Module]]
     mla_name: ClassVar[str]
     """Of the classes in `modeling_mla`: ``<name>Config``, ``<name>ForCausalLM``."""
+    latent_bias: ClassVar[bool] = True
+    """Whether their attention may have a bias in front of the latent."""
 
     layer_prefix: ClassVar[str] = "model.layers.{layer}."
     attention_prefix: ClassVar[str] = "self_attn."
@@ -91,6 +93,7 @@ class SourceModel:
             softmax_scale=self.head_dim**-0.5,
             attention_factor=attention_factor,
             sliding_window=layer_window(self.config, layer),
+            latent_bias=self.latent_bias,
         )
 
     @cached_property
@@ -123,12 +126,12 @@ class SourceModel:
         """What the weights are stored as; float32 for a GGUF, whose tensors are dequantised."""
         if self.location.gguf_file is not None:
             return torch.float32
-        if isinstance(self.config.dtype, torch.dtype):
-            return self.config.dtype
-        return self.tensors.dtype(self.embedding)
+        stated = self.config.dtype
+        return stated if isinstance(stated, torch.dtype) else self.tensors.dtype(self.embedding)
 
-    def cache_bytes_per_token(self, dtype: torch.dtype) -> int:
-        """Bytes that all layers of the source together cache for one token."""
+    def cache_bytes_per_token(self, dtype: torch.dtype | None = None) -> int:
+        """Bytes that all layers cache for one token; None is the source's own type, for a GGUF bfloat16."""
+        dtype = dtype or (self.dtype if self.location.gguf_file is None else torch.bfloat16)
         return sum(self.geometry(layer).cache_elements for layer in range(self.num_layers)) * dtype.itemsize
 
     @cached_property

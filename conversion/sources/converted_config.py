@@ -41,10 +41,11 @@ def converted_config(
         dtype: of the weights.
         family_fields: what the family has beside the common fields.
     """
-    ranks, rows, biased, head_dims = [], [], set(), set()
+    ranks, rows, codes, biased, head_dims = [], [], [], set(), set()
     for weights in layers:
         ranks.append(weights.kv_b_proj.shape[1])
         rows.append(weights.inv_freq.float().tolist())
+        codes.append(None if weights.code is None else weights.code.to_dict())
         biased |= {name for name in BIASES if getattr(weights, name) is not None}
         head_dims.add((weights.qk_nope_head_dim, weights.v_head_dim))
     widths = [2 * len(row) for row in rows]
@@ -69,6 +70,7 @@ def converted_config(
         kv_a_bias="kv_a_proj_with_mqa_bias" in biased,
         o_bias="o_proj_bias" in biased,
         latent_norm="identity",
+        latent_code=codes if any(code != codes[0] for code in codes) else codes[0],
         **family_fields,
     )
 

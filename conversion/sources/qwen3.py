@@ -26,6 +26,7 @@ class Qwen3Source(SourceModel):
     decoder_layer_class = Qwen3DecoderLayer
     rotary_class = Qwen3RotaryEmbedding
     mla_name = "Qwen3MLA"
+    latent_bias = False
 
     def attention(self, layer: int, dtype: torch.dtype | None = None) -> AttentionWeights:
         """The maps behind the norms: selections, and the source's output projection."""
