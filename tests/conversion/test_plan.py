@@ -224,6 +224,8 @@ def test_a_second_pass_is_planned_for(source: Path) -> None:
     once, twice = (planned(source, method=method, cache="50%", tokens=256) for method in ("mha2mla", "transmla"))
     hidden = open_source(str(source)).config.hidden_size
     assert twice.disk_bytes - once.disk_bytes == LAYERS * 8 * (hidden + 1) ** 2
+    # As large is what a method keeps of the first tokens, which it does not code.
+    assert planned(source, method="attention_aware", cache="50%", tokens=256).disk_bytes == twice.disk_bytes
 
 
 def test_costs_are_told_in_units_that_fit_and_only_to_the_terminal(source: Path) -> None:
