@@ -9,7 +9,7 @@ lose little, and every engine reads them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from modeling_mla.latent_code_mla import BITS, EXACT, LatentCode
@@ -98,103 +98,90 @@ def coded(budget: LayerBudget, latent_bits: int) -> LayerBudget:
     return replace(budget, latent_bits=latent_bits, rope_bits=rope_bits)
 
 
-def coded_budgets(
-    recipe: Recipe,
-    method: Method,
-    geometries: Sequence[AttentionGeometry],
-    cache: str,
-    limits: Sequence[int],
-    itemsize: int,
-) -> list[LayerBudget]:
-    """The budgets of all layers within a number of bytes: the bits of least `expected_loss`, equal in all.
-
-    Args:
-        recipe: may pin the rank, the rotary width and the latent's bits.
-        method: of the recipe.
-        geometries: of every source layer.
-        cache: as `Recipe.cache`, for messages.
-        limits: bytes of a token in each layer, over `_TOKENS` tokens.
-        itemsize: bytes of a value in the model's type, which first tokens have.
-
-    Raises:
-        BudgetError: they are too few for the method, or for what is pinned.
-    """
-    found: list[tuple[float, list[LayerBudget]]] = []
-    for bits in candidate_bits(recipe.latent_bits):
-        budgets = [
-            _widest(recipe, method, geometry, limit, itemsize, bits)
-            for geometry, limit in zip(geometries, limits, strict=True)
-        ]
-        whole = [budget for budget in budgets if budget is not None]
-        if len(whole) == len(budgets):
-            loss = sum(
-                expected_loss(budget.cache_elements / geometry.cache_elements, *bits)
-                for budget, geometry in zip(whole, geometries, strict=True)
-            )
-            found.append((loss, whole))
-    if not found:
-        raise BudgetError(_too_few(recipe, method, geometries, cache, limits, itemsize))
-    return min(found, key=lambda candidate: candidate[0])[1]
-
-
-def _too_few(
-    recipe: Recipe,
-    method: Method,
-    geometries: Sequence[AttentionGeometry],
-    cache: str,
-    limits: Sequence[int],
-    itemsize: int,
-) -> str:
-    """Why no budget fits, and what would."""
-    pins = [name for name in ("kv_lora_rank", "qk_rope_head_dim", "latent_bits") if getattr(recipe, name) is not None]
-    if pins:
-        pinned = " and ".join(f"{name} {getattr(recipe, name)}" for name in pins)
-        return (
-            f"{pinned} do not fit into a cache of {cache}, {limits[0]} bytes a token and layer, beside what method "
-            f"{method.name} needs; ask for a larger one, or leave out what is pinned."
-        )
-    smallest = [method.smallest(geometry) for geometry in geometries]
-    needed = [_held(coded(budget, BITS[0]), itemsize) for budget in smallest]
-    more, layer = max(
-        (need / max(limit, 1), layer) for layer, (need, limit) in enumerate(zip(needed, limits, strict=True))
-    )
-    return (
-        f"a cache of {cache} is {limits[layer]} bytes a token in layer {layer}, below the {needed[layer]:.1f} that "
-        f"method {method.name} needs; ask for {more:.2f} times as much or more."
-    )
-
-
-def _held(budget: LayerBudget, itemsize: int) -> float:
-    """Bytes of a token, its share of the first tokens included."""
-    return budget.cache_bytes(itemsize) + _FIRST_TOKENS * budget.cache_elements * itemsize / _TOKENS
-
-
-def _widest(
-    recipe: Recipe, method: Method, geometry: AttentionGeometry, limit: int, itemsize: int, bits: tuple[int, int]
-) -> LayerBudget | None:
-    """The widest budget of these bits within ``limit`` bytes of a token; None where the method has none."""
-    smallest, largest = method.smallest(geometry), method.largest(geometry)
-    for elements in range(largest.cache_elements, smallest.cache_elements - 1, -1):
-        budget = _of_elements(recipe, method, geometry, elements, bits)
-        fits = budget.kv_lora_rank >= smallest.kv_lora_rank and budget.qk_rope_head_dim >= smallest.qk_rope_head_dim
-        if fits and _held(budget, itemsize) <= limit:
-            return budget
-    return None
-
-
-def _of_elements(
-    recipe: Recipe, method: Method, geometry: AttentionGeometry, elements: int, bits: tuple[int, int]
-) -> LayerBudget:
-    """At most so many values, in these bits: what is pinned, and the rest of them."""
-    rank, rotary = recipe.kv_lora_rank, recipe.qk_rope_head_dim
-    if rotary is None:
-        rotary = method.split(geometry, elements).qk_rope_head_dim if rank is None else (elements - rank) // 2 * 2
-        rotary = min(rotary, method.largest(geometry).qk_rope_head_dim)
-    budget = LayerBudget(elements - rotary if rank is None else rank, rotary, *bits)
-    return budget if rank is not None else whole_bytes(budget)
-
-
 def whole_bytes(budget: LayerBudget) -> LayerBudget:
     """A budget whose rank leaves no part of a byte unused."""
     step = budget.rank_step
     return replace(budget, kv_lora_rank=budget.kv_lora_rank // step * step)
+
+
+@dataclass(frozen=True)
+class ByteBudget:
+    """Bytes that a recipe gives to a coded cache.
+
+    Args:
+        recipe: may pin the rank, the rotary width and the latent's bits.
+        method: of the recipe.
+        cache: as `Recipe.cache`, for messages.
+        itemsize: bytes of a value in the model's type, which first tokens have.
+    """
+
+    recipe: Recipe
+    method: Method
+    cache: str
+    itemsize: int
+
+    def spent(self, geometries: Sequence[AttentionGeometry], limits: Sequence[int]) -> list[LayerBudget]:
+        """What is bought for every source layer: the bits of least `expected_loss`, equal in all, and what they leave.
+
+        Args:
+            geometries: of the layers.
+            limits: bytes of a token in each, over `_TOKENS` tokens.
+
+        Raises:
+            BudgetError: they are too few for the method, or for what is pinned.
+        """
+        found: list[tuple[float, list[LayerBudget]]] = []
+        for bits in candidate_bits(self.recipe.latent_bits):
+            widest = [self._widest(*layer, bits) for layer in zip(geometries, limits, strict=True)]
+            budgets = [budget for budget in widest if budget is not None]
+            if len(budgets) == len(geometries):
+                shares = (
+                    budget.cache_elements / of.cache_elements for budget, of in zip(budgets, geometries, strict=True)
+                )
+                found.append((sum(expected_loss(share, *bits) for share in shares), budgets))
+        if not found:
+            raise BudgetError(self._too_few(geometries, limits))
+        return min(found, key=lambda candidate: candidate[0])[1]
+
+    def _widest(self, geometry: AttentionGeometry, limit: int, bits: tuple[int, int]) -> LayerBudget | None:
+        """The widest budget of these bits within ``limit`` bytes of a token; None where the method has none."""
+        smallest, largest = self.method.smallest(geometry), self.method.largest(geometry)
+        for elements in range(largest.cache_elements, smallest.cache_elements - 1, -1):
+            budget = self._of_elements(geometry, elements, bits)
+            fits = budget.kv_lora_rank >= smallest.kv_lora_rank and budget.qk_rope_head_dim >= smallest.qk_rope_head_dim
+            if fits and self._held(budget) <= limit:
+                return budget
+        return None
+
+    def _of_elements(self, geometry: AttentionGeometry, elements: int, bits: tuple[int, int]) -> LayerBudget:
+        """At most so many values, in these bits: what is pinned, and the rest of them."""
+        rank, rotary = self.recipe.kv_lora_rank, self.recipe.qk_rope_head_dim
+        if rotary is None:
+            free = (
+                self.method.split(geometry, elements).qk_rope_head_dim if rank is None else (elements - rank) // 2 * 2
+            )
+            rotary = min(free, self.method.largest(geometry).qk_rope_head_dim)
+        budget = LayerBudget(elements - rotary if rank is None else rank, rotary, *bits)
+        return budget if rank is not None else whole_bytes(budget)
+
+    def _held(self, budget: LayerBudget) -> float:
+        """Bytes of a token, its share of the first tokens included."""
+        first = _FIRST_TOKENS * budget.cache_elements * self.itemsize
+        return budget.cache_bytes(self.itemsize) + first / _TOKENS
+
+    def _too_few(self, geometries: Sequence[AttentionGeometry], limits: Sequence[int]) -> str:
+        """Why no budget fits, and what would."""
+        names = ("kv_lora_rank", "qk_rope_head_dim", "latent_bits")
+        pins = [f"{name} {getattr(self.recipe, name)}" for name in names if getattr(self.recipe, name) is not None]
+        if pins:
+            return (
+                f"{' and '.join(pins)} do not fit into a cache of {self.cache}, {limits[0]} bytes a token and layer, "
+                f"beside what method {self.method.name} needs; ask for a larger one, or leave out what is pinned."
+            )
+        needed = [self._held(coded(self.method.smallest(geometry), BITS[0])) for geometry in geometries]
+        shares = [need / max(limit, 1) for need, limit in zip(needed, limits, strict=True)]
+        layer = max(range(len(shares)), key=shares.__getitem__)
+        return (
+            f"a cache of {self.cache} is {limits[layer]} bytes a token in layer {layer}, below the {needed[layer]:.1f} "
+            f"that method {self.method.name} needs; ask for {shares[layer]:.2f} times as much or more."
+        )

@@ -15,7 +15,7 @@ from ..methods import Method, get_method
 from ..methods.base import TwoPassMethod
 from ..recipe import Recipe, cache_elements, cache_share
 from ..sources import SourceModel
-from .coding import coded, coded_budgets, is_coded, whole_bytes
+from .coding import ByteBudget, coded, is_coded, whole_bytes
 from .costs import estimate_costs
 from .text_use import TextUse
 
@@ -140,7 +140,7 @@ def _budgets(
             raise BudgetError(f"a cache of {cache} is more than the source's; ask for 100% or less.")
         bytes_a_value = share * source.cache_bytes_per_token() / sum(geometry.cache_elements for geometry in geometries)
         limits = [int(bytes_a_value * geometry.cache_elements) for geometry in geometries]
-        budgets = coded_budgets(recipe, method, geometries, cache, limits, dtype.itemsize)
+        budgets = ByteBudget(recipe, method, cache, dtype.itemsize).spent(geometries, limits)
     elif rank is not None and rotary is not None and recipe.cache is None:
         budgets = [LayerBudget(rank, rotary)] * len(geometries)
     else:
