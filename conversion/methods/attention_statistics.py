@@ -10,8 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from modeling_mla.latent_code_mla import LatentCode
-
 from ..forward.attention import Rotation, SourceHeads, attended, source_attention, source_heads
 from ..layers import AttentionGeometry, AttentionWeights, encoder_input
 from .base import LayerStatistics
@@ -28,8 +26,6 @@ class AttentionStatistics(LayerStatistics):
     ``tensors()``, with ``x~ = [x, 1]`` of the encoder's input x (the constant carries biases and means), N tokens:
 
     - ``moment [D+1, D+1]``: ``sum_j t_j x~_j x~_j^T``, token weights t that add up to 1 in every window;
-    - ``first_moment [D+1, D+1]``: the part of ``moment`` that the first tokens of the windows have, which a coded cache
-      keeps exact: attention sinks, with keys many times larger than all others;
     - ``mean [D+1]``: ``sum_j x~_j``, so the last entry is N;
     - ``query_moment [H, d, d]``: ``sum_i w_i q_i q_i^T``, un-rotated queries, ``w_i = sum_j W_ij``;
     - ``rotation [H, 2, d_rot/2]``: real and imaginary part of ``sum_ij W_ij |q_if|^2 exp(-i theta_f D)``;
@@ -43,7 +39,6 @@ class AttentionStatistics(LayerStatistics):
         width, heads, d = weights.k.shape[1] + 1, geometry.num_heads, geometry.head_dim
         self.sums = {
             "moment": torch.zeros(width, width, dtype=torch.float64),
-            "first_moment": torch.zeros(width, width, dtype=torch.float64),
             "mean": torch.zeros(width, dtype=torch.float64),
             "query_moment": torch.zeros(heads, d, d, dtype=torch.float64),
             "rotation": torch.zeros(heads, 2, geometry.rotary_dim // 2, dtype=torch.float64),
@@ -75,8 +70,6 @@ class AttentionStatistics(LayerStatistics):
         token_weights = importance(score_weights.sum((0, 1)), squared.sum((0, 1)))
         row_weights = score_weights.sum(-1)
         self.sums["moment"] += (augmented.T * token_weights) @ augmented
-        first = slice(0, LatentCode.exact_tokens)
-        self.sums["first_moment"] += (augmented[first].T * token_weights[first]) @ augmented[first]
         self.sums["mean"] += augmented.double().sum(0)
         self.sums["query_moment"] += scale * ((heads.queries.mT * row_weights[:, None]) @ heads.queries)
         self.sums["rotation"] += scale * rotation_moments(self.geometry, heads.queries, score_weights, rows)

@@ -30,7 +30,7 @@ _FLOOR = 1e-3
 class ChannelStatistics:
     """What is known of the channels of one part of a layer's cache, as the converted layer writes it; float64.
 
-    ``mean [n]`` and ``second_moment [n]`` are of the channels over the tokens that will be coded; ``loss [n]`` is what
+    ``mean [n]`` and ``second_moment [n]`` are of the channels over the text; ``loss [n]`` is what
     a unit of squared error costs, in units of its own. Channels of a rotary key are real parts, then imaginary parts.
     """
 

@@ -11,7 +11,6 @@ from ..checkpoint.writer import MAX_SHARD_BYTES
 from ..forward.hidden_states import BLOCK
 from ..forward.products import fast_float32
 from ..forward.residual_stream import stream_dtype
-from ..methods import Method
 from ..sources import SourceModel
 from .text_use import VERIFIED_WINDOWS, TextUse
 
@@ -35,13 +34,13 @@ class Costs:
     seconds: float
 
 
-def estimate_costs(source: SourceModel, method: Method, dtype: torch.dtype, text: TextUse) -> Costs:
-    """Costs of a conversion by ``method`` to weights of ``dtype``."""
+def estimate_costs(source: SourceModel, dtype: torch.dtype, text: TextUse) -> Costs:
+    """Costs of a conversion to weights of ``dtype``."""
     parameters = sum(tensor.numel() for tensor in source.meta_model.parameters())
     weights_bytes = parameters * dtype.itemsize
     return Costs(
         parameters=parameters,
-        disk_bytes=int(1.5 * weights_bytes) + kept_bytes(source, method, text),
+        disk_bytes=int(1.5 * weights_bytes) + kept_bytes(source, text),
         memory_bytes=PROCESS_BYTES + max(shards_in_memory(weights_bytes), layer_in_memory(source, text)),
         seconds=_seconds(source, parameters, text),
     )
@@ -54,13 +53,11 @@ def block_bytes(source: SourceModel, text: TextUse) -> int:
     return BLOCK * text.window * widest * torch.float32.itemsize
 
 
-def kept_bytes(source: SourceModel, method: Method, text: TextUse) -> int:
+def kept_bytes(source: SourceModel, text: TextUse) -> int:
     """Bytes on the disk until layers are converted: hidden states and statistics of all, and what the refit keeps."""
     hidden = source.geometry(0).hidden_size
     states = text.windows * text.window * hidden * stream_dtype(source).itemsize
-    # A method that prepares latents keeps another moment, of the first tokens.
-    moments = text.passes * (1 + method.codes) if text.windows else 0
-    statistics = moments * torch.float64.itemsize * (hidden + 1) ** 2
+    statistics = text.passes * torch.float64.itemsize * (hidden + 1) ** 2 if text.windows else 0
     return source.num_layers * (states + statistics) + 3 * text.refitted * block_bytes(source, text) // BLOCK
 
 

@@ -109,7 +109,7 @@ def make_plan(recipe: Recipe, source: SourceModel) -> ConversionPlan:
     dtype = recipe.torch_dtype or source.dtype
     budgets = _budgets(recipe, method, geometries, source, dtype)
     text = TextUse.of(source, recipe.tokens if method.needs_calibration else 0, twice=isinstance(method, TwoPassMethod))
-    costs = estimate_costs(source, method, dtype, text)
+    costs = estimate_costs(source, dtype, text)
     return ConversionPlan(
         recipe=recipe,
         family=source.model_type,

@@ -1,7 +1,5 @@
 """The attention-aware method as a whole, on tiny random layers."""
 
-from dataclasses import replace
-
 import naive_attention as naive
 import pytest
 import torch
@@ -11,7 +9,6 @@ from conversion.errors import BudgetError
 from conversion.forward.attention import converted_contexts, converted_output, source_output
 from conversion.layers import LayerBudget
 from conversion.methods import get_method
-from conversion.methods.attention_aware.coded_channels import coded_moment
 from conversion.methods.base import LayerInputs
 
 METHOD = get_method("attention_aware")
@@ -160,25 +157,6 @@ def test_allocation_of_coded_layers_keeps_the_bytes():
     assert sum(budget.cache_bytes(2) for budget in moved) == sum(budget.cache_bytes(2) for budget in budgets)
     assert all(budget.kv_lora_rank % 8 == 0 for budget in moved)
     assert {(budget.qk_rope_head_dim, budget.latent_bits, budget.rope_bits) for budget in moved} == {(8, 6, 8)}
-
-
-def test_first_tokens_are_summed_apart():
-    geometry, weights = naive.random_layer(dtype=torch.float32)
-    inputs = torch.randn(3, 24, 20)
-    sums = {}
-    for name, windows in (("as they are", inputs), ("first ones gone", inputs * (torch.arange(24) >= 4)[:, None])):
-        statistics = METHOD.statistics(geometry, weights, seed=1)
-        statistics.update(windows, inputs)
-        sums[name] = statistics.tensors()
-    first, gone = (found["first_moment"] for found in sums.values())
-    # What is left of tokens without input is the constant.
-    assert first[:-1, :-1].diagonal().min() > 0
-    assert not gone[:-1].any()
-    assert 0 < gone[-1, -1] < sums["first ones gone"]["moment"][-1, -1]
-    later = coded_moment(geometry, sums["as they are"])
-    torch.testing.assert_close(later + first, sums["as they are"]["moment"])
-    window = replace(geometry, sliding_window=8)
-    assert torch.equal(coded_moment(window, sums["as they are"]), sums["as they are"]["moment"])
 
 
 def _double(layer):

@@ -15,21 +15,13 @@ from ..rotary_pca import RotaryKey
 from .joint_latent import centred
 
 
-def coded_moment(geometry: AttentionGeometry, statistics: dict[str, Tensor]) -> Tensor:
-    """``[D+1, D+1]``, of the tokens that a coded cache does not keep exact: all of them in a sliding window."""
-    moment = statistics["moment"].double()
-    later = moment - statistics["first_moment"].double()
-    # Windows of a few tokens have none behind the first ones.
-    return later if geometry.sliding_window is None and later[-1, -1] > 0 else moment
-
-
 def latent_variances(geometry: AttentionGeometry, rows: Tensor, moment: Tensor) -> Tensor:
     """``[n]``: how far the latents ``rows @ [x, 1]`` vary, about their mean where a bias may take that away.
 
     Args:
         geometry: of the layer.
         rows: ``[n, D+1]``.
-        moment: of `coded_moment`.
+        moment: ``[D+1, D+1]``, weighted, of ``[x, 1]``; the first tokens, which are not coded, hardly tell in it.
     """
     moment = centred(moment) if geometry.latent_bias else moment
     return ((rows @ moment) * rows).sum(-1).clamp_min(0)
@@ -90,7 +82,7 @@ def prepared(
         geometry: of the layer.
         budget: that it was made for, with its bits.
         weights: the layer, whose latent has all its channels in the units of the loss.
-        moment: of `coded_moment`.
+        moment: ``[D+1, D+1]``, weighted, of ``[x, 1]``; the first tokens, which are not coded, hardly tell in it.
         loss: of `rotary_loss`.
     """
     rows, bias = weights.kv_a_proj_with_mqa.double(), weights.kv_a_proj_with_mqa_bias

@@ -33,7 +33,7 @@ from ..rotary_pca import (
     unexplained_energy,
 )
 from .allocation import allocate_ranks, near_median
-from .coded_channels import coded_moment, latent_rounding, latent_variances, prepared, rotary_loss
+from .coded_channels import latent_rounding, latent_variances, prepared, rotary_loss
 from .joint_latent import JointLatent, joint_latent, latent_spectrum, latent_targets
 from .value_ridge import ValueRidge
 
@@ -166,7 +166,7 @@ class AttentionAwareMethod(Method):
             measured = _Measured.of(geometry, layer, sums)
             targets, _ = self._targets(measured, self._rotary_key(geometry, measured, budget), geometry)
             spectrum, vectors = latent_spectrum(targets, measured.moment)
-            variances = latent_variances(geometry, vectors.mT @ targets, coded_moment(geometry, sums))
+            variances = latent_variances(geometry, vectors.mT @ targets, measured.moment)
             unit = _residual_power(sums)
             spectrum, rounded = spectrum / unit, latent_rounding(variances, budget.latent_bits) / unit
             saved.append(spectrum - rounded.diff())
@@ -196,7 +196,7 @@ class AttentionAwareMethod(Method):
         if budget.code is None:
             return converted
         loss = KEY_GAIN**2 * rotary_loss(geometry, measured.query_moment, rotary)
-        return prepared(geometry, converted, budget, coded_moment(geometry, statistics), loss)
+        return prepared(geometry, converted, budget, measured.moment, loss)
 
     def refit(self, geometry: AttentionGeometry, weights: AttentionWeights, converted: MLAWeights) -> LayerRefit:
         return ValueRidge(geometry, weights, converted)
