@@ -6,8 +6,10 @@ stores those. Nothing here knows a file format, a family or a factorisation.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 
@@ -118,3 +120,13 @@ class MLAWeights:
     kv_a_proj_with_mqa_bias: Tensor | None = None
     o_proj_bias: Tensor | None = None
     sinks: Tensor | None = None
+
+
+AnyLayer = TypeVar("AnyLayer", AttentionWeights, MLAWeights)
+
+
+def moved(layer: AnyLayer, device: torch.device | str) -> AnyLayer:
+    """The same layer with its tensors on ``device``."""
+    values = {field.name: getattr(layer, field.name) for field in fields(layer)}
+    tensors: dict[str, Any] = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
+    return replace(layer, **tensors)
