@@ -6,9 +6,11 @@ stores those. Nothing here knows a file format, a family or a factorisation.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from math import gcd
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from modeling_mla.latent_code_mla import EXACT, LatentCode, PartCode
@@ -150,3 +152,13 @@ class MLAWeights:
     o_proj_bias: Tensor | None = None
     sinks: Tensor | None = None
     code: LatentCode | None = None
+
+
+AnyLayer = TypeVar("AnyLayer", AttentionWeights, MLAWeights)
+
+
+def moved(layer: AnyLayer, device: torch.device | str) -> AnyLayer:
+    """The same layer with its tensors on ``device``."""
+    values = {field.name: getattr(layer, field.name) for field in fields(layer)}
+    tensors: dict[str, Any] = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
+    return replace(layer, **tensors)

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from modeling_mla.latent_code_mla import check_latent_bits
 
 from .checkpoint.paths import expanded
+from .devices.choice import AUTO, chosen_device
 from .errors import BudgetError, ConversionError, first_line
 from .layers import AttentionGeometry
 
@@ -48,6 +49,7 @@ class Recipe(BaseModel):
             default mix.
         tokens: of calibration text.
         seed: of everything that is sampled.
+        device: ``auto``, which is what Accelerate would take, or one by name: ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
         statistics: folder that keeps what is measured on the text, for other budgets; made where it is absent.
         dtype: of the weights written; None keeps the source's.
     """
@@ -66,6 +68,7 @@ class Recipe(BaseModel):
     tokens: int = Field(DEFAULT_TOKENS, ge=1, le=_MOST_TOKENS)
     seed: int = Field(0, ge=0, le=_LARGEST_SEED)
     dtype: DtypeName | None = None
+    device: str = AUTO
     statistics: Path | None = None
 
     @field_validator("source", "output", "calibration", "statistics")
@@ -93,6 +96,17 @@ class Recipe(BaseModel):
         check_latent_bits(bits)
         return bits
 
+    @field_validator("device")
+    @classmethod
+    def _is_there(cls, device: str) -> str:
+        chosen_device(device)
+        return device
+
+    @property
+    def torch_device(self) -> torch.device:
+        """``device`` as PyTorch has it."""
+        return chosen_device(self.device)
+
     @property
     def torch_dtype(self) -> torch.dtype | None:
         """``dtype`` as PyTorch has it; None keeps the source's."""
@@ -105,7 +119,7 @@ class Recipe(BaseModel):
 
     def identity(self) -> dict[str, str]:
         """What two runs must share for one to go on where the other stopped."""
-        return {name: str(value) for name, value in self.model_dump(exclude={"output", "statistics"}).items()}
+        return {name: str(value) for name, value in self.model_dump(exclude={"output", "statistics", "device"}).items()}
 
 
 def make_recipe(**values: object) -> Recipe:

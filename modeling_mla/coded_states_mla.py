@@ -29,8 +29,9 @@ class Codec:
         self.matrix_back = hartley_matrix(code.channels, dtype, device).t() if code.rotated else None
         self.groups = torch.tensor(code.groups, dtype=torch.long, device=device)
         if not code.is_exact:
+            by_channel = [bits for channels, bits in code.segments for _ in range(channels)]
             self.middles, self.limits = (
-                torch.tensor([of(bits) for channels, bits in code.segments for _ in range(channels)]).to(device)
+                torch.tensor([of(bits) for bits in by_channel], dtype=torch.float32, device=device)
                 for of in (middle, largest)
             )
 

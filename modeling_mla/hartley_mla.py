@@ -15,6 +15,9 @@ def hartley_matrix(size: int, dtype: torch.dtype, device: torch.device) -> torch
     It exists for every size, where Hadamard's matrices do not, and all its entries are alike in size. The signs, drawn
     once for each size, keep it from gathering a wave over the channels in one of them.
     """
-    angles = torch.outer(torch.arange(size), torch.arange(size)).remainder(size).double() * (2 * math.pi / size)
-    signs = 1 - 2 * torch.randint(0, 2, (size, 1), generator=torch.Generator().manual_seed(size))
+    # On the CPU whatever the default device is: another would draw other signs.
+    cpu = torch.device("cpu")
+    index = torch.arange(size, device=cpu)
+    angles = torch.outer(index, index).remainder(size).double() * (2 * math.pi / size)
+    signs = 1 - 2 * torch.randint(0, 2, (size, 1), generator=torch.Generator(cpu).manual_seed(size), device=cpu)
     return (signs * (angles.cos() + angles.sin()) / math.sqrt(size)).to(device, dtype)

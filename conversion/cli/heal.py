@@ -10,7 +10,7 @@ import typer
 from ..checkpoint.paths import expanded
 from ..progress import shown_progress
 from ..terminal import console
-from .options import Seed
+from .options import Device, Seed
 
 
 def heal(
@@ -24,12 +24,13 @@ def heal(
     steps: Annotated[int | None, typer.Option(min=1, help="Instead of minutes; can be repeated exactly.")] = None,
     lora: Annotated[int | None, typer.Option(min=1, help="Train adapters of this rank, and merge them.")] = None,
     seed: Seed = 0,
+    device: Device = "auto",
 ) -> None:
     """Distils the source's logits into a converted model's attention."""
     from ..healing.heal import heal as heal_by
     from ..healing.recipe import HealingRecipe
 
-    recipe = HealingRecipe(model, teacher, data, expanded(out), minutes=minutes, steps=steps, lora_rank=lora, seed=seed)
+    recipe = HealingRecipe(model, teacher, data, expanded(out), minutes, steps, lora, seed, device)
     with shown_progress() as progress:
         healed = heal_by(recipe, progress)
     change = f"validation KL {healed.kl_before:.4f} → {healed.kl_after:.4f} nats a token after {healed.steps} steps"

@@ -15,6 +15,9 @@ Model = Annotated[
 ]
 Output = Annotated[Path, typer.Argument(help="Folder of the new checkpoint; must not exist.")]
 Seed = Annotated[int, typer.Option(help="Of all sampling.")]
+Device = Annotated[
+    str, typer.Option(help="cpu, cuda, cuda:1, mps. \\[default: auto, what Accelerate takes]", show_default=False)
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 
@@ -53,6 +56,7 @@ def _of_recipe(
     tokens: Annotated[int | None, typer.Option(help="Of calibration text.")] = None,
     seed: Seed = 0,
     dtype: Annotated[str | None, typer.Option(help="Of the weights written. \\[default: the source's]")] = None,
+    device: Device = "auto",
     statistics: Annotated[
         Path | None, typer.Option(help="A folder that keeps what is measured on the text, for other budgets.")
     ] = None,

@@ -9,7 +9,7 @@ import typer
 
 from ..checkpoint.paths import expanded
 from ..progress import shown_progress
-from .options import AsJson, Seed
+from .options import AsJson, Device, Seed
 from .output import show_either
 
 
@@ -25,18 +25,21 @@ def verify(
     tasks: Annotated[str | None, typer.Option(help="Tasks of lm-eval, by name, separated by commas.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Questions of each task. \\[default: all]")] = None,
     seed: Seed = 0,
+    device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Compares a converted checkpoint with its source."""
+    from ..devices.choice import chosen_device
     from ..evaluation.assess import Questions, assess
     from ..reporting.report import recall_table, task_table, verification_tables
     from ..sources import open_source
     from ..text.windows import read_text
 
+    source = open_source(against).on(chosen_device(device))
     contents = {file.name: read_text(expanded(file)) for file in text or ()}
     asked = Questions(windows, context, recall=recall, tasks=tasks.split(",") if tasks else [], limit=limit, seed=seed)
     with shown_progress() as progress:
-        found = assess(expanded(output), open_source(against), contents, asked, progress)
+        found = assess(expanded(output), source, contents, asked, progress)
     tables = verification_tables(found.verification)
     if found.recall is not None:
         tables.append(recall_table(found.recall))

@@ -91,7 +91,8 @@ def assess(
         verification = verify_checkpoint(folder, source, texts, progress)
     found, scores = None, {}
     if asked.recall or asked.tasks:
-        models = {"source": load_model(source.location), "converted": load_model(locate(str(folder)))}
+        locations = {"source": source.location, "converted": locate(str(folder))}
+        models = {name: load_model(location, source.device) for name, location in locations.items()}
         if asked.recall:
             with counting(progress, "recall", 2 * SAMPLES) as step:
                 found = measure_recall(models["source"], models["converted"], tokenizer, length, asked.seed, step)

@@ -39,7 +39,7 @@ def compare_models(
     names = [name for name, of_text in texts.items() for _ in of_text]
     scores = {name: Scores() for name in texts}
     errors: list[float] = []
-    for block in torch.arange(len(windows)).split(max(1, _BLOCK_TOKENS // windows.shape[1])):
+    for block in torch.arange(len(windows), device="cpu").split(max(1, _BLOCK_TOKENS // windows.shape[1])):
         expected, found = source.enter(windows[block]), converted.enter(windows[block])
         for layer in range(layers):
             first, wanted = expected[0], None
@@ -55,8 +55,8 @@ def compare_models(
                 step()
         with source.head() as predict_source, converted.head() as predict:
             for window, wanted_states, found_states in zip(block.tolist(), expected, found, strict=True):
-                targets = windows[window, 1:]
-                for rows in torch.arange(len(targets)).split(ROWS):
+                targets = windows[window, 1:].to(found_states.device)
+                for rows in torch.arange(len(targets), device=targets.device).split(ROWS):
                     wanted_logits, logits = predict_source(wanted_states[:, rows]), predict(found_states[:, rows])
                     scores[names[window]].add(wanted_logits, logits, targets[rows])
     return scores, tuple(errors)

@@ -21,6 +21,7 @@ def held_bytes(config: PreTrainedConfig, tokens: int, dtype: torch.dtype) -> int
     for layer in range(config.num_hidden_layers):
         # One layer at a time is in memory.
         cache = LatentCache(config=config)
-        cache.update(*(torch.zeros(1, 1, tokens, width, dtype=dtype) for width in latent_widths(config, layer)), layer)
+        widths = latent_widths(config, layer)
+        cache.update(*(torch.zeros(1, 1, tokens, width, dtype=dtype, device="cpu") for width in widths), layer)
         total += cache.nbytes
     return total

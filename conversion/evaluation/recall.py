@@ -93,7 +93,7 @@ def needle_prompt(
     answer = _ids(tokenizer, f" {number}")
     prose = _prose(tokenizer, context - len(needle) - len(question) - len(answer))
     place = round(depth * len(prose))
-    return torch.tensor(prose[:place] + needle + prose[place:] + question + answer), len(answer)
+    return torch.tensor(prose[:place] + needle + prose[place:] + question + answer, device="cpu"), len(answer)
 
 
 def copy_prompt(
@@ -111,7 +111,7 @@ def copy_prompt(
     length = min(_PASSAGE, context // 8)
     passage = [draw.choice(vocabulary) for _ in range(length)]
     prose = _prose(tokenizer, context - 2 * length)
-    return torch.tensor(passage + prose + passage), length - min(_CUES, length // 2)
+    return torch.tensor(passage + prose + passage, device="cpu"), length - min(_CUES, length // 2)
 
 
 def _prose(tokenizer: PreTrainedTokenizerBase, length: int) -> list[int]:
@@ -129,5 +129,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 @torch.inference_mode()
 def _predicted(model: PreTrainedModel, ids: Tensor, answer: int) -> Tensor:
     """Which of the last ``answer`` tokens are the most likely ones, ``[answer]``."""
-    logits = model(ids[None], use_cache=is_coded(model.config), logits_to_keep=answer + 1).logits[0, :-1]
+    logits = model(ids.to(model.device)[None], use_cache=is_coded(model.config), logits_to_keep=answer + 1).logits[
+        0, :-1
+    ]
     return logits.argmax(-1) == ids[-answer:]

@@ -36,7 +36,7 @@ def check_reference(source: SourceModel) -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         with _quiet():
-            model = load_model(source.location, device_map={"": "disk"}, offload_folder=folder)
+            model = load_model(source.location, "disk", offload_folder=folder)
         with blaming(SourceError, f"Transformers does not load all of {source.location.model}"):
             refuse_other_tensors(source, _tensors(model))
 
@@ -50,7 +50,7 @@ def refuse_other_tensors(source: SourceModel, loaded: Iterable[tuple[str, Tensor
             unseen.remove(name)
             converted = source.held_tensors.tensor(name).float()
             # What is not finite is refused where it is written.
-            if not torch.equal(tensor.nan_to_num(), converted.nan_to_num()):
+            if not torch.equal(tensor.cpu().nan_to_num(), converted.nan_to_num()):
                 raise _other_model(source, name)
     if unseen:
         raise _other_model(source, min(unseen))

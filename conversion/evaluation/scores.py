@@ -66,12 +66,11 @@ class Scores:
         """Adds ``n`` positions: logits ``[n, V]`` of source and converted model, and the tokens ``[n]`` that follow."""
         p, q = expected.log_softmax(-1), found.log_softmax(-1)
         index = targets[:, None]
-        self.nll_source -= float(p.gather(1, index).double().sum())
-        self.nll -= float(q.gather(1, index).double().sum())
-        self.kl += float((p.exp() * (p - q)).sum(-1).double().sum())
+        self.nll_source -= float(p.gather(1, index).cpu().double().sum())
+        self.nll -= float(q.gather(1, index).cpu().double().sum())
+        self.kl += float((p.exp() * (p - q)).sum(-1).cpu().double().sum())
         self.agreeing += int((p.argmax(-1) == q.argmax(-1)).sum())
-        # Not by max(): it would forget a NaN.
-        self.worst = float(torch.tensor(self.worst).maximum((expected - found).abs().max()))
+        self.worst = _larger(self.worst, float((expected - found).abs().max()))
         self.predicted += len(targets)
 
     def __add__(self, other: Scores) -> Scores:
@@ -79,7 +78,7 @@ class Scores:
         both = Scores()
         for name in ("nll_source", "nll", "kl", "agreeing", "predicted"):
             setattr(both, name, getattr(self, name) + getattr(other, name))
-        both.worst = float(torch.tensor(self.worst).maximum(torch.tensor(other.worst)))
+        both.worst = _larger(self.worst, other.worst)
         return both
 
     def result(self, text: str, windows: int, window: int) -> Score:
@@ -98,7 +97,7 @@ class Scores:
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:
     """The squared error relative to the squared norm of ``wanted``; where that is 0, the squared error itself."""
-    error, energy = (float(states.double().square().sum()) for states in (found - wanted, wanted))
+    error, energy = (float(states.cpu().double().square().sum()) for states in (found - wanted, wanted))
     return error / energy if energy else error
 
 
@@ -110,13 +109,18 @@ def perplexity(model: PreTrainedModel, windows: Tensor, step: Callable[[], None]
     It is exp of the tokens' mean negative log-likelihood. A model with a coded cache reads a window from it.
     """
     total = 0.0
-    for window in windows:
+    for window in windows.to(model.device):
         logits = model(window[None], use_cache=is_coded(model.config)).logits[0, :-1]
         total += float(torch.nn.functional.cross_entropy(logits.float(), window[1:], reduction="sum"))
         step()
     return _exp(total / (windows.shape[0] * (windows.shape[1] - 1)))
 
 
+def _larger(value: float, other: float) -> float:
+    """The larger of the two, or NaN where one is: max() would forget it."""
+    return value if value >= other or value != value else other
+
+
 def _exp(value: float) -> float:
     """The exponential, infinite where that of Python would raise."""
-    return float(torch.tensor(value, dtype=torch.float64).exp())
+    return float(torch.tensor(value, dtype=torch.float64, device="cpu").exp())

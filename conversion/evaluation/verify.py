@@ -92,7 +92,7 @@ def verify_checkpoint(
 
     Args:
         folder: of the converted checkpoint.
-        source: the model that it was made from.
+        source: the model that it was made from, on the device that computes.
         texts: token ids ``[N, S]`` of the windows of each text to measure on, all of one length, by its name for the
             report.
         progress: shows how far it is.
@@ -117,7 +117,7 @@ def verify_checkpoint(
             )
     model = _without_weights(folder, config)
     tensors, unchanged = check_tensors(folder, model, source)
-    left_out = reason_to_leave_out(model, allowed_bytes)
+    left_out = reason_to_leave_out(model, source.device, allowed_bytes)
     windows = sum(map(len, texts.values()))
     first = next(iter(texts.values()))[0]
     steps = windows * source.num_layers + (STEPS if left_out is None else 0)
@@ -186,7 +186,7 @@ def text_windows(text: str, text_name: str, tokenizer: PreTrainedTokenizerBase, 
         raise CalibrationError(
             f"{text_name} has {len(ids)} tokens, fewer than one window of {length}; give a longer text."
         )
-    return torch.tensor(ids[: complete * length]).view(complete, length)
+    return torch.tensor(ids[: complete * length], device="cpu").view(complete, length)
 
 
 def held_out_windows(tokenizer: PreTrainedTokenizerBase, length: int, count: int) -> dict[str, Tensor]:

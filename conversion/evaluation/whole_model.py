@@ -63,9 +63,10 @@ def check_whole_model(converted: Location, source: SourceModel, window: Tensor, 
             from the cache differs from a full forward pass.
         SourceError: one of the models cannot be loaded, or the source has other tensors than were converted.
     """
+    device = source.device
     prompt = window[None, : min(PROMPT_TOKENS, len(window) // 2)]
     new_tokens = min(GREEDY_TOKENS, len(window) - prompt.shape[1])
-    model = load_model(converted)
+    model = load_model(converted, device)
     check_loaded(converted, model)
     route_error, decode_error = check_routes(model, window)
     step()
@@ -73,7 +74,7 @@ def check_whole_model(converted: Location, source: SourceModel, window: Tensor, 
     step()
     # One at a time is in memory.
     del model
-    reference = load_model(source.location)
+    reference = load_model(source.location, device)
     refuse_other_tensors(source, reference.named_parameters())
     expected = greedy(reference, prompt, new_tokens)
     step()
@@ -84,7 +85,7 @@ def check_loaded(location: Location, model: PreTrainedModel) -> None:
     """Raises `VerificationError` where ``model`` has a tensor with other values than are stored."""
     reader, loaded = as_held(SafetensorsReader(location.folder), model), model.state_dict()
     for name in reader.names:
-        if name not in loaded or not torch.equal(reader.tensor(name).float(), loaded[name]):
+        if name not in loaded or not torch.equal(reader.tensor(name).float(), loaded[name].cpu()):
             raise VerificationError(f"{name} of {location.model} is loaded with other values than are stored.")
 
 
@@ -101,7 +102,7 @@ def check_routes(model: PreTrainedModel, window: Tensor) -> tuple[float, float]:
     Raises:
         VerificationError: a difference is above `ROUTE_TOLERANCE`, or in a coded cache above that of the code.
     """
-    ids = window[None, : PROMPT_TOKENS + DECODED_TOKENS]
+    ids = window[None, : PROMPT_TOKENS + DECODED_TOKENS].to(model.device)
     prefix = ids.shape[1] - min(DECODED_TOKENS, ids.shape[1] - 1)
     logits = {}
     for route in ("expanded", "absorbed"):
@@ -143,6 +144,7 @@ def _refuse_beyond(limit: float, what: str, error: float) -> None:
 
 def greedy(model: PreTrainedModel, prompt: Tensor, count: int) -> Tensor:
     """``[count]`` greedy continuation tokens, the end token excluded so that there are always ``count``."""
+    prompt = prompt.to(model.device)
     generated = model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),

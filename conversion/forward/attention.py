@@ -28,7 +28,8 @@ class Rotation:
     @classmethod
     def of(cls, inv_freq: Tensor, length: int, attention_factor: float = 1.0) -> Rotation:
         """For positions ``0 .. length - 1``; angles are formed in float32, as models do."""
-        angles = torch.arange(length, dtype=torch.float32)[:, None] * inv_freq.float()
+        positions = torch.arange(length, dtype=torch.float32, device=inv_freq.device)
+        angles = positions[:, None] * inv_freq.float()
         return cls(angles.cos() * attention_factor, angles.sin() * attention_factor)
 
     def apply(self, states: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -42,7 +43,7 @@ class Rotation:
 
 def causal_softmax(scores: Tensor, rows: Tensor, sliding_window: int | None, sinks: Tensor | None = None) -> Tensor:
     """Attention weights ``[H, n, S]`` of query positions ``rows [n]`` from their scores against all S positions."""
-    columns = torch.arange(scores.shape[-1])
+    columns = torch.arange(scores.shape[-1], device=scores.device)
     hidden = columns > rows[:, None]
     if sliding_window is not None:
         hidden |= columns <= rows[:, None] - sliding_window
@@ -141,7 +142,7 @@ def window_attention(
     if geometry.softcap is None and sinks is None:
         return fused_attention(geometry, queries, keys, values)
     contexts = []
-    for rows in torch.arange(queries.shape[1]).split(_ROWS):
+    for rows in torch.arange(queries.shape[1], device=queries.device).split(_ROWS):
         scores = queries[:, rows] @ keys.mT * geometry.softmax_scale
         contexts.append(attention_of(geometry, scores, rows, sinks) @ values)
     return torch.cat(contexts, dim=1).transpose(0, 1).flatten(1)
@@ -168,7 +169,7 @@ def fused_attention(geometry: AttentionGeometry, queries: Tensor, keys: Tensor, 
 
 def source_output(geometry: AttentionGeometry, weights: AttentionWeights, inputs: Tensor) -> Tensor:
     """What the source's attention block adds to the residual stream, ``[S, D]``, from its input ``inputs [S, D]``."""
-    heads = source_heads(geometry, weights, inputs, torch.arange(inputs.shape[0]))
+    heads = source_heads(geometry, weights, inputs, torch.arange(inputs.shape[0], device=inputs.device))
     rotation = Rotation.of(geometry.inv_freq, inputs.shape[0], geometry.attention_factor)
     keys, values = (
         states.repeat_interleave(geometry.num_key_value_groups, dim=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -16,10 +17,13 @@ BLOCK = 8
 
 
 class HiddenStates:
-    """Hidden states of the calibration text in files of ``folder``, each complete or absent."""
+    """Hidden states of the calibration text in files of ``folder``, each complete or absent.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    Those that are read again lie on ``device``.
+    """
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        self.folder, self.device = folder, device
 
     def write_block(self, layer: int, block: int, hidden_states: Tensor) -> None:
         """Keeps those of the windows ``block * BLOCK`` and on, ``[<= BLOCK, S, D]``, that enter ``layer``."""
@@ -27,7 +31,7 @@ class HiddenStates:
 
     def read_block(self, layer: int, block: int) -> Tensor:
         """What `write_block` kept. Raises `JournalError` where the file is missing or damaged."""
-        return self._load(self._block(layer, block))["hidden_states"]
+        return self._load(self._block(layer, block))["hidden_states"].to(self.device)
 
     def delete(self, layer: int) -> None:
         """Deletes all that is kept of ``layer``."""

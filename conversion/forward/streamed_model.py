@@ -20,6 +20,7 @@ from modeling_mla.configuration_mla import is_coded
 from modeling_mla.transformers_seams_mla import cache_argument
 
 from ..checkpoint.reader import TensorReader
+from ..devices.choice import CPU
 from ..sources import SourceModel
 
 _HEAD_VALUES = 2**24
@@ -30,7 +31,7 @@ class StreamedModel:
     """Computes in float32, as the model would if it were loaded whole; attention reads a coded cache where it has one.
 
     Args:
-        family: names the layers, the embedding and the head.
+        family: names the layers, the embedding and the head; all is computed on its device.
         model: on the meta device; what it needs is put into it and taken out again.
         open_weights: gives the reader of its tensors. It is called for every part, so that a reader which maps files
             into memory may be let go.
@@ -40,7 +41,8 @@ class StreamedModel:
         self._family, self._model, self._open = family, model.eval(), open_weights
         body: Any = model.base_model
         # On the meta device its frequencies have no values.
-        body.rotary_emb = type(body.rotary_emb)(body.config)
+        with CPU:
+            body.rotary_emb = type(body.rotary_emb)(body.config).to(family.device)
         self._layers = [model.get_submodule(self._prefix(layer)[:-1]) for layer in range(family.num_layers)]
         self._calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
 
@@ -58,9 +60,9 @@ class StreamedModel:
         tokens, places = windows.unique(return_inverse=True)
         embedding = self._model.get_input_embeddings()
         self._fill_buffers(embedding)
-        embedding.weight = _frozen(self._open().tensor(self._family.embedding)[tokens].float())
+        embedding.weight = _frozen(self._placed(self._open().tensor(self._family.embedding)[tokens]))
         with self._final_norm(), self._other_layers(note):
-            for row in places:
+            for row in places.to(self._family.device):
                 self._model.base_model(row[None], use_cache=False, return_dict=True)
         embedding.to("meta")
         return entering
@@ -88,7 +90,7 @@ class StreamedModel:
         weights, family = self._open(), self._family
         original = self._model.get_output_embeddings()
         stored = weights.tensor(family.head if family.head in weights.names else family.embedding)
-        self._model.set_output_embeddings(_StoredLinear(stored))
+        self._model.set_output_embeddings(_StoredLinear(stored.to(family.device)))
 
         def logits(states: Tensor) -> Tensor:
             with self._other_layers(lambda *_, **__: states):
@@ -103,8 +105,11 @@ class StreamedModel:
     def _fill_buffers(self, module: nn.Module) -> None:
         """Gives a module the buffers that no checkpoint holds (a factor of the embedding), as its model makes them."""
         for name in module._non_persistent_buffers_set:
-            setattr(module, name, torch.empty_like(module.get_buffer(name), device="cpu"))
+            setattr(module, name, torch.empty_like(module.get_buffer(name), device=self._family.device))
         self._model._init_weights(module)
+
+    def _placed(self, stored: Tensor) -> Tensor:
+        return stored.to(self._family.device, torch.float32)
 
     def _prefix(self, layer: int) -> str:
         return self._family.layer_prefix.format(layer=layer)
@@ -116,7 +121,7 @@ class StreamedModel:
     @contextmanager
     def _loaded(self, module: nn.Module, prefix: str) -> Iterator[None]:
         weights = self._open()
-        values = {name: weights.tensor(prefix + name).float() for name in module.state_dict()}
+        values = {name: self._placed(weights.tensor(prefix + name)) for name in module.state_dict()}
         module.load_state_dict(values, assign=True)
         module.requires_grad_(False)
         try:

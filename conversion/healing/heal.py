@@ -21,6 +21,7 @@ from ..checkpoint.atomic import refusing_full_disk, write_json, write_text
 from ..checkpoint.location import Location, locate
 from ..checkpoint.reader import SafetensorsReader, TensorReader
 from ..checkpoint.writer import ShardWriter
+from ..devices.choice import chosen_device
 from ..errors import CalibrationError, ConversionError, SourceError
 from ..evaluation.accounting import kept, passed_through
 from ..evaluation.loading import load_model
@@ -52,6 +53,7 @@ def heal(recipe: HealingRecipe, progress: Progress) -> Healed:
     """
     if (recipe.minutes is None) == (recipe.steps is None):
         raise ConversionError("give either minutes or steps.")
+    device = chosen_device(recipe.device)
     require_absent(recipe.output)
     location = locate(recipe.model)
     config, reader = location.config(), SafetensorsReader(location.folder)
@@ -64,11 +66,11 @@ def heal(recipe: HealingRecipe, progress: Progress) -> Healed:
             f"{recipe.data} has {len(windows)} windows of {window} tokens; {VALIDATION_WINDOWS} are for validation "
             "alone. Give a longer text."
         )
-    folder = HealingFolder(recipe.output, _identity(recipe, location, teacher, windows))
+    folder = HealingFolder(recipe.output, _identity(recipe, location, teacher, windows) | {"device": device.type})
     with folder as work, refusing_full_disk(work.path):
         healed = work.journal.healed
         if healed is None:
-            healed = _train(recipe, location, teacher, windows, reader, work, progress)
+            healed = _train(recipe, location, teacher.on(device), windows, reader, work, progress)
         _write(work.checkpoint, location, reader, work.trained(), config)
         _write_report(work.checkpoint, location, recipe, healed)
         tokenizer.save_pretrained(work.checkpoint)
@@ -122,8 +124,8 @@ def _train(
     work: HealingFolder,
     progress: Progress,
 ) -> Healed:
-    """Leaves the trained tensors in the work folder, none where nothing improved."""
-    model, teacher = load_model(location), load_model(source.location)
+    """Leaves the trained tensors in the work folder, none where nothing improved; trains on the source's device."""
+    model, teacher = load_model(location, source.device), load_model(source.location, source.device)
     names = trainable_names(model)
     if recipe.lora_rank:
         student, groups = with_adapters(model, recipe.lora_rank, recipe.seed)
@@ -142,6 +144,7 @@ def _train(
             validation=validation,
             pace=pace,
             seed=recipe.seed,
+            device=source.device,
             work=work.training.absolute(),
         )
         before = trainer.evaluate()["eval_loss"]
@@ -170,7 +173,7 @@ def _no_numbers(models: dict[str, PreTrainedModel], windows: Tensor) -> SourceEr
     guilty = [
         name
         for name, model in models.items()
-        if not all(model(window[None], use_cache=False).logits.isfinite().all() for window in windows)
+        if not all(model(window[None], use_cache=False).logits.isfinite().all() for window in windows.to(model.device))
     ]
     return SourceError(f"{' and '.join(guilty)} gives logits that are not finite on the validation windows.")
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..devices.choice import AUTO
+
 
 @dataclass(frozen=True)
 class HealingRecipe:
@@ -19,6 +21,7 @@ class HealingRecipe:
         steps: of one window each.
         lora_rank: train adapters of this rank, merged at the end; None trains the matrices themselves.
         seed: of the order of the text and the adapters' start.
+        device: as for a conversion.
     """
 
     model: str
@@ -29,3 +32,4 @@ class HealingRecipe:
     steps: int | None = None
     lora_rank: int | None = None
     seed: int = 0
+    device: str = AUTO

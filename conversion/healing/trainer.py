@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import patch_environment
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 from typing_extensions import override
@@ -21,7 +22,7 @@ class DistillationTrainer(Trainer):
 
     def __init__(self, *args: Any, teacher: PreTrainedModel, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.teacher = teacher.to(self.args.device).eval()
+        self.teacher = teacher.eval()
         self.half = multiplies_bfloat16(self.args.device)
 
     @override
@@ -42,6 +43,27 @@ class DistillationTrainer(Trainer):
             return self.compute_loss(model, self._prepare_inputs(inputs)), None, None
 
 
+class OneDevice(TrainingArguments):
+    """Arguments of a training on ``device``, whatever others there are."""
+
+    def __init__(self, device: torch.device, **arguments: Any) -> None:
+        self._chosen = device
+        super().__init__(use_cpu=device.type == "cpu", dataloader_pin_memory=device.type == "cuda", **arguments)
+
+    @property
+    @override
+    def device(self) -> torch.device:
+        # Accelerate, which places the batches, looks there when Transformers makes its state.
+        with patch_environment(accelerate_torch_device=str(self._chosen)):
+            _ = super().device
+        return self._chosen
+
+    @property
+    @override
+    def n_gpu(self) -> int:
+        return min(super().n_gpu, 1)
+
+
 def multiplies_bfloat16(device: torch.device) -> bool:
     """Whether the device has instructions for it; elsewhere it is slower than float32."""
     if device.type == "cuda":
@@ -58,21 +80,24 @@ def make_trainer(
     validation: Tensor,
     pace: Pace,
     seed: int,
+    device: torch.device,
     work: Path,
 ) -> DistillationTrainer:
     """A trainer that keeps the best state by validation divergence, and has it loaded when it ends.
 
     Args:
         student: learns with those of its parameters that are in ``groups``.
-        teacher: gives the logits that the student shall give; it is moved to the student's device.
+        teacher: gives the logits that the student shall give.
         groups: parameter groups of the optimizer, each with its own rate.
         training: token ids ``[N, S]`` of the windows that are learnt from.
         validation: token ids ``[M, S]`` of the windows by which states are compared.
         pace: tells when to evaluate, to save and to end, and by what the rates are multiplied.
         seed: of the order of the windows.
+        device: of both models.
         work: where states are kept meanwhile, an absolute path.
     """
-    arguments = TrainingArguments(
+    arguments = OneDevice(
+        device,
         output_dir=str(work),
         per_device_train_batch_size=1,
         per_device_eval_batch_size=1,
@@ -90,7 +115,6 @@ def make_trainer(
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
         seed=seed,
         data_seed=seed,
     )

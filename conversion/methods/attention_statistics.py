@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from ..devices.running_sums import RunningSums
 from ..forward.attention import (
     Rotation,
     SourceHeads,
@@ -46,28 +47,29 @@ class AttentionStatistics(LayerStatistics):
         self.geometry, self.weights, self.seed = geometry, weights, seed
         self.windows = 0
         width, heads, d = weights.k.shape[1] + 1, geometry.num_heads, geometry.head_dim
-        self.sums = {
-            "moment": torch.zeros(width, width, dtype=torch.float64),
-            "mean": torch.zeros(width, dtype=torch.float64),
-            "query_moment": torch.zeros(heads, d, d, dtype=torch.float64),
-            "rotation": torch.zeros(heads, 2, geometry.rotary_dim // 2, dtype=torch.float64),
-            "attention_squared": torch.zeros(heads, dtype=torch.float64),
-            "log_power": torch.zeros(1, dtype=torch.float64),
-        }
+        self.sums = RunningSums(
+            weights.k.device,
+            moment=(width, width),
+            mean=(width,),
+            query_moment=(heads, d, d),
+            rotation=(heads, 2, geometry.rotary_dim // 2),
+            attention_squared=(heads,),
+            log_power=(1,),
+        )
 
     @override
     def update(self, attention_input: Tensor, residual: Tensor) -> None:
         for inputs, stream in zip(attention_input.float(), residual.float(), strict=True):
             self.add_window(inputs)
-            self.sums["log_power"] += stream.square().mean(-1).log().double().sum()
+            self.sums.add("log_power", stream.square().mean(-1).log().to(self.sums.dtype).sum())
 
     @override
     def tensors(self) -> dict[str, Tensor]:
-        return dict(self.sums)
+        return self.sums.tensors()
 
     def add_window(self, inputs: Tensor) -> None:
         """Adds the attention input ``[S, D]`` of one window, in its own precision."""
-        rows = sample_rows(inputs.shape[0], ROWS_PER_WINDOW, self.seed, self.windows)
+        rows = sample_rows(inputs.shape[0], ROWS_PER_WINDOW, self.seed, self.windows).to(inputs.device)
         self.windows += 1
         scale = inputs.shape[0] / len(rows)
         heads = source_heads(self.geometry, self.weights, inputs, rows)
@@ -81,19 +83,22 @@ class AttentionStatistics(LayerStatistics):
         squared = attention.square()
         token_weights = importance(score_weights.sum((0, 1)), squared.sum((0, 1)))
         row_weights = score_weights.sum(-1)
-        self.sums["moment"] += (augmented.T * token_weights) @ augmented
-        self.sums["mean"] += augmented.double().sum(0)
-        self.sums["query_moment"] += scale * ((heads.queries.mT * row_weights[:, None]) @ heads.queries)
-        self.sums["rotation"] += scale * rotation_moments(self.geometry, heads.queries, score_weights, rows)
-        self.sums["attention_squared"] += scale * squared.sum((1, 2))
+        self.sums.add("moment", (augmented.T * token_weights) @ augmented)
+        self.sums.add("mean", augmented.to(self.sums.dtype).sum(0))
+        self.sums.add("query_moment", scale * ((heads.queries.mT * row_weights[:, None]) @ heads.queries))
+        self.sums.add("rotation", scale * rotation_moments(self.geometry, heads.queries, score_weights, rows))
+        self.sums.add("attention_squared", scale * squared.sum((1, 2)))
 
 
 def sample_rows(length: int, count: int, seed: int, window: int) -> Tensor:
-    """``count`` distinct query positions of a window, ascending; all of them where the window is not longer."""
+    """``count`` distinct query positions of a window, ascending; all of them where the window is not longer.
+
+    They are drawn on the CPU, so that they are the same for every device.
+    """
     if length <= count:
-        return torch.arange(length)
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + window)
-    return torch.randperm(length, generator=generator)[:count].sort().values
+        return torch.arange(length, device="cpu")
+    generator = torch.Generator("cpu").manual_seed(seed * 1_000_003 + window)
+    return torch.randperm(length, generator=generator, device="cpu")[:count].sort().values
 
 
 def output_sensitivity(geometry: AttentionGeometry, output: Tensor, heads: SourceHeads, attention: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ class LayerStatistics(ABC):
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
-        """The sums, on the CPU, ready for a safetensors file."""
+        """The sums, by name."""
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ class ExactMethod(Method):
         """The source's layer in another form; ``statistics`` are not read, and ``budget`` has one possible value."""
         kv, d, rotary = geometry.num_kv_heads, geometry.head_dim, geometry.rotary_dim
         passive = d - rotary
-        key_rows = torch.arange(kv * d).view(kv, d)
+        key_rows = torch.arange(kv * d, device=weights.k.device).view(kv, d)
         rotary_rows = torch.cat((key_rows[:, : rotary // 2].flatten(), key_rows[:, rotary // 2 : rotary].flatten()))
         passive_keys = weights.k[key_rows[:, rotary:].flatten()]
         nothing = weights.k.new_zeros(kv * d)
@@ -103,7 +103,7 @@ def _select_groups(geometry: AttentionGeometry, like: Tensor) -> Tensor:
     passive = d - geometry.rotary_dim
     select = like.new_zeros(kv, groups, passive + d, kv * (passive + d))
     for group in range(kv):
-        select[group, :, :passive, group * passive : (group + 1) * passive] = torch.eye(passive)
+        select[group, :, :passive, group * passive : (group + 1) * passive] = torch.eye(passive, device=like.device)
         first = kv * passive + group * d
-        select[group, :, passive:, first : first + d] = torch.eye(d)
+        select[group, :, passive:, first : first + d] = torch.eye(d, device=like.device)
     return select.flatten(0, 2)

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from ..devices.decompositions import thin_svd
+from ..devices.running_sums import RunningSums
 from ..errors import BudgetError, SourceError
 from ..forward.attention import source_heads
 from ..forward.heads import augmented_rows, constants_cancel, value_bias_through_output
@@ -33,20 +35,19 @@ class PairNorms(LayerStatistics):
     def __init__(self, geometry: AttentionGeometry, weights: AttentionWeights) -> None:
         self.geometry, self.weights = geometry, weights
         pairs = geometry.rotary_dim // 2
-        self.query = torch.zeros(geometry.num_heads, pairs, dtype=torch.float64)
-        self.key = torch.zeros(geometry.num_kv_heads, pairs, dtype=torch.float64)
+        self.sums = RunningSums(weights.q.device, query=(geometry.num_heads, pairs), key=(geometry.num_kv_heads, pairs))
 
     @override
     def update(self, attention_input: Tensor, residual: Tensor) -> None:
         """Adds the norms of the windows' rotary pairs; the residual stream is not read."""
         for window in attention_input.float():
-            heads = source_heads(self.geometry, self.weights, window, torch.arange(len(window)))
-            self.query += pair_energy(self.geometry, heads.queries).sqrt().sum(1)
-            self.key += pair_energy(self.geometry, heads.keys).sqrt().sum(1)
+            heads = source_heads(self.geometry, self.weights, window, torch.arange(len(window), device=window.device))
+            self.sums.add("query", pair_energy(self.geometry, heads.queries).sqrt().sum(1))
+            self.sums.add("key", pair_energy(self.geometry, heads.keys).sqrt().sum(1))
 
     @override
     def tensors(self) -> dict[str, Tensor]:
-        return {"query": self.query, "key": self.key}
+        return self.sums.tensors()
 
 
 class MHA2MLAMethod(Method):
@@ -163,7 +164,7 @@ def channels(geometry: AttentionGeometry, pairs: Tensor) -> tuple[Tensor, Tensor
     """The channels of each kv head with rotation, real parts first ``[n_kv, 2*count]``, and those without."""
     half = geometry.rotary_dim // 2
     rotated = torch.cat((pairs, pairs + half), dim=1)
-    unrotated = torch.ones(len(pairs), geometry.head_dim, dtype=torch.bool).scatter(1, rotated, False)
+    unrotated = rotated.new_ones(len(pairs), geometry.head_dim, dtype=torch.bool).scatter(1, rotated, False)
     return rotated, unrotated.nonzero()[:, 1].view(len(pairs), -1)
 
 
@@ -172,7 +173,7 @@ def weight_svd(weights: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
     Singular values are shared equally (section 3.2). Where ``rank`` exceeds what the weights have, the rest is zero.
     """
-    left, singular, right = torch.linalg.svd(weights, full_matrices=False)
+    left, singular, right = thin_svd(weights)
     root = singular[:rank].sqrt()
     down, up = root[:, None] * right[:rank], left[:, :rank] * root
     missing = rank - len(root)
@@ -188,7 +189,7 @@ def _spread(rows: Tensor) -> Tensor:
     """Rotary query rows ``[n_kv, 2*count, n]`` in the layout of all kv heads' keys, zero but for their own."""
     kv, both, width = rows.shape
     spread = rows.new_zeros(kv, 2, kv, both // 2, width)
-    own = torch.arange(kv)
+    own = torch.arange(kv, device=rows.device)
     spread[own, :, own] = rows.view(kv, 2, -1, width)
     return spread.flatten(1, 3)
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..devices.decompositions import eigh
+
 UNEXPLAINED_FLOOR = 1e-4
 """Of a pair's energy: what it weighs at least."""
 
@@ -65,7 +67,7 @@ def unexplained_energy(query_energy: Tensor, rho: Tensor) -> Tensor:
 def mean_rotation_matrix(rho: Tensor, head_dim: int) -> Tensor:
     """``[..., pairs]``, complex, to the real ``[..., d, d]`` that multiplies pairs by it and keeps other channels."""
     pairs = rho.shape[-1]
-    matrix = torch.eye(head_dim, dtype=rho.real.dtype).expand(*rho.shape[:-1], -1, -1).clone()
+    matrix = torch.eye(head_dim, dtype=rho.real.dtype, device=rho.device).expand(*rho.shape[:-1], -1, -1).clone()
     real, imaginary = torch.diag_embed(rho.real), torch.diag_embed(rho.imag)
     matrix[..., : 2 * pairs, : 2 * pairs] = torch.cat(
         (torch.cat((real, -imaginary), dim=-1), torch.cat((imaginary, real), dim=-1)), dim=-2
@@ -100,13 +102,13 @@ def shared_rotary_key(
         scale = root[:, group].reshape(-1, 1)
         rows = scale * keys[:, group].flatten(0, 1)
         hermitian = rows @ moment.to(rows.dtype) @ rows.mH
-        eigenvalues, vectors = torch.linalg.eigh(hermitian)
+        eigenvalues, vectors = eigh(hermitian)
         energy = hermitian.diagonal().real.view(kv, members).sum(0)
         if not energy.sum():
             # Dead keys: what turns at no energy may turn at any frequency.
             energy = torch.ones_like(energy)
         log_frequency = (energy * inv_freq[group].double().log()).sum() / energy.sum()
-        spread = torch.zeros(kv, pairs, vectors.shape[1], dtype=keys.dtype)
+        spread = keys.new_zeros(kv, pairs, vectors.shape[1])
         spread[:, group] = (vectors / scale).view(kv, members, -1)
         values.append(eigenvalues)
         encoders.append(vectors.mH @ rows)

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from ..devices.decompositions import eigh
+from ..devices.running_sums import RunningSums
 from ..errors import BudgetError
 from ..forward.heads import augmented_rows
 from ..layers import AttentionGeometry, AttentionWeights, LayerBudget, MLAWeights, encoder_input
@@ -36,7 +38,7 @@ class SecondMoment(LayerStatistics):
     def __init__(self, weights: AttentionWeights) -> None:
         self.weights = weights
         width = weights.k.shape[1] + 1
-        self.moment = torch.zeros(width, width, dtype=torch.float64)
+        self.sums = RunningSums(weights.k.device, moment=(width, width))
 
     @override
     def update(self, attention_input: Tensor, residual: Tensor) -> None:
@@ -44,11 +46,11 @@ class SecondMoment(LayerStatistics):
         for window in attention_input:
             inputs = encoder_input(window, self.weights.k).float()
             augmented = torch.cat((inputs, inputs.new_ones(len(inputs), 1)), dim=1)
-            self.moment += augmented.T @ augmented
+            self.sums.add("moment", augmented.T @ augmented)
 
     @override
     def tensors(self) -> dict[str, Tensor]:
-        return {"moment": self.moment}
+        return self.sums.tensors()
 
 
 class TransMLAMethod(TwoPassMethod):
@@ -184,18 +186,18 @@ def concentrated_key(keys: Tensor, moment: Tensor, inv_freq: Tensor, components:
     kv, pairs, _ = keys.shape
     collapse = pairs // components if components else 1
     fold = min(FOLD_PER_COLLAPSE * collapse, pairs)
-    encoders, decoders, kept = [keys[0, :0]], [keys[:, :, :0]], [torch.zeros(0, dtype=torch.bool)]
+    encoders, decoders, kept = [keys[0, :0]], [keys[:, :, :0]], [torch.zeros(0, dtype=torch.bool, device=keys.device)]
     for first in range(0, pairs, max(fold, 1)):
         members = min(fold, pairs - first)
         rows = keys[:, first : first + members].flatten(0, 1)
         # The real part of K Sigma K^H is the sum over real and imaginary rows.
         energy = (rows @ moment.to(rows.dtype) @ rows.mH).real
-        rotation = torch.linalg.eigh(energy).eigenvectors.flip(-1).to(keys.dtype)
+        rotation = eigh(energy)[1].flip(-1).to(keys.dtype)
         decoder = keys.new_zeros(kv, pairs, len(rows))
         decoder[:, first : first + members] = rotation.view(kv, members, -1)
         encoders.append(rotation.T @ rows)
         decoders.append(decoder)
-        kept.append(torch.arange(len(rows)) < (members // collapse if components else 0))
+        kept.append(torch.arange(len(rows), device=rows.device) < (members // collapse if components else 0))
     encoder, decoder, leading = torch.cat(encoders), torch.cat(decoders, dim=2), torch.cat(kept)
     frequencies = inv_freq[::collapse] if components else inv_freq[:0]
     unturned = inv_freq.new_zeros(int((~leading).sum()))
@@ -226,7 +228,7 @@ def balanced_latent(keys: Tensor, values: Tensor, moment: Tensor, rank: int) -> 
     ratio = key_norm / value_norm if key_norm > 0 and value_norm > 0 else moment.new_ones(())
     targets = torch.cat((keys / ratio, values))
     second_moment = targets @ moment @ targets.mT
-    leading = torch.linalg.eigh((second_moment + second_moment.mT) / 2).eigenvectors.flip(-1)[:, :rank]
+    leading = eigh((second_moment + second_moment.mT) / 2)[1].flip(-1)[:, :rank]
     up_key, up_value = leading.split((len(keys), len(values)))
     return leading.mT @ targets, ratio * up_key, up_value
 

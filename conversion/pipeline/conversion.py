@@ -51,20 +51,21 @@ def run_plan(plan: ConversionPlan, source: SourceModel, progress: Progress | Non
 
     Args:
         plan: of `make_plan`.
-        source: the same source.
+        source: the same source; what is computed of it is on the recipe's device.
         progress: shows how far it is; by default nothing is shown.
 
     Raises:
         ConversionError: see its kinds in `conversion.errors`; nothing is published.
     """
     recipe, progress = plan.recipe, progress or silent_progress()
+    source = source.on(recipe.torch_device)
     tokenizer = open_inputs(plan, source, progress)
     windows = calibration_windows(plan, source, tokenizer)
-    work = WorkFolder(recipe.output, _identity(plan, source, windows))
+    work = WorkFolder(recipe.output, _identity(plan, source, windows), source.device)
     measurements, locks = work.measurements, []
     if recipe.statistics is not None and plan.windows:
         identity = _contents(plan, source, windows) | versions() | {"method": recipe.method, "seed": str(recipe.seed)}
-        measurements = SharedMeasurements(recipe.statistics, identity)
+        measurements = SharedMeasurements(recipe.statistics, identity, source.device)
         locks.append(measurements)
     job = ConversionJob(plan, source, tokenizer, windows, work, measurements, progress)
     run_stages(job, STAGES, locks)
@@ -73,7 +74,7 @@ def run_plan(plan: ConversionPlan, source: SourceModel, progress: Progress | Non
 
 def _identity(plan: ConversionPlan, source: SourceModel, windows: Tensor | None) -> dict[str, str]:
     """What makes a conversion another one: settings, contents of its inputs, versions of what computes."""
-    return plan.recipe.identity() | _contents(plan, source, windows) | versions()
+    return plan.recipe.identity() | _contents(plan, source, windows) | versions() | {"device": source.device.type}
 
 
 def _contents(plan: ConversionPlan, source: SourceModel, windows: Tensor | None) -> dict[str, str]:

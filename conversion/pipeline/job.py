@@ -12,8 +12,9 @@ from rich.progress import Progress
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ..devices.choice import solving_device
 from ..forward.residual_stream import ResidualStream
-from ..layers import AttentionGeometry, AttentionWeights, LayerBudget, MLAWeights
+from ..layers import AttentionGeometry, AttentionWeights, LayerBudget, MLAWeights, moved
 from ..methods import Method, get_method
 from ..methods.base import TwoPassMethod
 from ..planning.plan import ConversionPlan
@@ -69,7 +70,19 @@ class ConversionJob:
 
     def source_weights(self, layer: int) -> AttentionWeights:
         """The attention of a source layer; in float32 for a method that measures, as statistics are taken so."""
-        return self.source.attention(layer, torch.float32 if self.windows is not None else None)
+        return self._weights(self.source, layer)
+
+    @cached_property
+    def solved_source(self) -> SourceModel:
+        """The source where its layers are factorised."""
+        return self.source.on(solving_device(self.source.device))
+
+    def solved_weights(self, layer: int) -> AttentionWeights:
+        """As `source_weights`, of `solved_source`."""
+        return self._weights(self.solved_source, layer)
+
+    def _weights(self, source: SourceModel, layer: int) -> AttentionWeights:
+        return source.attention(layer, torch.float32 if self.windows is not None else None)
 
     def stream(self, measurements: Measurements) -> ResidualStream:
         """The calibration text on its way through the layers, hidden states kept beside ``measurements``."""
@@ -78,14 +91,16 @@ class ConversionJob:
 
     def factorise(self, layer: int, budget: LayerBudget, second: Measurements | None = None) -> MLAWeights:
         """The converted layer; ``second`` holds what a `TwoPassMethod` has measured again."""
-        weights, statistics = self.source_weights(layer), None
+        geometry, weights, statistics = self.solved_source.geometry(layer), self.solved_weights(layer), None
         if self.method.needs_calibration:
             statistics = self.measurements.read_statistics(layer)
         if isinstance(self.method, TwoPassMethod) and second is not None:
             assert statistics is not None
             again = second.read_statistics(layer)
-            return self.method.factorise(self.geometries[layer], weights, statistics, budget, again)
-        return self.method.factorise(self.geometries[layer], weights, statistics, budget)
+            converted = self.method.factorise(geometry, weights, statistics, budget, again)
+        else:
+            converted = self.method.factorise(geometry, weights, statistics, budget)
+        return moved(converted, self.source.device)
 
     @contextmanager
     def second_measurements(self) -> Iterator[Measurements | None]:

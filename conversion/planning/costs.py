@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ..checkpoint.writer import MAX_SHARD_BYTES
+from ..devices.choice import CPU
 from ..forward.hidden_states import BLOCK
 from ..forward.products import fast_float32
 from ..forward.residual_stream import stream_dtype
@@ -77,7 +78,7 @@ def layer_in_memory(source: SourceModel, text: TextUse) -> int:
 def _seconds(source: SourceModel, parameters: int, text: TextUse) -> float:
     """From this machine's speed at a matrix product: the passes over the text, and the verification."""
     side = 512
-    matrix = torch.ones(side, side)
+    matrix = torch.ones(side, side, device=CPU)
     matrix @ matrix
     start = time.perf_counter()
     for _ in range(4):

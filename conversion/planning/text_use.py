@@ -60,4 +60,4 @@ def weighed_windows(windows: Tensor) -> Tensor:
 
 def spread_windows(count: int, at_most: int) -> Tensor:
     """Indices of at most ``at_most`` of ``count`` windows, evenly spread."""
-    return torch.linspace(0, count - 1, min(count, at_most)).round().long()
+    return torch.linspace(0, count - 1, min(count, at_most), device="cpu").round().long()

@@ -6,11 +6,12 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
+from typing_extensions import override
 
 import modeling_mla
 from modeling_mla.attention_mla import layer_window
@@ -18,6 +19,7 @@ from modeling_mla.configuration_mla import identity_norm_weight
 from modeling_mla.transformers_seams_mla import ROPE_INIT_FUNCTIONS
 
 from ..checkpoint.location import Location
+from ..devices.choice import CPU
 from ..errors import SourceError
 from ..layers import AttentionGeometry, AttentionWeights, MLAWeights
 from .converted_config import BIASES, converted_config
@@ -54,6 +56,12 @@ class SourceModel(StoredModel):
         super().__init__(location, config)
         refuse_unfit(location.model, config, self.head_dim, self.num_kv_heads)
         self.refuse_unsupported()
+
+    @override
+    def on(self, device: torch.device) -> Self:
+        moved = super().on(device)
+        moved.__dict__.pop("rotary", None)
+        return moved
 
     def refuse_unsupported(self) -> None:
         """Raises `SourceError`, with the feature's name, for a configuration that would be converted wrongly.
@@ -102,9 +110,10 @@ class SourceModel(StoredModel):
 
     @cached_property
     def rotary(self) -> Any:
-        """The family's own rotary module."""
+        """The family's own rotary module; frequencies do not depend on the device, as they are made on the CPU."""
         try:
-            return self.rotary_class(self.config)
+            with CPU:
+                return self.rotary_class(self.config).to(self.device)
         except Exception as error:
             # Transformers' own formulas, on whatever the configuration has.
             raise self._unbuildable(error) from error
@@ -128,7 +137,8 @@ class SourceModel(StoredModel):
                 "which of long_factor's take their places in longer texts; correct rope_parameters."
             )
         beyond = longrope["original_max_position_embeddings"] + 1
-        return self._sound(ROPE_INIT_FUNCTIONS["longrope"](self.config, seq_len=beyond)[0].float())
+        inv_freq, _ = ROPE_INIT_FUNCTIONS["longrope"](self.config, CPU, seq_len=beyond)
+        return self._sound(inv_freq.float().to(self.device))
 
     @property
     def _longrope(self) -> dict[str, Any] | None:
@@ -163,7 +173,7 @@ class SourceModel(StoredModel):
 
         def read(name: str) -> Tensor:
             stored = self.held_tensors.tensor(prefix + name)
-            return stored.to(dtype or torch.promote_types(stored.dtype, torch.float32))
+            return stored.to(self.device, dtype or torch.promote_types(stored.dtype, torch.float32))
 
         def parts(kind: str) -> dict[str, Tensor | None]:
             found = [read(f"{name}.{kind}") if f"{prefix}{name}.{kind}" in names else None for name in projections]
@@ -200,9 +210,10 @@ class SourceModel(StoredModel):
             hidden_states: ``[B, S, D]``, what enters it.
             attention_output: ``[B, S, D]``, what its attention shall give; None for what it does give.
         """
-        position_ids = torch.arange(hidden_states.shape[1])[None]
+        length, device = hidden_states.shape[1], hidden_states.device
+        position_ids = torch.arange(length, device=device)[None]
         angles = self.layer_angles(layer, hidden_states, position_ids)
-        mask = layer_mask(hidden_states.shape[1], self.geometry(layer), additive=not self.causal_lm._supports_sdpa)
+        mask = layer_mask(length, self.geometry(layer), additive=not self.causal_lm._supports_sdpa, device=device)
         attention = nullcontext() if attention_output is None else self._giving(module, attention_output)
         with attention:
             return module(hidden_states, attention_mask=mask, position_ids=position_ids, position_embeddings=angles)
@@ -233,21 +244,23 @@ class SourceModel(StoredModel):
         tensors = {
             "q_proj.weight": weights.q_proj.to(dtype),
             "kv_a_proj_with_mqa.weight": weights.kv_a_proj_with_mqa.to(dtype),
-            "kv_a_layernorm.weight": identity_norm_weight(rank, dtype),
+            "kv_a_layernorm.weight": identity_norm_weight(rank, dtype, weights.kv_b_proj.device),
             "kv_b_proj.weight": weights.kv_b_proj.to(dtype),
             "o_proj.weight": weights.o_proj.to(dtype),
         }
         for field, wanted in zip(BIASES, (config.q_bias, config.kv_a_bias, config.o_bias), strict=True):
             if wanted:
                 name, bias = field.removesuffix("_bias"), getattr(weights, field)
-                width = tensors[f"{name}.weight"].shape[0]
-                tensors[f"{name}.bias"] = torch.zeros(width, dtype=dtype) if bias is None else bias.to(dtype)
+                rows = tensors[f"{name}.weight"]
+                tensors[f"{name}.bias"] = rows.new_zeros(len(rows)) if bias is None else bias.to(dtype)
         return {prefix + name: tensor for name, tensor in tensors.items()}
 
     def mla_config(self, layers: Iterable[MLAWeights], dtype: torch.dtype) -> PreTrainedConfig:
         """The configuration of the converted model: the source's body, the layers' attention."""
         mla_class = getattr(modeling_mla, f"{self.mla_name}Config")
-        geometries = [self.geometry(layer) for layer in range(self.num_layers)]
+        # What is written lies on the CPU.
+        source = self.on(CPU)
+        geometries = [source.geometry(layer) for layer in range(self.num_layers)]
         return converted_config(self.config, mla_class, geometries, layers, dtype, self.family_fields())
 
     def family_fields(self) -> dict[str, Any]:

@@ -35,7 +35,7 @@ class Gemma2Source(SourceModel):
 
     @override
     def embed(self, input_ids: Tensor) -> Tensor:
-        return super().embed(input_ids) * torch.tensor(self.config.hidden_size**0.5)
+        return super().embed(input_ids) * torch.tensor(self.config.hidden_size**0.5, device=self.device)
 
     @override
     def logits(self, products: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ class GptOssSource(SourceModel):
     def attention(self, layer: int, dtype: torch.dtype | None = None) -> AttentionWeights:
         weights = super().attention(layer, dtype)
         sinks = self.tensors.tensor(f"{self.layer_prefix.format(layer=layer)}{self.attention_prefix}sinks")
-        return replace(weights, sinks=sinks.to(weights.q.dtype))
+        return replace(weights, sinks=sinks.to(weights.q))
 
     @override
     def replaced(self, name: str) -> int | None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..layers import AttentionGeometry
 
 
-def layer_mask(length: int, geometry: AttentionGeometry, additive: bool) -> Tensor | None:
+def layer_mask(length: int, geometry: AttentionGeometry, additive: bool, device: torch.device) -> Tensor | None:
     """The mask ``[1, 1, S, S]`` of a layer, for PyTorch's fused attention or for plain attention.
 
     Args:
@@ -16,12 +16,14 @@ def layer_mask(length: int, geometry: AttentionGeometry, additive: bool) -> Tens
         geometry: of the layer; it says how far back a query sees.
         additive: float32, what plain attention adds to scores. Otherwise bool, True where a query sees a key, and None
             where causality alone decides, which the fused attention knows by itself.
+        device: where it lies.
     """
     window = geometry.sliding_window
     if (window is None or window >= length) and not additive:
         return None
-    distance = torch.arange(length)[:, None] - torch.arange(length)
+    positions = torch.arange(length, device=device)
+    distance = positions[:, None] - positions
     visible = (distance >= 0) & (distance < (window or length))
     if not additive:
         return visible[None, None]
-    return torch.zeros(1, 1, length, length).masked_fill(~visible, torch.finfo(torch.float32).min)
+    return torch.zeros(1, 1, length, length, device=device).masked_fill(~visible, torch.finfo(torch.float32).min)

@@ -42,16 +42,16 @@ class NormedSource(SourceModel):
             return super().attention_maps(layer, dtype)
         prefix = self.layer_prefix.format(layer=layer) + self.attention_prefix
         output = self.tensors.tensor(f"{prefix}o_proj.weight")
-        dtype = dtype or torch.promote_types(output.dtype, torch.float32)
+        dtype, device = dtype or torch.promote_types(output.dtype, torch.float32), self.device
         keys = self.config.num_key_value_heads * self.head_dim
         bias = f"{prefix}o_proj.bias"
-        select = torch.eye(2 * keys, dtype=dtype)
+        select = torch.eye(2 * keys, dtype=dtype, device=device)
         return AttentionWeights(
-            q=torch.eye(self.head_dim, dtype=dtype).repeat(self.config.num_attention_heads, 1),
+            q=torch.eye(self.head_dim, dtype=dtype, device=device).repeat(self.config.num_attention_heads, 1),
             k=select[:keys],
             v=select[keys:],
-            o=output.to(dtype),
-            o_bias=self.tensors.tensor(bias).to(dtype) if bias in self.tensors.names else None,
+            o=output.to(device, dtype),
+            o_bias=self.tensors.tensor(bias).to(device, dtype) if bias in self.tensors.names else None,
         )
 
     @override

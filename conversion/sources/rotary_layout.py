@@ -15,8 +15,9 @@ def half_split(geometry: AttentionGeometry, weights: AttentionWeights) -> Attent
 
     Scores do not depend on the order of a head's channels, if queries and keys share it.
     """
-    rotary = torch.arange(geometry.rotary_dim)
-    order = torch.cat((rotary[0::2], rotary[1::2], torch.arange(geometry.rotary_dim, geometry.head_dim)))
+    channels = torch.arange(geometry.head_dim, device=weights.q.device)
+    rotary, passive = channels.split((geometry.rotary_dim, geometry.head_dim - geometry.rotary_dim))
+    order = torch.cat((rotary[0::2], rotary[1::2], passive))
 
     def reordered(rows: Tensor) -> Tensor:
         return rows.unflatten(0, (-1, geometry.head_dim))[:, order].flatten(0, 1)

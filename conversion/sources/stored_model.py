@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from copy import deepcopy
+from copy import copy, deepcopy
 from functools import cached_property
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +16,16 @@ from ..checkpoint.gguf_reader import GGUFTensorReader
 from ..checkpoint.location import Location, locate
 from ..checkpoint.model_reader import as_held
 from ..checkpoint.reader import SafetensorsReader, TensorReader
+from ..devices.choice import CPU
 from ..errors import SourceError, first_line
 from .inventory import account_for_all, reading_order
 
 
 class StoredModel:
-    """One checkpoint of a family. Reads tensors one layer at a time; the defaults are Llama's names."""
+    """One checkpoint of a family. Reads tensors one layer at a time; the defaults are Llama's names.
+
+    ``device`` is where the modules and tensors lie that it gives, and hidden states have to; see `on`.
+    """
 
     model_type: ClassVar[str]
     causal_lm: ClassVar[type[PreTrainedModel]]
@@ -38,7 +42,14 @@ class StoredModel:
     def __init__(self, location: Location, config: PreTrainedConfig) -> None:
         self.location = location
         self.config = config
+        self.device = CPU
         config._attn_implementation = "sdpa" if self.causal_lm._supports_sdpa else "eager"
+
+    def on(self, device: torch.device) -> Self:
+        """The same checkpoint for that device."""
+        moved = copy(self)
+        moved.device = device
+        return moved
 
     @property
     def num_layers(self) -> int:
@@ -94,6 +105,10 @@ class StoredModel:
         """The weights as the model holds them, which may merge several of `tensors` (experts). Raises as `tensors`."""
         return as_held(self.tensors, self.meta_model)
 
+    def placed(self, name: str) -> Tensor:
+        """A tensor of `held_tensors` on the device, in float32."""
+        return self.held_tensors.tensor(name).to(self.device, torch.float32)
+
     def held_names(self) -> list[str]:
         """Every tensor of `held_tensors` that the model reads."""
         return self._read_by_model(self.held_tensors)
@@ -111,18 +126,18 @@ class StoredModel:
         with torch.device("meta"):
             module = self.decoder_layer_class(self.config, layer)
         names = [name for name in self.held_names() if name.startswith(prefix)]
-        weights = {name.removeprefix(prefix): self.held_tensors.tensor(name).float() for name in names}
+        weights = {name.removeprefix(prefix): self.placed(name) for name in names}
         module.load_state_dict(weights, assign=True)
         return module.eval().requires_grad_(False)
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        """``[B, S]`` token ids to the hidden states ``[B, S, D]`` that enter layer 0, float32."""
-        return self.held_tensors.tensor(self.embedding)[input_ids].float()
+        """``[B, S]`` token ids on the CPU to the hidden states ``[B, S, D]`` that enter layer 0, float32."""
+        return self.held_tensors.tensor(self.embedding)[input_ids].to(self.device, torch.float32)
 
     def final_norm_module(self) -> nn.Module:
         """The norm behind the last layer with its weights, in float32."""
         norm = deepcopy(self.meta_model.get_submodule(self.final_norm))
-        parameters = {name: self.held_tensors.tensor(f"{self.final_norm}.{name}").float() for name in norm.state_dict()}
+        parameters = {name: self.placed(f"{self.final_norm}.{name}") for name in norm.state_dict()}
         norm.load_state_dict(parameters, assign=True)
         return norm
 
@@ -131,7 +146,7 @@ class StoredModel:
         norm = self.final_norm_module()
         # A head that is stored is used whatever tie_word_embeddings says, as by Transformers.
         held = self.held_tensors
-        head = held.tensor(self.head if self.head in held.names else self.embedding).float()
+        head = self.placed(self.head if self.head in held.names else self.embedding)
         return lambda states: self.logits(torch.nn.functional.linear(norm(states), head))
 
     def logits(self, products: Tensor) -> Tensor:

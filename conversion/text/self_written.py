@@ -32,7 +32,9 @@ def self_written_windows(
     seed: int,
     step: Callable[[int], None],
 ) -> Tensor:
-    """Samples ``count`` windows of ``window`` tokens, ``[count, window]``: the same ones for the same seed.
+    """Samples ``count`` windows of ``window`` tokens, ``[count, window]``, on the CPU.
+
+    They are the same ones for the same seed and kind of device: each kind draws other random numbers.
 
     Args:
         model: a causal model that is loaded whole.
@@ -45,20 +47,21 @@ def self_written_windows(
     openings = [ids[:window] for ids in _openings(tokenizer)]
     rows = [openings[number % len(openings)] for number in range(count)]
     written = []
-    with torch.random.fork_rng(devices=[]):
+    # PyTorch forks no other kind's.
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
         for first in range(0, count, _BATCH):
             batch = rows[first : first + _BATCH]
             written.append(_continued(model, batch, window))
             step(len(batch))
-    return torch.cat(written)
+    return torch.cat(written).cpu()
 
 
 def _continued(model: PreTrainedModel, openings: list[list[int]], length: int) -> Tensor:
     """Continues openings to ``[B, length]``, beyond the end of a text or a turn as well."""
-    longest, shortest = max(map(len, openings)), min(map(len, openings))
-    padding = torch.tensor([longest - len(ids) for ids in openings])
-    ids = torch.tensor([[0] * (longest - len(ids)) + ids for ids in openings])
+    longest, shortest, device = max(map(len, openings)), min(map(len, openings)), model.device
+    padding = torch.tensor([longest - len(ids) for ids in openings], device=device)
+    ids = torch.tensor([[0] * (longest - len(ids)) + ids for ids in openings], device=device)
     sampling = GenerationConfig(
         do_sample=True,
         top_k=0,
@@ -69,11 +72,11 @@ def _continued(model: PreTrainedModel, openings: list[list[int]], length: int) -
     )
     own, model.generation_config = model.generation_config, sampling
     try:
-        mask = torch.arange(longest) >= padding[:, None]
+        mask = torch.arange(longest, device=device) >= padding[:, None]
         texts = model.generate(ids, attention_mask=mask.long())
     finally:
         model.generation_config = own
-    return texts.gather(1, padding[:, None] + torch.arange(length))
+    return texts.gather(1, padding[:, None] + torch.arange(length, device=device))
 
 
 def _openings(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

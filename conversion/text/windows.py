@@ -187,7 +187,7 @@ def _pack(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, window: 
         if len(ids) >= window * count:
             break
     complete = min(len(ids) // window, count)
-    return torch.tensor(ids[: complete * window], dtype=torch.long).view(complete, window)
+    return torch.tensor(ids[: complete * window], dtype=torch.long, device="cpu").view(complete, window)
 
 
 def _tokenise(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

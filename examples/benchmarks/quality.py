@@ -28,6 +28,7 @@ from rich.progress import Progress
 
 from conversion.checkpoint.atomic import write_text
 from conversion.checkpoint.location import locate
+from conversion.devices.choice import AUTO, chosen_device
 from conversion.errors import BudgetError
 from conversion.evaluation.loading import load_model
 from conversion.evaluation.scores import perplexity
@@ -68,7 +69,7 @@ def convert_and_score(
     report = run_plan(plan, source, progress).report
     converted = time.perf_counter()
     with counting(progress, f"{asked.method} {asked.cache}", len(windows)) as step:
-        found = perplexity(load_model(locate(str(asked.output))), windows, step)
+        found = perplexity(load_model(locate(str(asked.output)), source.device), windows, step)
     layers, held_out = report.budgets, report.verification
     return {
         "method": asked.method,
@@ -153,7 +154,7 @@ def main(
     """Converts and scores; see the module."""
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command line does
-    source = open_source(model)
+    source = open_source(model).on(chosen_device(AUTO))
     common = settings(model, calibration, tokens, text, windows, seed)
     results.mkdir(parents=True, exist_ok=True)
     file = results / "quality.json"
@@ -166,7 +167,7 @@ def main(
     with shown_progress() as progress:
         if "perplexity_source" not in result:
             with counting(progress, "source", len(ids)) as step:
-                result["perplexity_source"] = perplexity(load_model(source.location), ids, step)
+                result["perplexity_source"] = perplexity(load_model(source.location, source.device), ids, step)
         for method in methods.split(","):
             recipe = {"method": method, "calibration": calibration, "tokens": tokens, "seed": seed}
             recipe["latent_bits"] = bits

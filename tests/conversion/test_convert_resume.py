@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from tiny_source import LAYERS, convert, save_source, write_text
 
+from conversion.devices.choice import CPU
 from conversion.errors import (
     BudgetError,
     CalibrationError,
@@ -195,8 +196,8 @@ def test_changed_calibration_text_does_not_go_on(
 
 
 def test_two_processes_do_not_share_a_work_folder(tmp_path: Path) -> None:
-    with WorkFolder(tmp_path / "out", {}), pytest.raises(JournalError, match="another process"):
-        WorkFolder(tmp_path / "out", {}).__enter__()
+    with WorkFolder(tmp_path / "out", {}, CPU), pytest.raises(JournalError, match="another process"):
+        WorkFolder(tmp_path / "out", {}, CPU).__enter__()
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from tiny_source import LAYERS, convert, save_source, write_text
 
+from conversion.devices.choice import CPU
 from conversion.errors import JournalError
 from conversion.methods.attention_aware.method import AttentionAwareMethod
 from conversion.pipeline.work.measurements import SharedMeasurements
@@ -90,20 +91,20 @@ def test_measuring_goes_on_where_it_stopped(folder: Path, tmp_path: Path, monkey
 
 def test_a_folder_of_something_else_is_not_written_to(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(JournalError, match="choose an empty or a new folder"), SharedMeasurements(tmp_path, {}):
+    with pytest.raises(JournalError, match="choose an empty or a new folder"), SharedMeasurements(tmp_path, {}, CPU):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
 def test_two_conversions_do_not_measure_into_one_folder(tmp_path: Path) -> None:
     shared = tmp_path / "statistics"
-    with SharedMeasurements(shared, {}), pytest.raises(JournalError, match="another process"):
-        SharedMeasurements(shared, {}).__enter__()
+    with SharedMeasurements(shared, {}, CPU), pytest.raises(JournalError, match="another process"):
+        SharedMeasurements(shared, {}, CPU).__enter__()
 
 
 def test_damaged_journal(tmp_path: Path) -> None:
-    with SharedMeasurements(tmp_path / "statistics", {}):
+    with SharedMeasurements(tmp_path / "statistics", {}, CPU):
         pass
     (tmp_path / "statistics" / "measurements.json").write_text("{")
-    with pytest.raises(JournalError, match="is damaged"), SharedMeasurements(tmp_path / "statistics", {}):
+    with pytest.raises(JournalError, match="is damaged"), SharedMeasurements(tmp_path / "statistics", {}, CPU):
         pass

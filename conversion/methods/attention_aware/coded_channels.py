@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ def rounding_power(bits: int, channels: int) -> float:
 
     The step divides the largest of ``channels`` of them, by its median, into levels of so many bits.
     """
-    largest = float(torch.special.ndtri(torch.tensor((1 + 2 ** (-1 / channels)) / 2, dtype=torch.float64)))
+    largest = NormalDist().inv_cdf((1 + 2 ** (-1 / channels)) / 2)
     return 0.0 if bits == EXACT else (largest / (2**bits - 1)) ** 2 / 3
 
 
@@ -41,8 +42,9 @@ def latent_rounding(variances: Tensor, bits: int) -> Tensor:
         bits: of a channel.
     """
     ranks = range(1, len(variances) + 1)
-    powers = [rounding_power(bits, rank) * rounding_loss(variances[:rank], torch.ones(())) for rank in ranks]
-    return torch.tensor([0.0, *powers], dtype=variances.dtype)
+    loss = torch.ones_like(variances)
+    powers = [rounding_power(bits, rank) * rounding_loss(variances[:rank], loss[:rank]) for rank in ranks]
+    return variances.new_tensor([0.0, *powers])
 
 
 def rotary_loss(geometry: AttentionGeometry, query_moment: Tensor, rotary: RotaryKey) -> Tensor:

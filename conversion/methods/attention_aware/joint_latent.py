@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...devices.decompositions import eigh
+
 DAMPING = 1e-4
 """Of a metric's largest eigenvalue, added to all: directions that the text hardly used are kept finite."""
 
@@ -22,7 +24,7 @@ class JointLatent:
 
 def metric_roots(metric: Tensor) -> tuple[Tensor, Tensor]:
     """Symmetric square roots of ``metric [..., d, d]`` after damping, and their inverses."""
-    eigenvalues, vectors = torch.linalg.eigh(metric)
+    eigenvalues, vectors = eigh(metric)
     eigenvalues = eigenvalues.clamp_min(0)
     damped = (eigenvalues + DAMPING * eigenvalues[..., -1:]).clamp_min(1e-30).sqrt()
     return (vectors * damped[..., None, :]) @ vectors.mH, (vectors / damped[..., None, :]) @ vectors.mH
@@ -55,7 +57,7 @@ def latent_spectrum(targets: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
     ``targets [m, D+1]`` are those of `latent_targets`; ``moment [D+1, D+1]`` is `centred` where constants cost nothing.
     """
     covariance = targets @ moment @ targets.mT
-    eigenvalues, vectors = torch.linalg.eigh((covariance + covariance.mT) / 2)
+    eigenvalues, vectors = eigh((covariance + covariance.mT) / 2)
     return eigenvalues.flip(-1).clamp_min(0), vectors.flip(-1)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from ...devices.running_sums import RunningSums
 from ...forward.attention import converted_contexts, source_output
 from ...layers import AttentionGeometry, AttentionWeights, MLAWeights
 from ..base import LayerInputs, LayerRefit
@@ -40,7 +41,7 @@ class ValueRidge(LayerRefit):
     def __init__(self, geometry: AttentionGeometry, weights: AttentionWeights, converted: MLAWeights) -> None:
         self.geometry, self.source, self.converted = geometry, weights, converted
         features, hidden = converted.o_proj.shape[1], geometry.hidden_size
-        self.moment = torch.zeros(features + 1, features + 1 + hidden, dtype=torch.float64)
+        self.sums = RunningSums(converted.o_proj.device, moment=(features + 1, features + 1 + hidden))
 
     @override
     def update(self, source: LayerInputs, converted: LayerInputs) -> Tensor:
@@ -54,17 +55,17 @@ class ValueRidge(LayerRefit):
             target = output + CORRECTED_SHARE * (source.residual - converted.residual) / scale
             normed = source.residual / scale + output
         row_weight = 1 / normed.square().mean(-1, keepdim=True).clamp_min(_SMALLEST_POWER)
-        self.moment += (features * row_weight).T @ torch.cat((features, target), dim=1)
+        self.sums.add("moment", (features * row_weight).T @ torch.cat((features, target), dim=1))
         return contexts
 
     @override
     def weights(self) -> MLAWeights:
-        size = self.moment.shape[0]
-        if not self.moment[-1, size - 1]:
+        moment, start = self.sums.tensors()["moment"], self.converted.o_proj
+        size = moment.shape[0]
+        if not moment[-1, size - 1]:
             return self.converted
-        projection, bias = ridge_towards(self.moment[:, :size], self.moment[:, size:], self.converted.o_proj.double())
-        dtype = self.converted.o_proj.dtype
-        return replace(self.converted, o_proj=projection.to(dtype), o_proj_bias=bias.to(dtype))
+        projection, bias = ridge_towards(moment[:, :size], moment[:, size:], start.to(moment.device).double())
+        return replace(self.converted, o_proj=projection.to(start), o_proj_bias=bias.to(start))
 
 
 def ridge_towards(feature_moment: Tensor, target_moment: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:

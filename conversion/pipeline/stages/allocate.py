@@ -13,7 +13,8 @@ def allocate(job: ConversionJob) -> None:
     budgets, total = list(job.plan.layers), len(job.plan.layers)
     if job.moves_ranks:
         statistics = LazyLayers(total, job.measurements.read_statistics)
-        weights = LazyLayers(total, job.source_weights)
+        weights = LazyLayers(total, job.solved_weights)
+        geometries = [job.solved_source.geometry(layer) for layer in range(total)]
         sensitivity = job.work.journal.sensitivity
-        budgets = job.method.allocate(job.geometries, budgets, statistics, weights, sensitivity)
+        budgets = job.method.allocate(geometries, budgets, statistics, weights, sensitivity)
     job.work.journal.budgets = [astuple(budget) for budget in budgets]

@@ -18,13 +18,13 @@ def compose(job: ConversionJob) -> None:
     plan = job.plan
     if not (plan.windows and plan.recipe.is_self_written) or job.measurements.has_text:
         return
-    reason = reason_to_leave_out(job.source.meta_model, None)
+    reason = reason_to_leave_out(job.source.meta_model, job.source.device, None)
     if reason is not None:
         raise CalibrationError(
             f"{job.source.location.model} is loaded whole where it writes the calibration text, and {reason}; give a "
             "text, or leave --calibration out."
         )
     with counting(job.progress, "writing text", plan.windows) as step:
-        model = load_model(job.source.location)
+        model = load_model(job.source.location, job.source.device)
         windows = self_written_windows(model, job.tokenizer, plan.window, plan.windows, plan.recipe.seed, step)
     job.measurements.write_text(windows)

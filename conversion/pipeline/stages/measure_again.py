@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...layers import MLAWeights
+from ...layers import MLAWeights, moved
 from ...methods.base import TwoPassMethod
 from ..job import ConversionJob
 from .measure import measure_layers
@@ -18,6 +18,7 @@ def measure_again(job: ConversionJob) -> None:
 
         def intermediate(layer: int) -> MLAWeights:
             statistics = job.measurements.read_statistics(layer)
-            return method.intermediate(job.geometries[layer], job.source_weights(layer), statistics, widths[layer])
+            geometry, weights = job.solved_source.geometry(layer), job.solved_weights(layer)
+            return moved(method.intermediate(geometry, weights, statistics, widths[layer]), job.source.device)
 
         measure_layers(job, "measuring again", measurements, intermediate)

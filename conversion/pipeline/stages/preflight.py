@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -14,9 +13,11 @@ from torch import Tensor
 import modeling_mla
 
 from ...checkpoint.atomic import refusing_full_disk
+from ...devices.choice import CPU
 from ...errors import ConversionError, SourceError, first_line
 from ...evaluation.reference import check_reference
 from ...evaluation.verify import held_out_windows
+from ...layers import moved
 from ...methods.exact import ExactMethod
 from ...planning.text_use import VERIFIED_WINDOWS
 from ...progress import counting
@@ -48,10 +49,8 @@ def preflight(job: ConversionJob) -> None:
 
 def _try_small_files(job: ConversionJob) -> None:
     """Makes all that the checkpoint will have beside its weights, as the exact form would have it, and its model."""
-    source, method = job.source, ExactMethod()
-    weights = source.attention(0)
-    on_meta = {field.name: getattr(weights, field.name) for field in fields(weights)}
-    weights = replace(weights, **{name: tensor.to("meta") for name, tensor in on_meta.items() if tensor is not None})
+    source, method = job.source.on(CPU), ExactMethod()
+    weights = moved(source.attention(0), "meta")
     # Layers may rotate differently, and are alike otherwise.
     geometries = map(source.geometry, range(source.num_layers))
     converted = (method.factorise(geometry, weights, None, method.smallest(geometry)) for geometry in geometries)
@@ -80,11 +79,11 @@ def _try_generation(source: SourceModel) -> None:
     widths = dict.fromkeys(("hidden_size", "intermediate_size", "head_dim"), 8)
     # A family's default for padding may lie beyond the words that there are.
     words = {field: getattr(source.config, field) for field in ("vocab_size", "pad_token_id")}
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), CPU:
         model = source.causal_lm(type(source.config)(**sizes, **widths, **words))
     model.generation_config = source.location.generation_config(source.config)
     try:
-        model.generate(torch.zeros(1, 2, dtype=torch.long), do_sample=False, num_beams=1, max_new_tokens=1)
+        model.generate(torch.zeros(1, 2, dtype=torch.long, device=CPU), do_sample=False, num_beams=1, max_new_tokens=1)
     except Exception as error:
         # Transformers checks few of the fields before it uses them.
         raise SourceError(
@@ -109,7 +108,7 @@ def check_weights(source: SourceModel, written: torch.dtype | None, step: Callab
     for name in names:
         if not source.in_layer(name):
             _check_range(name, source, written)
-    states = source.embed(torch.arange(_TOKENS)[None] % source.config.vocab_size)
+    states = source.embed(torch.arange(_TOKENS, device=CPU)[None] % source.config.vocab_size)
     for layer in range(source.num_layers):
         prefix = source.layer_prefix.format(layer=layer)
         for name in names:

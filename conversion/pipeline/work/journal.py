@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from pydantic import NonNegativeInt
 from safetensors import SafetensorError
 from typing_extensions import override
@@ -43,14 +44,15 @@ class WorkFolder(PartialOutput[ConversionJournal]):
     Args:
         output: the new checkpoint's folder.
         identity: see `Journal`.
+        device: see `HiddenStates`.
     """
 
     what = "conversion"
 
-    def __init__(self, output: Path, identity: dict[str, str]) -> None:
+    def __init__(self, output: Path, identity: dict[str, str], device: torch.device) -> None:
         super().__init__(output, ConversionJournal(identity=identity))
-        self.converted_states = HiddenStates(self.path / "converted")
-        self.contexts = HiddenStates(self.path / "contexts")
+        self.converted_states = HiddenStates(self.path / "converted", device)
+        self.contexts = HiddenStates(self.path / "contexts", device)
 
     @override
     def begin(self) -> None:
@@ -84,7 +86,7 @@ class _OwnMeasurements(Measurements):
     """Kept in the work folder, each until its layer is converted."""
 
     def __init__(self, work: WorkFolder) -> None:
-        super().__init__(work.path)
+        super().__init__(work.path, work.converted_states.device)
         self._work = work
 
     @property

@@ -11,11 +11,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 from torch import Tensor
 from typing_extensions import override
 
 from ...checkpoint.atomic import write_tensors, write_text
+from ...devices.choice import solving_device
 from ...errors import JournalError
 from ...forward.hidden_states import HiddenStates
 from .locked_folder import LockedFolder, first_difference
@@ -57,8 +59,13 @@ class Measurements(HiddenStates, ABC):
         write_tensors(self._statistics(layer), tensors)
 
     def read_statistics(self, layer: int) -> dict[str, Tensor]:
-        """What `write_statistics` kept. Raises `JournalError` where the file is missing or damaged."""
-        return self._load(self._statistics(layer))
+        """What `write_statistics` kept, on the device that factorises.
+
+        Raises:
+            JournalError: the file is missing or damaged.
+        """
+        device = solving_device(self.device)
+        return {name: sums.to(device) for name, sums in self._load(self._statistics(layer)).items()}
 
     @override
     def delete(self, layer: int) -> None:
@@ -86,14 +93,15 @@ class SharedMeasurements(Measurements, LockedFolder):
     Args:
         folder: made where it is absent; one that was left unfinished is gone on with.
         identity: source, method, text and seed; what was measured on others is refused.
+        device: see `HiddenStates`. What another device has measured serves as well.
 
     Raises:
         JournalError: another process is using it, its journal is damaged, or it belongs to something else.
         OutputError: it cannot be made.
     """
 
-    def __init__(self, folder: Path, identity: dict[str, str]) -> None:
-        Measurements.__init__(self, folder)
+    def __init__(self, folder: Path, identity: dict[str, str], device: torch.device) -> None:
+        Measurements.__init__(self, folder, device)
         LockedFolder.__init__(self, folder, "folder for statistics")
         self._journal = _Journal(identity=identity)
 
@@ -146,7 +154,7 @@ class IntermediateMeasurements(SharedMeasurements):
     def __init__(self, source: Measurements, qk_rope_head_dims: Sequence[int]) -> None:
         widths = [str(width) for width in qk_rope_head_dims]
         name = "-".join(("intermediate", *dict.fromkeys(widths)))
-        super().__init__(source.folder / name, {"qk_rope_head_dims": " ".join(widths)})
+        super().__init__(source.folder / name, {"qk_rope_head_dims": " ".join(widths)}, source.device)
 
     @override
     def open(self) -> None:

@@ -1,0 +1,53 @@
+"""The device that a user names: checked, or chosen as Accelerate would."""
+
+from __future__ import annotations
+
+import psutil
+import torch
+from accelerate import PartialState
+
+from ..errors import ConversionError
+
+AUTO = "auto"
+"""What `accelerate` would take."""
+CPU = torch.device("cpu")
+
+
+def chosen_device(name: str) -> torch.device:
+    """The device of that name: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps`` or what else PyTorch calls one.
+
+    Without a number it is this process's own, as Accelerate counts them.
+
+    Raises:
+        ConversionError: there is none.
+    """
+    if name == AUTO:
+        return PartialState().device
+    if name == CPU.type:
+        return CPU
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    count = 0 if accelerator is None else torch.accelerator.device_count()
+    kind, _, number = name.partition(":")
+    if accelerator is not None and kind == accelerator.type and (not number or number.isdecimal()):
+        index = int(number) if number else PartialState().local_process_index
+        if index < count:
+            return torch.device(kind, index)
+    there = [CPU.type, *(f"{accelerator}:{index}" for index in range(count))]
+    raise ConversionError(f"there is no device {name!r}, only {', '.join(there)}; name one of these, or {AUTO}.")
+
+
+def has_float64(device: torch.device) -> bool:
+    """Whether the device computes in float64: Apple's do not, and of others it is not known."""
+    return device.type in ("cpu", "cuda")
+
+
+def solving_device(device: torch.device) -> torch.device:
+    """Where a layer that was measured on ``device`` is factorised, which takes float64 and complex numbers."""
+    return device if has_float64(device) else CPU
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free for a model on the device. Where a device does not say, it shares that of the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
