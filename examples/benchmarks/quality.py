@@ -23,9 +23,9 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import Progress
 
-from conversion.devices.choice import AUTO, chosen_device
 from conversion.checkpoint.atomic import write_text
 from conversion.checkpoint.location import locate
+from conversion.devices.choice import AUTO, chosen_device
 from conversion.errors import BudgetError
 from conversion.evaluation.loading import load_model
 from conversion.evaluation.scores import perplexity
