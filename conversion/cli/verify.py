@@ -35,11 +35,11 @@ def verify(
     from ..sources import open_source
     from ..text.windows import read_text
 
-    source = open_source(against).on(chosen_device(device))
+    computing = chosen_device(device)
     contents = {file.name: read_text(expanded(file)) for file in text or ()}
     asked = Questions(windows, context, recall=recall, tasks=tasks.split(",") if tasks else [], limit=limit, seed=seed)
     with shown_progress() as progress:
-        found = assess(expanded(output), source, contents, asked, progress)
+        found = assess(expanded(output), open_source(against).on(computing), contents, asked, progress)
     tables = verification_tables(found.verification)
     if found.recall is not None:
         tables.append(recall_table(found.recall))

@@ -22,7 +22,8 @@ def chosen_device(name: str) -> torch.device:
         ConversionError: there is none.
     """
     if name == AUTO:
-        return PartialState().device
+        device = PartialState().device
+        return CPU if device.type == CPU.type else torch.device(device.type, device.index or 0)
     if name == CPU.type:
         return CPU
     accelerator = torch.accelerator.current_accelerator(check_available=True)

@@ -20,6 +20,7 @@ from modeling_mla.transformers_seams_mla import cache_argument
 from ..checkpoint.location import Location
 from ..checkpoint.model_reader import as_held
 from ..checkpoint.reader import SafetensorsReader
+from ..devices.choice import CPU
 from ..errors import VerificationError
 from ..sources import SourceModel
 from .loading import load_model
@@ -145,14 +146,16 @@ def _refuse_beyond(limit: float, what: str, error: float) -> None:
 def greedy(model: PreTrainedModel, prompt: Tensor, count: int) -> Tensor:
     """``[count]`` greedy continuation tokens, the end token excluded so that there are always ``count``."""
     prompt = prompt.to(model.device)
-    generated = model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        do_sample=False,
-        num_beams=1,
-        min_new_tokens=count,
-        max_new_tokens=count,
-    )
+    # Caches of Transformers begin on the default device.
+    with CPU:
+        generated = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            do_sample=False,
+            num_beams=1,
+            min_new_tokens=count,
+            max_new_tokens=count,
+        )
     return generated[0, prompt.shape[1] :]
 
 

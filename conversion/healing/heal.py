@@ -21,7 +21,7 @@ from ..checkpoint.atomic import refusing_full_disk, write_json, write_text
 from ..checkpoint.location import Location, locate
 from ..checkpoint.reader import SafetensorsReader, TensorReader
 from ..checkpoint.writer import ShardWriter
-from ..devices.choice import chosen_device
+from ..devices.choice import CPU, chosen_device
 from ..errors import CalibrationError, ConversionError, SourceError
 from ..evaluation.accounting import kept, passed_through
 from ..evaluation.loading import load_model
@@ -70,7 +70,9 @@ def heal(recipe: HealingRecipe, progress: Progress) -> Healed:
     with folder as work, refusing_full_disk(work.path):
         healed = work.journal.healed
         if healed is None:
-            healed = _train(recipe, location, teacher.on(device), windows, reader, work, progress)
+            # Trainer and PEFT leave much to the default device.
+            with CPU:
+                healed = _train(recipe, location, teacher.on(device), windows, reader, work, progress)
         _write(work.checkpoint, location, reader, work.trained(), config)
         _write_report(work.checkpoint, location, recipe, healed)
         tokenizer.save_pretrained(work.checkpoint)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..devices.choice import CPU
 from .rendering import TemplateError, render
 
 _OPENINGS = ("", "The ", "In ", "import ", "# ", "1. ", "How ", "\n\n")
@@ -73,7 +74,9 @@ def _continued(model: PreTrainedModel, openings: list[list[int]], length: int) -
     own, model.generation_config = model.generation_config, sampling
     try:
         mask = torch.arange(longest, device=device) >= padding[:, None]
-        texts = model.generate(ids, attention_mask=mask.long())
+        # Caches of Transformers begin on the default device.
+        with CPU:
+            texts = model.generate(ids, attention_mask=mask.long())
     finally:
         model.generation_config = own
     return texts.gather(1, padding[:, None] + torch.arange(length, device=device))

@@ -25,12 +25,23 @@ import typer
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import Progress
+from source_in_few_bits import (
+    KIVI_BITS,
+    QUANTO_BITS,
+    kivi_perplexity,
+    kivi_share,
+    quanto_perplexity,
+    quanto_share,
+)
+from transformers import PreTrainedModel
+from transformers.utils import is_optimum_quanto_available
 
 from conversion.checkpoint.atomic import write_text
 from conversion.checkpoint.location import locate
 from conversion.devices.choice import AUTO, chosen_device
 from conversion.errors import BudgetError
 from conversion.evaluation.loading import load_model
+from conversion.evaluation.recall import measure_recall
 from conversion.evaluation.scores import perplexity
 from conversion.evaluation.verify import text_windows
 from conversion.methods import METHODS
@@ -60,7 +71,7 @@ def settings(model: str, calibration: str | None, tokens: int, text: Path, windo
 
 
 def convert_and_score(
-    source: SourceModel, recipe: dict[str, Any], windows: torch.Tensor, work: Path, progress: Progress
+    source: SourceModel, recipe: dict[str, Any], texts: dict[int, torch.Tensor], work: Path, progress: Progress
 ) -> dict[str, Any]:
     """One row of the table: converts, measures, deletes the checkpoint."""
     asked = make_recipe(**recipe, source=source.location.model, output=work / "checkpoint", dtype="float32")
@@ -68,9 +79,13 @@ def convert_and_score(
     start = time.perf_counter()
     report = run_plan(plan, source, progress).report
     converted = time.perf_counter()
-    with counting(progress, f"{asked.method} {asked.cache}", len(windows)) as step:
-        found = perplexity(load_model(locate(str(asked.output)), source.device), windows, step)
+    model = load_model(locate(str(asked.output)), source.device)
+    found = perplexities(model, texts, f"{asked.method} {asked.cache}", progress)
     layers, held_out = report.budgets, report.verification
+    recall = None
+    if len(texts) > 1:
+        original, tokenizer = load_model(source.location, source.device), source.location.tokenizer()
+        recall = measure_recall(original, model, tokenizer, list(texts)[1], asked.seed).as_json()
     return {
         "method": asked.method,
         "cache": asked.cache,
@@ -80,17 +95,55 @@ def convert_and_score(
         "rope_bits": sum(layer.rope_bits for layer in layers) / len(layers),
         "qk_rope_head_dim": sum(layer.qk_rope_head_dim for layer in layers) / len(layers),
         "kv_lora_rank": sum(layer.kv_lora_rank for layer in layers) / len(layers),
-        "perplexity": found,
+        "perplexity": next(iter(found.values())),
+        "perplexity_by_context": found,
+        "recall": recall,
         "held_out_kl": held_out.kl,
+        "held_out_kl_by_text": {domain.text: domain.kl for domain in held_out.domains},
         "held_out_top1_agreement": held_out.top1_agreement,
         "seconds_to_convert": round(converted - start, 1),
         "seconds_to_score": round(time.perf_counter() - converted, 1),
     }
 
 
+def perplexities(
+    model: PreTrainedModel, texts: dict[int, torch.Tensor], name: str, progress: Progress
+) -> dict[str, float]:
+    """By window, in which a text of as many tokens is read."""
+    with counting(progress, name, sum(len(windows) for windows in texts.values())) as step:
+        return {str(length): perplexity(model, windows, step) for length, windows in texts.items()}
+
+
+def quantised_source(model: PreTrainedModel, windows: torch.Tensor, progress: Progress) -> list[dict[str, Any]]:
+    """Rows of the source itself, its cache in few bits."""
+    forms = {
+        "KIVI": (KIVI_BITS, lambda bits: kivi_share(bits, windows.shape[1]), kivi_perplexity),
+        "QuantizedCache": (QUANTO_BITS, quanto_share, quanto_perplexity),
+    }
+    rows = []
+    for name, (widths, share, scored) in forms.items():
+        if name == "QuantizedCache" and not is_optimum_quanto_available():
+            progress.console.print("QuantizedCache needs optimum-quanto: left out", highlight=False)
+            continue
+        for bits in widths:
+            with counting(progress, f"{name}, {bits} bits", len(windows)) as step:
+                found = scored(model, windows, bits, step)
+            rows.append({"form": name, "bits": bits, "cache_share": share(bits), "perplexity": found})
+    return rows
+
+
+def shown_recall(recall: dict[str, Any] | None) -> str:
+    """Needles and copies beside the source's."""
+    if recall is None:
+        return "- | -"
+    return " | ".join(f"{recall[name]:.0%} of {recall[f'{name}_source']:.0%}" for name in ("needle", "copy"))
+
+
 def markdown(result: dict[str, Any]) -> str:
     """The table, one row for each method and budget."""
     base, common = result["perplexity_source"], result["settings"]
+    sources = result["perplexity_source_by_context"]
+    longer = list(sources)[1:]
     lines = [
         f"{common['model']}, {common['windows']} windows of {common['text']}; source {base:.3f}. Calibrated on "
         f"{common['calibration_tokens']} tokens of {common['calibration']}, seed {common['seed']}; "
@@ -99,15 +152,25 @@ def markdown(result: dict[str, Any]) -> str:
         + ". KL to the source and equal most likely tokens are on the held-out default texts. Seconds are "
         "of the conversion with its verification; those of a method's first row include its calibration.",
         "",
-        "| method | cache | rotary + latent | bits | perplexity | x source | KL | top-1 | seconds |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| method | cache | rotary + latent | bits | perplexity | x source |"
+        + "".join(f" at {length} |" for length in longer)
+        + " KL | top-1 | needle | copy | seconds |",
+        "|---|---:|---:|---:|---:|---:|" + "---:|" * len(longer) + "---:|---:|---:|---:|---:|",
     ]
     lines += [
         f"| {row['method']} | {row['cache_share']:.1%} | {row['qk_rope_head_dim']:g} + {row['kv_lora_rank']:g} | "
         f"{row['rope_bits']:g} + {row['latent_bits']:g} | "
-        f"{row['perplexity']:.2f} | {row['perplexity'] / base:.3f} | {row['held_out_kl']:.3f} | "
-        f"{row['held_out_top1_agreement']:.1%} | {row['seconds_to_convert']:.0f} |"
+        f"{row['perplexity']:.2f} | {row['perplexity'] / base:.3f} | "
+        + "".join(f"{row['perplexity_by_context'][length] / sources[length]:.3f} | " for length in longer)
+        + f"{row['held_out_kl']:.3f} | {row['held_out_top1_agreement']:.1%} | {shown_recall(row['recall'])} | "
+        f"{row['seconds_to_convert']:.0f} |"
         for row in result["rows"]
+    ]
+    lines += ["", "| the source's own cache | bytes | perplexity | x source |", "|---|---:|---:|---:|"]
+    lines += [
+        f"| {row['form']}, {row['bits']} bits | {row['cache_share']:.1%} | {row['perplexity']:.2f} | "
+        f"{row['perplexity'] / base:.3f} |"
+        for row in result["quantised_source"]
     ]
     return "\n".join(lines) + "\n"
 
@@ -121,6 +184,10 @@ def plot(result: dict[str, Any]) -> Figure:
         rows = sorted(own, key=lambda row: row["cache_share"])
         label = method if bits is None else f"{method}, {bits} bits"
         axes.plot([100 * row["cache_share"] for row in rows], [row["perplexity"] for row in rows], "o-", label=label)
+    for form in dict.fromkeys(row["form"] for row in result["quantised_source"]):
+        rows = [row for row in result["quantised_source"] if row["form"] == form]
+        shares = [100 * row["cache_share"] for row in rows]
+        axes.plot(shares, [row["perplexity"] for row in rows], "s--", label=f"source, {form}")
     axes.axhline(result["perplexity_source"], color="black", linestyle=":", label="source")
     axes.set_yscale("log")
     axes.set_xlabel("cache, % of the source's")
@@ -148,6 +215,9 @@ def main(
     calibration: Annotated[str | None, typer.Option(help="As for mla convert. [default: a shipped mix]")] = None,
     tokens: Annotated[int, typer.Option(help="Of calibration text.")] = DEFAULT_TOKENS,
     windows: Annotated[int, typer.Option(help="Of 1024 tokens, from the start of the text.")] = 32,
+    contexts: Annotated[
+        str, typer.Option(help="Longer windows of as much text; recall is at the first.")
+    ] = "4096,8192",
     seed: Annotated[int, typer.Option(help="Of all sampling.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
@@ -162,12 +232,19 @@ def main(
     if result["settings"] != common:
         raise typer.BadParameter(f"{file} holds rows of other settings; choose another folder.")
     content = text.read_text(encoding="utf-8")
-    ids = text_windows(content, text.name, source.location.tokenizer(), window_length(source), windows)
+    short = window_length(source)
+    lengths = [short, *(int(length) for length in contexts.split(",") if short < int(length) <= source.context)]
+    counts = {length: max(1, windows * short // length) for length in lengths}
+    tokenizer = source.location.tokenizer()
+    texts = {length: text_windows(content, text.name, tokenizer, length, count) for length, count in counts.items()}
     done = {(row["method"], row["cache"], row["asked_bits"]) for row in result["rows"]}
     with shown_progress() as progress:
         if "perplexity_source" not in result:
-            with counting(progress, "source", len(ids)) as step:
-                result["perplexity_source"] = perplexity(load_model(source.location, source.device), ids, step)
+            model = load_model(source.location, source.device)
+            found = perplexities(model, texts, "source", progress)
+            result |= {"perplexity_source": found[str(short)], "perplexity_source_by_context": found}
+            result["quantised_source"] = quantised_source(model, texts[short], progress)
+            del model
         for method in methods.split(","):
             recipe = {"method": method, "calibration": calibration, "tokens": tokens, "seed": seed}
             recipe["latent_bits"] = bits
@@ -177,7 +254,7 @@ def main(
                     continue
                 with tempfile.TemporaryDirectory(dir=results, prefix=".checkpoint-") as work:
                     try:
-                        row = convert_and_score(source, recipe | {"cache": cache}, ids, Path(work), progress)
+                        row = convert_and_score(source, recipe | {"cache": cache}, texts, Path(work), progress)
                     except BudgetError as error:
                         progress.console.print(f"{method} {cache}: {error}", highlight=False)
                         continue

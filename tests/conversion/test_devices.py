@@ -7,9 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import assert_refused, mla
+from safetensors.torch import load_file
 from tiny_families import save_family
-from tiny_source import convert, write_text
+from tiny_source import convert, save_source, write_text
 
+from conversion.devices.choice import CPU
+from conversion.devices.running_sums import RunningSums
 from conversion.methods import METHODS
 
 COMPRESSING = [name for name in METHODS if name != "exact"]
@@ -27,15 +31,102 @@ def prepared(folder: Path, family: str) -> tuple[Path, Path]:
     return save_family(folder / "source", family, dtype=torch.float32), write_text(folder / "text.txt")
 
 
-@pytest.mark.parametrize(("method", "cache"), [*((method, "60%") for method in METHODS), ("attention_aware", "40%")])
+def same_weights(folder: Path, other: Path) -> bool:
+    return (folder / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "cache"),
+    [
+        *(("llama", method, "60%") for method in METHODS),
+        *((family, "attention_aware", "60%") for family in ("cohere-norms", "gemma3_text", "gpt_oss")),
+        *((family, "attention_aware", "40%") for family in ("phi3", "gpt_neox")),
+    ],
+)
 def test_nothing_is_made_on_the_default_device(
-    method: str, cache: str, tmp_path: Path, request: pytest.FixtureRequest
+    family: str, method: str, cache: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    source, text = prepared(tmp_path, "llama")
+    source, text = prepared(tmp_path, family)
     recipe = {"method": method, "device": "cpu"}
     if method != "exact":
         recipe |= {"cache": cache, "calibration": str(text), "tokens": 256}
     expected = convert(source, tmp_path / "expected", **recipe).output
     request.getfixturevalue("meta")
-    found = convert(source, tmp_path / "found", **recipe).output
-    assert (found / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
+    assert same_weights(convert(source, tmp_path / "found", **recipe).output, expected)
+
+
+def test_what_the_source_writes_is_not_either(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    source, _ = prepared(tmp_path, "llama")
+    recipe = {"cache": "60%", "calibration": "self", "tokens": 256}
+    expected = convert(source, tmp_path / "expected", **recipe).output
+    request.getfixturevalue("meta")
+    assert same_weights(convert(source, tmp_path / "found", **recipe).output, expected)
+
+
+@pytest.mark.parametrize("lora", [(), ("--lora", 2)])
+def test_what_heals_and_verifies_is_not_either(lora: tuple, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    source = save_source(tmp_path / "source", torch.float32, max_position_embeddings=256)
+    text = write_text(tmp_path / "text.txt")
+    model = convert(source, tmp_path / "model", cache="60%", calibration=str(text), tokens=256).output
+    options = ("--teacher", source, "--data", text, "--steps", 2, *lora)
+    healed = mla("heal", model, *options, "--out", tmp_path / "expected")
+    assert healed.exit_code == 0, healed.output
+    request.getfixturevalue("meta")
+    healed = mla("heal", model, *options, "--out", tmp_path / "found", "--device", "cpu")
+    assert healed.exit_code == 0, healed.output
+    assert same_weights(tmp_path / "found", tmp_path / "expected")
+    verified = mla("verify", tmp_path / "found", "--against", source, "--text", text, "--recall", "--device", "cpu")
+    assert verified.exit_code == 0, verified.output
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:7", "mps", "gpu", "cpu:x"])
+def test_a_device_that_is_not_there_is_refused_at_once(name: str, tmp_path: Path) -> None:
+    """By every command, with what is there; nothing is read before."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"source: {tmp_path}\noutput: {tmp_path / 'out'}\ndevice: '{name}'\n", encoding="utf-8")
+    for command in (
+        ("convert", tmp_path, tmp_path / "out", "--device", name),
+        ("plan", tmp_path, "--device", name),
+        ("run", recipe),
+        ("verify", tmp_path, "--against", tmp_path, "--device", name),
+        ("heal", tmp_path, "--teacher", "x", "--data", "x", "--steps", 1, "--out", tmp_path / "out", "--device", name),
+    ):
+        assert_refused(mla(*command), f"there is no device {name!r}", "only cpu", "auto")
+
+
+@pytest.fixture
+def without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums as on a device without float64."""
+    for place in ("choice", "running_sums"):
+        monkeypatch.setattr(f"conversion.devices.{place}.has_float64", lambda device: False)
+
+
+@pytest.mark.parametrize("count", [100, 10_000])
+def test_sums_without_float64_lose_nothing_to_the_number_of_terms(count: int, without_float64: None) -> None:
+    """Float32 alone would lose a digit every hundred terms; here the error is that of the second number."""
+    draw = torch.Generator().manual_seed(0)
+    terms = torch.randn(count, 64, generator=draw) * torch.logspace(-6, 6, 64)
+    sums = RunningSums(CPU, total=(64,))
+    for term in terms:
+        sums.add("total", term)
+    found, expected = sums.tensors()["total"], terms.double().sum(0)
+    scale = terms.double().abs().sum(0)
+    assert found.dtype == torch.float64
+    assert ((found - expected).abs() / scale).max() < 1e-13
+    alone = torch.zeros(64)
+    for term in terms:
+        alone += term
+    assert ((alone.double() - expected).abs() / scale).max() > 1e-9
+
+
+@pytest.mark.parametrize("method", COMPRESSING)
+def test_a_conversion_without_float64_is_the_same_but_for_rounding(
+    method: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    source, text = prepared(tmp_path, "llama")
+    recipe = {"method": method, "cache": "60%", "calibration": str(text), "tokens": 256}
+    expected = load_file(convert(source, tmp_path / "expected", **recipe).output / "model.safetensors")
+    request.getfixturevalue("without_float64")
+    found = load_file(convert(source, tmp_path / "found", **recipe).output / "model.safetensors")
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-4, msg=name)

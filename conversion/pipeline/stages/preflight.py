@@ -83,7 +83,8 @@ def _try_generation(source: SourceModel) -> None:
         model = source.causal_lm(type(source.config)(**sizes, **widths, **words))
     model.generation_config = source.location.generation_config(source.config)
     try:
-        model.generate(torch.zeros(1, 2, dtype=torch.long, device=CPU), do_sample=False, num_beams=1, max_new_tokens=1)
+        with CPU:
+            model.generate(torch.zeros(1, 2, dtype=torch.long), do_sample=False, num_beams=1, max_new_tokens=1)
     except Exception as error:
         # Transformers checks few of the fields before it uses them.
         raise SourceError(
