@@ -245,6 +245,7 @@ def main(
             result |= {"perplexity_source": found[str(short)], "perplexity_source_by_context": found}
             result["quantised_source"] = quantised_source(model, texts[short], progress)
             del model
+            write(result, results)
         for method in methods.split(","):
             recipe = {"method": method, "calibration": calibration, "tokens": tokens, "seed": seed}
             recipe["latent_bits"] = bits
