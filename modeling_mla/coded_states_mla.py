@@ -30,7 +30,7 @@ class Codec:
         self.groups = torch.tensor(code.groups, dtype=torch.long, device=device)
         if not code.is_exact:
             self.middles, self.limits = (
-                torch.tensor([of(bits) for channels, bits in code.segments for _ in range(channels)]).to(device)
+                torch.tensor([of(bits) for channels, bits in code.segments for _ in range(channels)], device=device)
                 for of in (middle, largest)
             )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import astuple
+
 from ..job import ConversionJob
 from ..lazy_layers import LazyLayers
 
@@ -15,4 +17,4 @@ def allocate(job: ConversionJob) -> None:
         geometries = [job.solved_source.geometry(layer) for layer in range(total)]
         sensitivity = job.work.journal.sensitivity
         budgets = job.method.allocate(geometries, budgets, statistics, weights, sensitivity)
-    job.work.journal.budgets = [(budget.kv_lora_rank, budget.qk_rope_head_dim) for budget in budgets]
+    job.work.journal.budgets = [astuple(budget) for budget in budgets]
