@@ -8,8 +8,10 @@ from ...evaluation.verify import held_out_windows, verify_checkpoint
 from ...planning.costs import PROCESS_BYTES
 from ...planning.text_use import VERIFIED_WINDOWS, window_length
 from ..job import ConversionJob
+from ..runner import in_first
 
 
+@in_first
 def verify(job: ConversionJob) -> None:
     """Leaves what was found in the journal.
 
