@@ -98,7 +98,7 @@ def blaming(kind: type[ConversionError], what: str) -> Iterator[None]:
     """
     try:
         yield
-    except ConversionError:
+    except (ConversionError, EndedTogetherError):
         raise
     except Exception as error:
         raise kind(f"{what}: {first_line(error)}.") from error

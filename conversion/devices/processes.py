@@ -73,6 +73,10 @@ class Processes:
             return value
         raise self._ending(error, 0, told)
 
+    def gathered(self, value: T) -> list[T]:
+        """The values of all processes, in their order."""
+        return [value] if self.count == 1 else gather_object([value])
+
     def summed(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
         """``sums`` added up over all processes, each of which has them in the same shapes."""
         return sums if self.count == 1 else reduce(sums, "sum")

@@ -17,6 +17,7 @@ from two_processes import run_in_two
 from conversion.devices.processes import Processes
 from conversion.errors import OutputError
 from conversion.forward.hidden_states import HiddenStates
+from conversion.reporting.report import JSON_NAME
 
 SHARING = ("attention_aware", "transmla")
 """One that refits and one that measures twice."""
@@ -46,11 +47,16 @@ def test_the_result_is_that_of_one_process(prepared: Path) -> None:
     run_in_two(convert_both_ways, prepared)
     for method in SHARING:
         alone = convert(prepared / "source", prepared / f"{method}-alone", **recipe(prepared, method)).output
-        expected, found = (load_file(folder / "model.safetensors") for folder in (alone, prepared / method))
+        folders = (prepared / method, alone)
+        found, expected = (load_file(folder / "model.safetensors") for folder in folders)
         assert expected.keys() == found.keys()
         for name, tensor in expected.items():
             off = (found[name] - tensor).abs().max() / tensor.abs().max()
             assert off < ROUNDING, (method, name, off)
+        told, wanted = (json.loads((folder / JSON_NAME).read_text("utf-8"))["verification"] for folder in folders)
+        for name in ("perplexity_source", "perplexity", "kl", "top1_agreement", "route_error"):
+            assert told[name] == pytest.approx(wanted[name], rel=1e-6, abs=1e-6), (method, name)
+        assert told["layer_errors"] == pytest.approx(wanted["layer_errors"], rel=1e-5)
     assert not [path for path in prepared.iterdir() if path.name.startswith(".")]
 
 

@@ -56,16 +56,15 @@ def measure_layers(
             return statistics
 
         def keep(layer: int, sums: dict[str, Tensor]) -> None:
+            if not all(torch.isfinite(values).all() for values in sums.values()):
+                raise SourceError(
+                    f"layer {layer} of {job.source.location.model} computes values on the calibration text that "
+                    "are not finite in float32; look for weights that are far too large."
+                )
             measurements.write_statistics(layer, sums)
             measurements.advance(layer + 1)
 
         for layer in range(done, total):
             statistics = processes.together(summed, layer)
             statistics.sums.add_up(processes)
-            sums = statistics.tensors()
-            if not all(torch.isfinite(values).all() for values in sums.values()):
-                raise SourceError(
-                    f"layer {layer} of {job.source.location.model} computes values on the calibration text that "
-                    "are not finite in float32; look for weights that are far too large."
-                )
-            processes.from_first(keep, layer, sums)
+            processes.from_first(keep, layer, statistics.tensors())
