@@ -17,11 +17,14 @@ from two_processes import run_in_two
 from conversion.devices.processes import Processes
 from conversion.errors import OutputError
 from conversion.forward.hidden_states import HiddenStates
+from conversion.methods.attention_statistics import ROWS_PER_WINDOW
 from conversion.reporting.report import JSON_NAME
 
 SHARING = ("attention_aware", "transmla")
 """One that refits and one that measures twice."""
-TOKENS = 20 * 64
+WINDOW = 2 * ROWS_PER_WINDOW
+"""So that rows are sampled in each."""
+TOKENS = 20 * WINDOW
 """Three blocks of windows, of which the first process has two."""
 ROUNDING = 1e-6
 """Relative to the largest value of a tensor: float64 sums in another order, seen through eigenvectors in float32."""
@@ -33,7 +36,7 @@ def recipe(folder: Path, method: str) -> dict[str, Any]:
 
 @pytest.fixture
 def prepared(tmp_path: Path) -> Path:
-    save_source(tmp_path / "source", torch.float32)
+    save_source(tmp_path / "source", torch.float32, max_position_embeddings=WINDOW)
     write_text(tmp_path / "text.txt")
     return tmp_path
 
