@@ -82,6 +82,14 @@ class VerificationError(ConversionError):
     exit_code: ClassVar[int] = 3
 
 
+class EndedTogetherError(Exception):
+    """What ends this process as well as the first one, which raises the cause itself and tells the user."""
+
+    def __init__(self, cause: str, exit_code: int) -> None:
+        super().__init__(cause)
+        self.exit_code = exit_code
+
+
 @contextmanager
 def blaming(kind: type[ConversionError], what: str) -> Iterator[None]:
     """Turns any failure within it into a ``kind`` whose message begins with ``what``.
@@ -90,7 +98,7 @@ def blaming(kind: type[ConversionError], what: str) -> Iterator[None]:
     """
     try:
         yield
-    except ConversionError:
+    except (ConversionError, EndedTogetherError):
         raise
     except Exception as error:
         raise kind(f"{what}: {first_line(error)}.") from error

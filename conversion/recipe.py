@@ -90,17 +90,17 @@ class Recipe(BaseModel):
             raise ValueError("it must be even: rotary channels come in pairs")
         return width
 
-    @field_validator("latent_bits")
-    @classmethod
-    def _is_known(cls, bits: int | None) -> int | None:
-        check_latent_bits(bits)
-        return bits
-
     @field_validator("device")
     @classmethod
     def _is_there(cls, device: str) -> str:
         chosen_device(device)
         return device
+
+    @field_validator("latent_bits")
+    @classmethod
+    def _is_known(cls, bits: int | None) -> int | None:
+        check_latent_bits(bits)
+        return bits
 
     @property
     def torch_device(self) -> torch.device:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import io
+import os
 import sys
 
 from rich.console import Console
@@ -12,9 +13,13 @@ _ASCII = {"→": "->"}
 _UNKNOWN = "?"
 
 
-def console(*, stderr: bool = False) -> Console:
-    """Prints text literally: brackets in a name are no markup, colons round a word no emoji."""
-    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+def console(*, stderr: bool = False, every_process: bool = False) -> Console:
+    """Prints text literally: brackets in a name are no markup, colons round a word no emoji.
+
+    Of the processes that a launcher has started only the first one prints, unless ``every_process`` shall.
+    """
+    quiet = not every_process and os.environ.get("RANK", "0") != "0"
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False, quiet=quiet)
 
 
 def accept_all_characters() -> None:

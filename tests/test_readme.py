@@ -32,7 +32,10 @@ STAND_INS = {
     "SOURCE": "source",
     "examples/": f"{ROOT}/examples/",
 }
-SHORTER = {"--minutes 10": "--steps 2"}
+SHORTER = {
+    "--minutes 10": "--steps 2",
+    "torchrun --nproc-per-node 4": "python -m torch.distributed.run --nproc-per-node 2",
+}
 
 
 def snippets(language: str, text: str = README) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import ConversionError, first_line, one_line
+from ..errors import ConversionError, EndedTogetherError, first_line, one_line
 from ..terminal import accept_all_characters, console
 
 # Large tensors on huge pages save a fifth of the time. PyTorch looks when it allocates the first.
@@ -47,6 +47,8 @@ def _reported(command: Callable[..., None]) -> Callable[..., None]:
             if debug:
                 raise
             _fail(str(error), error.exit_code)
+        except EndedTogetherError as error:
+            raise typer.Exit(error.exit_code) from error
         except KeyboardInterrupt:
             name = command.__name__
             goes_on = f" The same mla {name} goes on from there." if name in _RESUMABLE else ""
@@ -65,7 +67,7 @@ def _reported(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _fail(message: str, code: int) -> None:
-    console(stderr=True).print(one_line(f"error: {message}"), soft_wrap=True)
+    console(stderr=True, every_process=True).print(one_line(f"error: {message}"), soft_wrap=True)
     raise typer.Exit(code)
 
 

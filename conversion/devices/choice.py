@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from datetime import timedelta
+
 import psutil
 import torch
 from accelerate import PartialState
@@ -11,6 +14,8 @@ from ..errors import ConversionError
 AUTO = "auto"
 """What `accelerate` would take."""
 CPU = torch.device("cpu")
+_PATIENCE = timedelta(days=1)
+"""With which processes wait for each other: one of them may verify a large model meanwhile."""
 
 
 def chosen_device(name: str) -> torch.device:
@@ -21,16 +26,21 @@ def chosen_device(name: str) -> torch.device:
     Raises:
         ConversionError: there is none.
     """
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    # The first state decides how processes talk; without being told it takes none for several on the CPU.
+    state = PartialState(cpu=accelerator is None or name == CPU.type, timeout=_PATIENCE)
     if name == AUTO:
-        device = PartialState().device
+        device = state.device
         return CPU if device.type == CPU.type else torch.device(device.type, device.index or 0)
     if name == CPU.type:
         return CPU
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
     count = 0 if accelerator is None else torch.accelerator.device_count()
     kind, _, number = name.partition(":")
     if accelerator is not None and kind == accelerator.type and (not number or number.isdecimal()):
-        index = int(number) if number else PartialState().local_process_index
+        index = int(number) if number else state.local_process_index
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
+        if here > (1 if number else count):
+            raise ConversionError(f"{here} processes share {1 if number else count} of {kind}; start one for each.")
         if index < count:
             return torch.device(kind, index)
     there = [CPU.type, *(f"{accelerator}:{index}" for index in range(count))]

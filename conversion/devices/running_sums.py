@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .choice import CPU, has_float64
+from .processes import Processes
 
 
 class RunningSums:
@@ -35,6 +36,10 @@ class RunningSums:
         of_term = grown - total
         self._rounded_off[name] += (total - (grown - of_term)) + (term - of_term)
         self._totals[name] = grown
+
+    def add_up(self, processes: Processes) -> None:
+        """Adds up the sums of all processes, which have the same names and shapes."""
+        self._totals, self._rounded_off = processes.summed(self.tensors()), {}
 
     def tensors(self) -> dict[str, Tensor]:
         """The sums, float64: on their device, or on the CPU where that has no float64."""

@@ -33,13 +33,14 @@ def compare_models(
 
     Returns:
         The scores by text; and by layer the relative squared error of the attention output where both models read the
-        source's hidden states, on the first window.
+        source's hidden states, on the first window. Without any window there are none.
     """
     windows = torch.cat(tuple(texts.values()))
     names = [name for name, of_text in texts.items() for _ in of_text]
     scores = {name: Scores() for name in texts}
     errors: list[float] = []
-    for block in torch.arange(len(windows), device="cpu").split(max(1, _BLOCK_TOKENS // windows.shape[1])):
+    size = max(1, _BLOCK_TOKENS // windows.shape[1])
+    for block in torch.arange(len(windows), device="cpu").split(size) if len(windows) else ():
         expected, found = source.enter(windows[block]), converted.enter(windows[block])
         for layer in range(layers):
             first, wanted = expected[0], None

@@ -8,6 +8,8 @@ from transformers import PreTrainedConfig
 from modeling_mla.cache_mla import LatentCache
 from modeling_mla.configuration_mla import latent_widths
 
+from ..devices.choice import CPU
+
 
 def held_bytes(config: PreTrainedConfig, tokens: int, dtype: torch.dtype) -> int:
     """Bytes that the cache of one sequence holds: codes, scales, first tokens and what is allocated ahead.
@@ -22,6 +24,6 @@ def held_bytes(config: PreTrainedConfig, tokens: int, dtype: torch.dtype) -> int
         # One layer at a time is in memory.
         cache = LatentCache(config=config)
         widths = latent_widths(config, layer)
-        cache.update(*(torch.zeros(1, 1, tokens, width, dtype=dtype, device="cpu") for width in widths), layer)
+        cache.update(*(torch.zeros(1, 1, tokens, width, dtype=dtype, device=CPU) for width in widths), layer)
         total += cache.nbytes
     return total

@@ -129,7 +129,6 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 @torch.inference_mode()
 def _predicted(model: PreTrainedModel, ids: Tensor, answer: int) -> Tensor:
     """Which of the last ``answer`` tokens are the most likely ones, ``[answer]``."""
-    logits = model(ids.to(model.device)[None], use_cache=is_coded(model.config), logits_to_keep=answer + 1).logits[
-        0, :-1
-    ]
+    ids = ids.to(model.device)
+    logits = model(ids[None], use_cache=is_coded(model.config), logits_to_keep=answer + 1).logits[0, :-1]
     return logits.argmax(-1) == ids[-answer:]

@@ -20,6 +20,8 @@ from modeling_mla.configuration_mla import is_coded
 from ..checkpoint.location import locate
 from ..checkpoint.model_reader import as_held
 from ..checkpoint.reader import SafetensorsReader
+from ..devices.choice import CPU
+from ..devices.processes import Processes
 from ..errors import CalibrationError, SourceError, VerificationError, blaming
 from ..forward.products import fast_float32
 from ..forward.streamed_model import StreamedModel
@@ -88,7 +90,8 @@ def verify_checkpoint(
 ) -> Verification:
     """Verifies the checkpoint in ``folder`` against the model that it was made from.
 
-    Both run side by side, one layer of either in memory. Where a whole model fits, what only it can show follows.
+    Both run side by side, one layer of either in memory, and several processes share the windows. Where a whole model
+    fits, what only it can show follows.
 
     Args:
         folder: of the converted checkpoint.
@@ -116,21 +119,24 @@ def verify_checkpoint(
                 "from, or convert it again."
             )
     model = _without_weights(folder, config)
-    tensors, unchanged = check_tensors(folder, model, source)
-    left_out = reason_to_leave_out(model, source.device, allowed_bytes)
-    windows = sum(map(len, texts.values()))
+    processes = Processes()
+    tensors, unchanged = processes.from_first(check_tensors, folder, model, source)
+    left_out = processes.from_first(reason_to_leave_out, model, source.device, allowed_bytes)
+    windows, own = sum(map(len, texts.values())), _own_windows(texts, processes)
     first = next(iter(texts.values()))[0]
-    steps = windows * source.num_layers + (STEPS if left_out is None else 0)
+    steps = sum(map(len, own.values())) * source.num_layers + (STEPS if left_out is None else 0)
     with counting(progress, "verifying", steps) as step:
         reference = StreamedModel(source, source.meta_model, lambda: source.held_tensors)
         converted = StreamedModel(source, model, lambda: as_held(SafetensorsReader(folder), model))
-        scores, layer_errors = compare_models(reference, converted, source.num_layers, texts, step)
-        _refuse_not_finite(scores, layer_errors, source.location.name, folder)
-        whole = check_whole_model(location, source, first, step) if left_out is None else None
+        found_here = processes.together(compare_models, reference, converted, source.num_layers, own, step)
+        (of_first, layer_errors), *others = processes.gathered(found_here)
+        scores = {name: sum((others_scores[name] for others_scores, _ in others), of_first[name]) for name in texts}
+        processes.from_first(_refuse_not_finite, scores, layer_errors, source.location.name, folder)
+        whole = processes.from_first(check_whole_model, location, source, first, step) if left_out is None else None
     dtype = config.dtype or torch.float32
     overall = sum(scores.values(), Scores()).result(", ".join(texts), windows, len(first))
     domains = tuple(score.result(name, *texts[name].shape) for name, score in scores.items())
-    _refuse_beyond_numbers(domains, source.location.name, folder)
+    processes.from_first(_refuse_beyond_numbers, domains, source.location.name, folder)
     return Verification(
         **vars(overall),
         domains=domains,
@@ -143,6 +149,14 @@ def verify_checkpoint(
         cache_bytes_per_token=config.cache_bytes_per_token(dtype),
         cache_bytes_held=held_bytes(config, len(first), dtype),
     )
+
+
+def _own_windows(texts: Mapping[str, Tensor], processes: Processes) -> dict[str, Tensor]:
+    """The windows of this process, of every text; the first window of all is the first process's."""
+    lengths = list(map(len, texts.values()))
+    shares = torch.zeros(sum(lengths), dtype=torch.bool, device=CPU)
+    shares[list(processes.share(len(shares)))] = True
+    return {name: texts[name][share] for name, share in zip(texts, shares.split(lengths), strict=True)}
 
 
 def _without_weights(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:

@@ -7,13 +7,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ..devices.processes import Processes
 from ..layers import MLAWeights
 from ..sources import SourceModel
 from .attention import converted_output
 from .hidden_states import BLOCK, HiddenStates
 
-Observer = Callable[[Tensor, Tensor], None]
-"""Called with a window's attention input and residual stream, ``[1, S, D]`` each, float32."""
+Observer = Callable[[int, Tensor, Tensor], None]
+"""Called with a window's place in the text, attention input and residual stream, ``[1, S, D]`` each, float32."""
 
 
 def stream_dtype(source: SourceModel) -> torch.dtype:
@@ -50,11 +51,13 @@ class ResidualStream:
     Args:
         windows: token ids ``[N, S]``.
         kept: the files.
+        processes: share the blocks of windows among them.
     """
 
-    def __init__(self, source: SourceModel, windows: Tensor, kept: HiddenStates) -> None:
+    def __init__(self, source: SourceModel, windows: Tensor, kept: HiddenStates, processes: Processes) -> None:
         self._source, self._kept = source, kept
         self._blocks = windows.split(BLOCK)
+        self._share = processes.share(len(self._blocks))
         self.windows = len(windows)
 
     def entering(self, layer: int, indices: Tensor) -> Tensor:
@@ -75,21 +78,28 @@ class ResidualStream:
             return self._source.embed(self._blocks[block]).to(stream_dtype(self._source))
         return self._kept.read_block(layer, block)
 
+    @property
+    def own_windows(self) -> int:
+        """How many windows are this process's."""
+        return sum(len(self._blocks[block]) for block in self._share)
+
     @torch.inference_mode()
     def observe_and_advance(
         self, layer: int, observer: Observer, step: Callable[[], None], converted: MLAWeights | None = None
     ) -> None:
-        """Shows every window before ``layer`` to ``observer`` and moves it through the layer, then calls ``step``.
+        """Shows this process's windows before ``layer`` to ``observer`` and moves them through it.
+
+        After each it calls ``step``.
 
         Where ``converted`` is given, it takes the place of the layer's attention in moving the window on.
         """
         module = self._source.decoder_layer(layer)
         last = layer + 1 == self._source.num_layers
-        for block in range(len(self._blocks)):
+        for block in self._share:
             states = self._entering(layer, block)
-            for window in states.split(1):
+            for index, window in enumerate(states.split(1)):
                 residual = window.float()
-                observer(self._source.attention_input(module, residual), residual)
+                observer(block * BLOCK + index, self._source.attention_input(module, residual), residual)
                 if not last:
                     window.copy_(
                         self._source.run_layer(layer, module, residual)

@@ -59,14 +59,14 @@ class StreamedModel:
         # The rows of the tokens that occur, and the tokens by their place among these.
         tokens, places = windows.unique(return_inverse=True)
         embedding = self._model.get_input_embeddings()
-        whole = embedding.weight
+        all_rows = embedding.weight
         self._fill_buffers(embedding)
         embedding.weight = _frozen(self._placed(self._open().tensor(self._family.embedding)[tokens]))
         with self._final_norm(), self._other_layers(note):
             for row in places.to(self._family.device):
                 self._model.base_model(row[None], use_cache=False, return_dict=True)
         embedding.to("meta")
-        embedding.weight = whole
+        embedding.weight = all_rows
         return entering
 
     @contextmanager

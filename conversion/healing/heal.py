@@ -22,6 +22,7 @@ from ..checkpoint.location import Location, locate
 from ..checkpoint.reader import SafetensorsReader, TensorReader
 from ..checkpoint.writer import ShardWriter
 from ..devices.choice import CPU, chosen_device
+from ..devices.processes import Processes
 from ..errors import CalibrationError, ConversionError, SourceError
 from ..evaluation.accounting import kept, passed_through
 from ..evaluation.loading import load_model
@@ -53,7 +54,9 @@ def heal(recipe: HealingRecipe, progress: Progress) -> Healed:
     """
     if (recipe.minutes is None) == (recipe.steps is None):
         raise ConversionError("give either minutes or steps.")
-    device = chosen_device(recipe.device)
+    device, started = chosen_device(recipe.device), Processes().count
+    if started > 1:
+        raise ConversionError(f"healing is done by one process, not {started}; start it without a launcher.")
     require_absent(recipe.output)
     location = locate(recipe.model)
     config, reader = location.config(), SafetensorsReader(location.folder)

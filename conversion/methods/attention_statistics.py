@@ -45,7 +45,6 @@ class AttentionStatistics(LayerStatistics):
 
     def __init__(self, geometry: AttentionGeometry, weights: AttentionWeights, seed: int) -> None:
         self.geometry, self.weights, self.seed = geometry, weights, seed
-        self.windows = 0
         width, heads, d = weights.k.shape[1] + 1, geometry.num_heads, geometry.head_dim
         self.sums = RunningSums(
             weights.k.device,
@@ -62,10 +61,6 @@ class AttentionStatistics(LayerStatistics):
         for inputs, stream in zip(attention_input.float(), residual.float(), strict=True):
             self.add_window(inputs)
             self.sums.add("log_power", stream.square().mean(-1).log().to(self.sums.dtype).sum())
-
-    @override
-    def tensors(self) -> dict[str, Tensor]:
-        return self.sums.tensors()
 
     def add_window(self, inputs: Tensor) -> None:
         """Adds the attention input ``[S, D]`` of one window, in its own precision."""

@@ -10,15 +10,20 @@ from typing import ClassVar
 from torch import Tensor
 from typing_extensions import override
 
+from ..devices.running_sums import RunningSums
 from ..layers import AttentionGeometry, AttentionWeights, LayerBudget, MLAWeights
 
 
 class LayerStatistics(ABC):
     """Running sums over the calibration text for one layer: constant memory in the number of tokens.
 
-    The calibration pass feeds it one window at a time; ``tensors()`` is what is stored between runs, and what
+    The calibration pass feeds it one window at a time; ``sums`` are what is stored between runs, and what
     :meth:`Method.factorise` reads. A method that needs no text has no statistics.
     """
+
+    sums: RunningSums
+    windows: int = 0
+    """Of the text, that come before the next one: what is sampled of a window depends on its place alone."""
 
     @abstractmethod
     def update(self, attention_input: Tensor, residual: Tensor) -> None:
@@ -29,9 +34,9 @@ class LayerStatistics(ABC):
             residual: ``[B, S, D]``, the layer's hidden states before the input norm (the residual stream).
         """
 
-    @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
         """The sums, by name."""
+        return self.sums.tensors()
 
 
 @dataclass(frozen=True)
@@ -46,8 +51,10 @@ class LayerRefit(ABC):
     """The refit of a layer's output projection: corrects what its factorisation and the layers before it left.
 
     The loop feeds it windows of the calibration text, then takes the corrected layer. It needs the final budget of the
-    layer, so it runs after :meth:`Method.allocate`. Constant memory in the number of tokens.
+    layer, so it runs after :meth:`Method.allocate`. Constant memory in the number of tokens: ``sums``.
     """
+
+    sums: RunningSums
 
     @abstractmethod
     def update(self, source: LayerInputs, converted: LayerInputs) -> Tensor:

@@ -45,10 +45,6 @@ class PairNorms(LayerStatistics):
             self.sums.add("query", pair_energy(self.geometry, heads.queries).sqrt().sum(1))
             self.sums.add("key", pair_energy(self.geometry, heads.keys).sqrt().sum(1))
 
-    @override
-    def tensors(self) -> dict[str, Tensor]:
-        return self.sums.tensors()
-
 
 class MHA2MLAMethod(Method):
     """Partial rotary keys and a singular value decomposition, as the module says; of the text it reads norms."""

@@ -48,10 +48,6 @@ class SecondMoment(LayerStatistics):
             augmented = torch.cat((inputs, inputs.new_ones(len(inputs), 1)), dim=1)
             self.sums.add("moment", augmented.T @ augmented)
 
-    @override
-    def tensors(self) -> dict[str, Tensor]:
-        return self.sums.tensors()
-
 
 class TransMLAMethod(TwoPassMethod):
     """A concentrated rotary key and a balanced latent, as the module says; it reads the text twice."""

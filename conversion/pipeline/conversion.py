@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.progress import Progress
 from torch import Tensor
 
+from ..devices.processes import Processes
 from ..forward.products import fast_float32
 from ..planning.plan import ConversionPlan, make_plan
 from ..progress import silent_progress
@@ -59,15 +60,16 @@ def run_plan(plan: ConversionPlan, source: SourceModel, progress: Progress | Non
     """
     recipe, progress = plan.recipe, progress or silent_progress()
     source = source.on(recipe.torch_device)
-    tokenizer = open_inputs(plan, source, progress)
-    windows = calibration_windows(plan, source, tokenizer)
+    processes = Processes()
+    tokenizer = processes.together(open_inputs, plan, source, progress)
+    windows = processes.together(calibration_windows, plan, source, tokenizer)
     work = WorkFolder(recipe.output, _identity(plan, source, windows), source.device)
     measurements, locks = work.measurements, []
     if recipe.statistics is not None and plan.windows:
         identity = _contents(plan, source, windows) | versions() | {"method": recipe.method, "seed": str(recipe.seed)}
         measurements = SharedMeasurements(recipe.statistics, identity, source.device)
         locks.append(measurements)
-    job = ConversionJob(plan, source, tokenizer, windows, work, measurements, progress)
+    job = ConversionJob(plan, source, tokenizer, windows, work, measurements, progress, processes)
     run_stages(job, STAGES, locks)
     return Conversion(recipe.output, made_report(job))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..devices.choice import solving_device
+from ..devices.processes import Processes
 from ..forward.residual_stream import ResidualStream
 from ..layers import AttentionGeometry, AttentionWeights, LayerBudget, MLAWeights, moved
 from ..methods import Method, get_method
@@ -28,7 +29,7 @@ class ConversionJob:
     """What was asked for, what it is made from, and the folder in which it is made.
 
     ``given_windows`` are the calibration text, token ids ``[N, S]``; None where the method needs none, or where the
-    source writes it. ``measurements`` keep what the method measures on it.
+    source writes it. ``measurements`` keep what the method measures on it. ``processes`` share it.
     """
 
     plan: ConversionPlan
@@ -38,6 +39,7 @@ class ConversionJob:
     work: WorkFolder
     measurements: Measurements
     progress: Progress
+    processes: Processes
 
     @cached_property
     def method(self) -> Method:
@@ -87,7 +89,7 @@ class ConversionJob:
     def stream(self, measurements: Measurements) -> ResidualStream:
         """The calibration text on its way through the layers, hidden states kept beside ``measurements``."""
         assert self.windows is not None
-        return ResidualStream(self.source, self.windows, measurements)
+        return ResidualStream(self.source, self.windows, measurements, self.processes)
 
     def factorise(self, layer: int, budget: LayerBudget, second: Measurements | None = None) -> MLAWeights:
         """The converted layer; ``second`` holds what a `TwoPassMethod` has measured again."""
@@ -104,10 +106,15 @@ class ConversionJob:
 
     @contextmanager
     def second_measurements(self) -> Iterator[Measurements | None]:
-        """Where the second pass of a `TwoPassMethod` keeps what it measures, locked; None for another method."""
+        """Where the second pass of a `TwoPassMethod` keeps what it measures, locked; None for another method.
+
+        All processes enter together.
+        """
         if self.windows is None or not isinstance(self.method, TwoPassMethod):
             yield None
             return
         widths = [budget.qk_rope_head_dim for budget in self.budgets]
-        with IntermediateMeasurements(self.measurements, widths) as measurements:
+        measurements = IntermediateMeasurements(self.measurements, widths)
+        with ExitStack() as held:
+            self.processes.from_first(lambda: held.enter_context(measurements) and None)
             yield measurements

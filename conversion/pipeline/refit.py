@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..devices.choice import CPU
+from ..devices.processes import Processes
 from ..evaluation.scores import relative_error
 from ..forward.attention import converted_output, source_output
 from ..forward.hidden_states import BLOCK, HiddenStates
 from ..forward.residual_stream import ResidualStream
-from ..layers import AttentionWeights, MLAWeights
+from ..layers import AttentionWeights, MLAWeights, moved
 from ..methods.base import LayerInputs, LayerRefit
 from ..planning.text_use import refitted_windows
 from ..sources import SourceModel
@@ -23,13 +25,21 @@ class Refitting:
         converted: where the hidden states of the converted model are kept. A killed run goes on from those that enter
             the layer it was at.
         contexts: where what its attention gathered is kept until the layer is refitted.
+        processes: share the blocks of windows among them.
     """
 
     def __init__(
-        self, source: SourceModel, stream: ResidualStream, converted: HiddenStates, contexts: HiddenStates
+        self,
+        source: SourceModel,
+        stream: ResidualStream,
+        converted: HiddenStates,
+        contexts: HiddenStates,
+        processes: Processes,
     ) -> None:
         self.source, self.stream, self.converted, self.contexts = source, stream, converted, contexts
+        self.processes = processes
         self.blocks = refitted_windows(stream.windows).split(BLOCK)
+        self.share = processes.share(len(self.blocks))
 
     @torch.inference_mode()
     def run(
@@ -43,21 +53,29 @@ class Refitting:
 
         The error is for the source's activations. Without a refit nothing else is done.
         """
-        source, module = self.source, self.source.decoder_layer(layer)
+        source, module = self.source, self.processes.together(self.source.decoder_layer, layer)
         if refit is not None:
-            for block, indices in enumerate(self.blocks):
-                pairs = zip(self.stream.entering(layer, indices), self._states(layer, block), strict=True)
-                gathered = [refit.update(*(self._inputs(module, window) for window in pair)) for pair in pairs]
-                self.contexts.write_block(layer, block, torch.stack(gathered))
-            weights = refit.weights()
+            self.processes.together(self._gather, layer, module, refit)
+            refit.sums.add_up(self.processes)
+            solved = self.processes.from_first(lambda: moved(refit.weights(), CPU))
+            weights = moved(solved, source.device)
             if layer + 1 < source.num_layers:
-                self._advance(layer, module, weights)
-            self.contexts.delete(layer)
+                self.processes.together(self._advance, layer, module, weights)
+            self.processes.from_first(self.contexts.delete, layer)
+        return weights, self.processes.from_first(self._error, layer, module, source_weights, weights)
+
+    def _error(self, layer: int, module: nn.Module, source_weights: AttentionWeights, weights: MLAWeights) -> float:
         first = self.stream.entering(layer, self.blocks[0][:1])
-        geometry, inputs = source.geometry(layer), source.attention_input(module, first)[0]
+        geometry, inputs = self.source.geometry(layer), self.source.attention_input(module, first)[0]
         wanted = source_output(geometry, source_weights, inputs)
-        found = converted_output(geometry, weights, inputs)
-        return weights, relative_error(found, wanted)
+        return relative_error(converted_output(geometry, weights, inputs), wanted)
+
+    def _gather(self, layer: int, module: nn.Module, refit: LayerRefit) -> None:
+        """Shows this process's windows to the refit, and keeps what the converted attention gathers."""
+        for block in self.share:
+            pairs = zip(self.stream.entering(layer, self.blocks[block]), self._states(layer, block), strict=True)
+            gathered = [refit.update(*(self._inputs(module, window) for window in pair)) for pair in pairs]
+            self.contexts.write_block(layer, block, torch.stack(gathered))
 
     def _states(self, layer: int, block: int) -> Tensor:
         """Hidden states ``[n, S, D]`` of the converted model before the layer."""
@@ -68,7 +86,7 @@ class Refitting:
 
     def _advance(self, layer: int, module: nn.Module, weights: MLAWeights) -> None:
         """Moves the converted model's hidden states through the layer, whose attention has gathered the contexts."""
-        for block in range(len(self.blocks)):
+        for block in self.share:
             contexts = self.contexts.read_block(layer, block)
             outputs = torch.nn.functional.linear(contexts, weights.o_proj, weights.o_proj_bias)
             moved = [

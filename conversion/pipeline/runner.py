@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from functools import wraps
 from typing import Any, Protocol, TypeVar
 
 from ..checkpoint.atomic import refusing_full_disk
-from .work.partial_output import PartialOutput, StagedJournal
+from ..devices.processes import Processes
+from .work.partial_output import PartialOutput
 
 
 class Job(Protocol):
@@ -19,6 +21,10 @@ class Job(Protocol):
     @property
     def work(self) -> PartialOutput[Any]:
         """The folder in which the output is made, with a `StagedJournal`."""
+
+    @property
+    def processes(self) -> Processes:
+        """Those that run the stages together."""
 
 
 AnyJob = TypeVar("AnyJob", bound=Job)
@@ -32,18 +38,36 @@ def run_stages(
     The name of a stage stands in the journal when its function has returned. A stage that is stopped runs again, and
     may go on from what it left. Meanwhile ``locks`` are held, those of other folders that the stages use.
 
+    Of several processes the first one alone holds folders, and writes the journal; the others have copies of it.
+
     Raises:
         ConversionError: as the stages do; the folder is deleted where the same would come again.
     """
+    work, processes = job.work, job.processes
     with ExitStack() as held:
-        held.enter_context(job.work)
-        held.enter_context(refusing_full_disk(job.work.path))
-        for lock in locks:
-            held.enter_context(lock)
-        journal: StagedJournal = job.work.journal
+
+        def enter() -> None:
+            held.enter_context(work)
+            held.enter_context(refusing_full_disk(work.path))
+            for lock in locks:
+                held.enter_context(lock)
+
+        processes.from_first(enter)
+        work.journal = processes.from_first(lambda: work.journal)
         for stage in stages:
-            if stage.__name__ not in journal.finished:
+            if stage.__name__ not in work.journal.finished:
                 stage(job)
-                journal.finished.append(stage.__name__)
-                job.work.save()
-        job.work.publish()
+                work.journal.finished.append(stage.__name__)
+                processes.from_first(work.save)
+                work.journal = processes.from_first(lambda: work.journal)
+        processes.from_first(work.publish)
+
+
+def in_first(stage: Callable[[AnyJob], None]) -> Callable[[AnyJob], None]:
+    """A stage that the first process does alone, while the others wait."""
+
+    @wraps(stage)
+    def run(job: AnyJob) -> None:
+        job.processes.from_first(stage, job)
+
+    return run

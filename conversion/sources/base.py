@@ -60,7 +60,8 @@ class SourceModel(StoredModel):
     @override
     def on(self, device: torch.device) -> Self:
         moved = super().on(device)
-        moved.__dict__.pop("rotary", None)
+        if moved is not self:
+            moved.__dict__.pop("rotary", None)
         return moved
 
     def refuse_unsupported(self) -> None:

@@ -46,7 +46,9 @@ class StoredModel:
         config._attn_implementation = "sdpa" if self.causal_lm._supports_sdpa else "eager"
 
     def on(self, device: torch.device) -> Self:
-        """The same checkpoint for that device."""
+        """The same checkpoint for that device; what has been opened of it is shared."""
+        if device == self.device:
+            return self
         moved = copy(self)
         moved.device = device
         return moved

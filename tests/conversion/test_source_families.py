@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,8 +43,11 @@ def softmax_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     """Transformers' plain attention, the only one of bodies with softcaps, takes its softmax in float32 by itself."""
     softmax = torch.nn.functional.softmax
 
-    def at_least_as_its_input(scores: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        return softmax(scores, dim=dim, dtype=None if dtype is None else torch.promote_types(dtype, scores.dtype))
+    def at_least_as_its_input(
+        scores: torch.Tensor, dim: int, dtype: torch.dtype | None = None, **more: Any
+    ) -> torch.Tensor:
+        dtype = None if dtype is None else torch.promote_types(dtype, scores.dtype)
+        return softmax(scores, dim=dim, dtype=dtype, **more)
 
     monkeypatch.setattr(torch.nn.functional, "softmax", at_least_as_its_input)
 

@@ -17,7 +17,7 @@ def run_in_two(work: Callable[[Path], None], folder: Path) -> None:
 
 def _process(rank: int, work: Callable[[Path], None], folder: Path) -> None:
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     # A file, not a port, which another test might have.
     distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     try:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from ...devices.choice import CPU
 from ...errors import BudgetError
 from ...forward.heads import augmented_rows, constants_cancel, repeat_groups
 from ...layers import AttentionGeometry, AttentionWeights, LayerBudget, MLAWeights
@@ -176,7 +177,8 @@ class AttentionAwareMethod(Method):
             targets, _ = self._targets(measured, self._rotary_key(geometry, measured, budget), geometry)
             spectrum, vectors = latent_spectrum(targets, measured.coded_moment)
             variances = latent_variances(vectors.mT @ targets, measured.coded_moment)
-            unit = _residual_power(sums)
+            # What is left is short, and looked at rank by rank.
+            spectrum, variances, unit = spectrum.to(CPU), variances.to(CPU), _residual_power(sums).to(CPU)
             spectrum, rounded = spectrum / unit, latent_rounding(variances, budget.latent_bits) / unit
             saved.append(spectrum - rounded.diff())
             lost = spectrum[budget.kv_lora_rank :].sum() + rounded[budget.kv_lora_rank]

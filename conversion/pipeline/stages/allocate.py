@@ -6,8 +6,10 @@ from dataclasses import astuple
 
 from ..job import ConversionJob
 from ..lazy_layers import LazyLayers
+from ..runner import in_first
 
 
+@in_first
 def allocate(job: ConversionJob) -> None:
     """Leaves the final budget of every layer in the journal."""
     budgets, total = list(job.plan.layers), len(job.plan.layers)

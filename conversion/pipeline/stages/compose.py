@@ -7,8 +7,10 @@ from ...evaluation.loading import load_model, reason_to_leave_out
 from ...progress import counting
 from ...text.self_written import self_written_windows
 from ..job import ConversionJob
+from ..runner import in_first
 
 
+@in_first
 def compose(job: ConversionJob) -> None:
     """Leaves the text beside the statistics that are taken on it.
 

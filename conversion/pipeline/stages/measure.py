@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from ...errors import SourceError
 from ...layers import MLAWeights
+from ...methods.base import LayerStatistics
 from ...progress import counting
 from ..job import ConversionJob
 from ..work.measurements import Measurements
@@ -37,19 +39,23 @@ def measure_layers(
         SourceError: a layer computes values that are not finite.
     """
     assert job.windows is not None
-    stream, windows, done, total = (
-        job.stream(measurements),
-        len(job.windows),
-        measurements.measured,
-        len(job.geometries),
-    )
+    stream, processes, total = job.stream(measurements), job.processes, len(job.geometries)
+    done, windows = processes.from_first(lambda: measurements.measured), stream.own_windows
     with counting(job.progress, description, total * windows, done * windows) as step:
-        for layer in range(done, total):
+
+        def summed(layer: int) -> LayerStatistics:
             seed = job.plan.recipe.seed * _LAYER_SEEDS + layer
             statistics = job.method.statistics(job.geometries[layer], job.source_weights(layer), seed)
             assert statistics is not None
-            stream.observe_and_advance(layer, statistics.update, step, converted(layer))
-            sums = statistics.tensors()
+
+            def observe(place: int, attention_input: Tensor, residual: Tensor) -> None:
+                statistics.windows = place
+                statistics.update(attention_input, residual)
+
+            stream.observe_and_advance(layer, observe, step, converted(layer))
+            return statistics
+
+        def keep(layer: int, sums: dict[str, Tensor]) -> None:
             if not all(torch.isfinite(values).all() for values in sums.values()):
                 raise SourceError(
                     f"layer {layer} of {job.source.location.model} computes values on the calibration text that "
@@ -57,3 +63,8 @@ def measure_layers(
                 )
             measurements.write_statistics(layer, sums)
             measurements.advance(layer + 1)
+
+        for layer in range(done, total):
+            statistics = processes.together(summed, layer)
+            statistics.sums.add_up(processes)
+            processes.from_first(keep, layer, statistics.tensors())

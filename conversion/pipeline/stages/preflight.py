@@ -24,11 +24,13 @@ from ...progress import counting
 from ...sources import SourceModel
 from ..inputs import check_ids
 from ..job import ConversionJob
+from ..runner import in_first
 
 _TOKENS = 16
 """Tokens that run through the source: its weights may be finite and what they compute not."""
 
 
+@in_first
 def preflight(job: ConversionJob) -> None:
     """Checks all texts, the small files, generation, every weight, that the source computes, and the reference.
 

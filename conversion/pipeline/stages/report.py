@@ -5,8 +5,10 @@ from __future__ import annotations
 from ...reporting.card import write_card
 from ...reporting.report import Report, write_report
 from ..job import ConversionJob
+from ..runner import in_first
 
 
+@in_first
 def report(job: ConversionJob) -> None:
     """Leaves the report and the model card in the checkpoint."""
     made = made_report(job)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ...checkpoint.location import locate
 from ...evaluation.agreement import refuse_contradiction
-from ...evaluation.verify import held_out_windows, verify_checkpoint
+from ...evaluation.verify import Verification, held_out_windows, verify_checkpoint
 from ...planning.costs import PROCESS_BYTES
 from ...planning.text_use import VERIFIED_WINDOWS, window_length
 from ..job import ConversionJob
@@ -20,6 +20,11 @@ def verify(job: ConversionJob) -> None:
     # A whole model may take as much as the conversion did.
     allowed = job.plan.memory_bytes - PROCESS_BYTES
     found = verify_checkpoint(job.work.checkpoint, job.source, texts, job.progress, allowed)
+    job.work.journal.verification = found
+    job.processes.from_first(_refuse_contradiction, job, found)
+
+
+def _refuse_contradiction(job: ConversionJob, found: Verification) -> None:
     rounded = job.plan.recipe.torch_dtype is not None or locate(str(job.work.checkpoint)).config().o_bias
     refuse_contradiction(
         found,
@@ -28,4 +33,3 @@ def verify(job: ConversionJob) -> None:
         vocabulary=job.source.config.vocab_size,
         routed=job.source.chooses_experts,
     )
-    job.work.journal.verification = found

@@ -5,9 +5,11 @@ from __future__ import annotations
 from ...planning.text_use import weighed_windows
 from ...progress import counting
 from ..job import ConversionJob
+from ..runner import in_first
 from ..sensitivity import layer_sensitivity
 
 
+@in_first
 def weigh(job: ConversionJob) -> None:
     """Leaves the sensitivity of every layer in the journal, where ranks are moved between layers."""
     if not job.moves_ranks:

@@ -14,8 +14,10 @@ from ...layers import MLAWeights
 from ...progress import counting
 from ..job import ConversionJob
 from ..lazy_layers import LazyLayers
+from ..runner import in_first
 
 
+@in_first
 def write(job: ConversionJob) -> None:
     """Leaves all that Transformers loads in the work folder's checkpoint.
 
