@@ -12,12 +12,14 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from .checkpoint.paths import expanded
+from .checkpoint.writer import SHARD_SIZE
 from .errors import BudgetError, ConversionError, first_line
 from .layers import AttentionGeometry
 
 DtypeName = Literal["float32", "float16", "bfloat16"]
 
 _BUDGET = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>%|B|KB|KiB|)")
+_SHARD_SIZE = re.compile(r"(?=.*[1-9])\d{1,9}(\.\d+)?(KB|MB|GB|TB)")
 _BYTES = {"B": 1, "KB": 1000, "KiB": 1024}
 DEFAULT_TOKENS = 32768
 SELF_WRITTEN = "self"
@@ -46,6 +48,8 @@ class Recipe(BaseModel):
         seed: of everything that is sampled.
         statistics: folder that keeps what is measured on the text, for other budgets; made where it is absent.
         dtype: of the weights written; None keeps the source's.
+        shard_size: the most bytes of a file of weights, as ``5GB`` (``KB``, ``MB``, ``TB``); a larger tensor has a file
+            of its own.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -61,6 +65,7 @@ class Recipe(BaseModel):
     tokens: int = Field(DEFAULT_TOKENS, ge=1, le=_MOST_TOKENS)
     seed: int = Field(0, ge=0, le=_LARGEST_SEED)
     dtype: DtypeName | None = None
+    shard_size: str = SHARD_SIZE
     statistics: Path | None = None
 
     @field_validator("source", "output", "calibration", "statistics")
@@ -74,6 +79,13 @@ class Recipe(BaseModel):
         if cache is not None and not _BUDGET.fullmatch(cache.strip()):
             raise ValueError("write 50%, 192 (values a token and layer) or 11520B (bytes a token, KB and KiB too)")
         return cache
+
+    @field_validator("shard_size")
+    @classmethod
+    def _is_size(cls, size: str) -> str:
+        if not _SHARD_SIZE.fullmatch(size):
+            raise ValueError("write a size above zero as 5GB or 500MB (KB and TB too)")
+        return size
 
     @field_validator("qk_rope_head_dim")
     @classmethod

@@ -52,6 +52,11 @@ class ModelReader(TensorReader):
     def tensor(self, name: str) -> Tensor:
         return self._held(name, self._stored.tensor)
 
+    @override
+    def rows(self, name: str, indices: Tensor) -> Tensor:
+        parts = self._parts[name]
+        return super().rows(name, indices) if parts[0][1] else self._stored.rows(parts[-1][0], indices)
+
     def _without_values(self, name: str) -> Tensor:
         stored = self._stored
         return self._held(name, lambda part: torch.empty(stored.shape(part), dtype=stored.dtype(part), device="meta"))

@@ -47,6 +47,9 @@ def _of_recipe(
     tokens: Annotated[int | None, typer.Option(help="Of calibration text.")] = None,
     seed: Seed = 0,
     dtype: Annotated[str | None, typer.Option(help="Of the weights written. \\[default: the source's]")] = None,
+    shard_size: Annotated[
+        str | None, typer.Option(help="The most bytes of a file of weights, as 500MB. \\[default: 5GB]")
+    ] = None,
     statistics: Annotated[
         Path | None, typer.Option(help="A folder that keeps what is measured on the text, for other budgets.")
     ] = None,

@@ -13,13 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from typing_extensions import override
 
 from ..checkpoint.reader import TensorReader
 from ..sources import SourceModel
-
-_HEAD_VALUES = 2**24
-"""Values of the output projection that are in float32 at a time."""
+from ..sources.stored_linear import StoredLinear
 
 
 class StreamedModel:
@@ -54,7 +51,7 @@ class StreamedModel:
         tokens, places = windows.unique(return_inverse=True)
         embedding = self._model.get_input_embeddings()
         self._fill_buffers(embedding)
-        embedding.weight = _frozen(self._open().tensor(self._family.embedding)[tokens].float())
+        embedding.weight = _frozen(self._open().rows(self._family.embedding, tokens).float())
         with self._final_norm(), self._other_layers(note):
             for row in places:
                 self._model.base_model(row[None], use_cache=False, return_dict=True)
@@ -79,7 +76,7 @@ class StreamedModel:
         weights, family = self._open(), self._family
         original = self._model.get_output_embeddings()
         stored = weights.tensor(family.head if family.head in weights.names else family.embedding)
-        self._model.set_output_embeddings(_StoredLinear(stored))
+        self._model.set_output_embeddings(StoredLinear(stored))
 
         def logits(states: Tensor) -> Tensor:
             with self._other_layers(lambda *_, **__: states):
@@ -125,19 +122,6 @@ class StreamedModel:
         finally:
             for layer in self._layers:
                 del layer.forward
-
-
-class _StoredLinear(nn.Module):
-    """A linear map without bias whose weight ``[V, D]`` stays as it is stored: a vocabulary in float32 is large."""
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.weight = _frozen(weight)
-
-    @override
-    def forward(self, states: Tensor) -> Tensor:
-        rows = self.weight.split(max(1, _HEAD_VALUES // self.weight.shape[1]))
-        return torch.cat([nn.functional.linear(states, part.float()) for part in rows], dim=-1)
 
 
 def _frozen(weight: Tensor) -> nn.Parameter:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 
-from ..checkpoint.writer import MAX_SHARD_BYTES
 from ..forward.hidden_states import BLOCK
 from ..forward.products import fast_float32
 from ..forward.residual_stream import stream_dtype
@@ -41,7 +40,7 @@ def estimate_costs(source: SourceModel, dtype: torch.dtype, text: TextUse) -> Co
     return Costs(
         parameters=parameters,
         disk_bytes=int(1.5 * weights_bytes) + kept_bytes(source, text),
-        memory_bytes=PROCESS_BYTES + max(shards_in_memory(weights_bytes), layer_in_memory(source, text)),
+        memory_bytes=PROCESS_BYTES + layer_in_memory(source, text),
         seconds=_seconds(source, parameters, text),
     )
 
@@ -59,11 +58,6 @@ def kept_bytes(source: SourceModel, text: TextUse) -> int:
     states = text.windows * text.window * hidden * stream_dtype(source).itemsize
     statistics = text.passes * torch.float64.itemsize * (hidden + 1) ** 2 if text.windows else 0
     return source.num_layers * (states + statistics) + 3 * text.refitted * block_bytes(source, text) // BLOCK
-
-
-def shards_in_memory(weights_bytes: int) -> int:
-    """The bytes of a shard that is written, and of what is read back of it."""
-    return 2 * min(MAX_SHARD_BYTES, weights_bytes)
 
 
 def layer_in_memory(source: SourceModel, text: TextUse) -> int:
