@@ -80,6 +80,30 @@ class ModelReader(TensorReader):
         return held[0] if isinstance(held, list) else held
 
 
+class ModelTensors(TensorReader):
+    """The tensors of a model itself."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._tensors = model.state_dict()
+
+    @property
+    @override
+    def names(self) -> list[str]:
+        return sorted(self._tensors)
+
+    @override
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    @override
+    def dtype(self, name: str) -> torch.dtype:
+        return self._tensors[name].dtype
+
+    @override
+    def tensor(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+
 def as_held(stored: TensorReader, model: PreTrainedModel) -> TensorReader:
     """The tensors of ``stored`` by the names and in the shapes that they have in ``model``.
 

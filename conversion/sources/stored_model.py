@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from copy import deepcopy
+from copy import copy, deepcopy
 from functools import cached_property
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..checkpoint.gguf_reader import GGUFTensorReader
 from ..checkpoint.location import Location, locate
-from ..checkpoint.model_reader import as_held
+from ..checkpoint.model_reader import ModelTensors, as_held
 from ..checkpoint.reader import SafetensorsReader, TensorReader
 from ..errors import SourceError, first_line
 from .inventory import account_for_all, reading_order
@@ -95,6 +95,12 @@ class StoredModel:
     def held_tensors(self) -> TensorReader:
         """The weights as the model holds them, which may merge several of `tensors` (experts). Raises as `tensors`."""
         return as_held(self.tensors, self.meta_model)
+
+    def without_weights(self) -> Self:
+        """The same model, whose tensors are those of `meta_model`: what they are like, without a file being read."""
+        bare = copy(self)
+        bare.tensors = bare.held_tensors = ModelTensors(self.meta_model)
+        return bare
 
     def held_names(self) -> list[str]:
         """Every tensor of `held_tensors` that the model reads."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -17,7 +16,7 @@ from ...checkpoint.atomic import refusing_full_disk
 from ...errors import ConversionError, SourceError, first_line
 from ...evaluation.reference import check_reference
 from ...evaluation.verify import held_out_windows
-from ...methods.exact import ExactMethod
+from ...planning.exact_form import exact_config
 from ...planning.text_use import VERIFIED_WINDOWS
 from ...progress import counting
 from ...sources import SourceModel
@@ -48,15 +47,9 @@ def preflight(job: ConversionJob) -> None:
 
 def _try_small_files(job: ConversionJob) -> None:
     """Makes all that the checkpoint will have beside its weights, as the exact form would have it, and its model."""
-    source, method = job.source, ExactMethod()
-    weights = source.attention(0)
-    on_meta = {field.name: getattr(weights, field.name) for field in fields(weights)}
-    weights = replace(weights, **{name: tensor.to("meta") for name, tensor in on_meta.items() if tensor is not None})
-    # Layers may rotate differently, and are alike otherwise.
-    geometries = map(source.geometry, range(source.num_layers))
-    converted = (method.factorise(geometry, weights, None, method.smallest(geometry)) for geometry in geometries)
+    source = job.source
     try:
-        config = source.mla_config(converted, job.plan.dtype)
+        config = exact_config(source, job.plan.dtype)
         with torch.device("meta"):
             # It changes its configuration.
             getattr(modeling_mla, f"{source.mla_name}ForCausalLM")(deepcopy(config))
