@@ -100,6 +100,11 @@ class Recipe(BaseModel):
         return None if self.dtype is None else getattr(torch, self.dtype)
 
     @property
+    def leaves_ranks(self) -> bool:
+        """Whether a method may move ranks from layer to layer."""
+        return self.kv_lora_rank is None and not self.uniform
+
+    @property
     def is_self_written(self) -> bool:
         """Whether the source writes the calibration text."""
         return self.calibration == SELF_WRITTEN

@@ -22,8 +22,8 @@ _WORK_OF_MEASURING = 1.7
 """Time of statistics and forward pass of a token, in units of the forward pass's products [measured]."""
 _WORK_OF_REFITTING = 2.4
 """The same of a token that the refit uses [measured]."""
-_SOLVED_LATENTS = 3
-"""How often a layer's keys and values are decomposed: to be weighed, to be given a rank, to be converted."""
+_WEIGHED = 2
+"""How often more a layer's keys and values are decomposed, to be weighed and to be given a rank."""
 _RIDGE = 0.15
 """Time of a refit's linear equations, in units of the eigenvalues of a matrix as large [measured]."""
 _READINGS = 10
@@ -51,13 +51,16 @@ def count_parameters(source: SourceModel) -> int:
     return sum(tensor.numel() for tensor in source.meta_model.parameters())
 
 
-def estimate_costs(source: SourceModel, dtype: torch.dtype, text: TextUse) -> Costs:
-    """Costs of a conversion to weights of ``dtype``; the time from the speed of this machine."""
+def estimate_costs(source: SourceModel, dtype: torch.dtype, text: TextUse, *, weighed: bool) -> Costs:
+    """Costs of a conversion to weights of ``dtype``, the time by the speed of this machine.
+
+    ``weighed`` says that ranks are moved between layers, for which the model's sensitivity to each is measured.
+    """
     weights_bytes = count_parameters(source) * dtype.itemsize
     speed = measure_speed(torch.device("cpu"), source.location.folder)
     reading = _READINGS * weights_bytes / speed.reading if speed.reading else 0.0
     return Costs(
-        seconds=_FIXED_SECONDS + reading + _computing(source, text, speed),
+        seconds=_FIXED_SECONDS + reading + _computing(source, text, speed, weighed=weighed),
         memory_bytes=PROCESS_BYTES + max(layer_in_memory(source, dtype, text), _whole_model(source)),
         disk_bytes=int(1.5 * weights_bytes) + kept_bytes(source, text),
     )
@@ -106,7 +109,7 @@ def _head(source: SourceModel) -> int:
     return source.meta_model.state_dict()[source.embedding].numel()
 
 
-def _computing(source: SourceModel, text: TextUse, speed: Speed) -> float:
+def _computing(source: SourceModel, text: TextUse, speed: Speed, *, weighed: bool) -> float:
     """Seconds of the passes over the text, the verification, and the factorisations."""
     layers, layer, head, geometry = source.num_layers, _layer(source), _head(source), source.geometry(0)
     contexts = geometry.num_heads * geometry.head_dim
@@ -115,7 +118,10 @@ def _computing(source: SourceModel, text: TextUse, speed: Speed) -> float:
     work = text.window * (calibrated * layers * of_token + 2 * VERIFIED_WINDOWS * (layers * of_token + 2 * head))
     if not text.windows:
         return work / speed.products
-    # To be weighed, each layer's own model runs from there on.
-    weighed = WEIGHED_WINDOWS * WEIGHED_LENGTH * (layers + 1) * (layers / 2 * of_token + 2 * head)
-    solved = layers * (_SOLVED_LATENTS * geometry.cache_elements**3 + _RIDGE * contexts**3)
-    return (work + weighed) / speed.products + solved * speed.solving
+    decompositions = 1
+    if weighed:
+        # Each layer's own model runs from there on.
+        work += WEIGHED_WINDOWS * WEIGHED_LENGTH * (layers + 1) * (layers / 2 * of_token + 2 * head)
+        decompositions += _WEIGHED
+    solved = layers * (decompositions * geometry.cache_elements**3 + _RIDGE * contexts**3)
+    return work / speed.products + solved * speed.solving

@@ -104,7 +104,7 @@ def make_plan(recipe: Recipe, source: SourceModel) -> ConversionPlan:
         parameters=count_parameters(source),
         source_cache_bytes=source.cache_bytes_per_token(dtype),
         cache_bytes=sum(budget.cache_elements for budget in budgets) * dtype.itemsize,
-        costs=estimate_costs(source, dtype, text),
+        costs=estimate_costs(source, dtype, text, weighed=method.allocates and recipe.leaves_ranks),
     )
 
 
