@@ -7,8 +7,11 @@ stores those. Nothing here knows a file format, a family or a factorisation.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import gcd
 
 from torch import Tensor
+
+from modeling_mla.latent_code_mla import EXACT, LatentCode, PartCode
 
 
 @dataclass(frozen=True)
@@ -86,15 +89,42 @@ def encoder_input(inputs: Tensor, encoder_map: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class LayerBudget:
-    """What one converted layer may cache for a token: ``kv_lora_rank + qk_rope_head_dim`` values."""
+    """What one converted layer may cache for a token: ``kv_lora_rank + qk_rope_head_dim`` values in so many bits.
+
+    16 bits are values in the model's type.
+    """
 
     kv_lora_rank: int
     qk_rope_head_dim: int
+    latent_bits: int = EXACT
+    rope_bits: int = EXACT
 
     @property
     def cache_elements(self) -> int:
         """Values that the converted layer caches for one token."""
         return self.kv_lora_rank + self.qk_rope_head_dim
+
+    @property
+    def code(self) -> LatentCode | None:
+        """How the layer caches, one scale a token for each part; None where nothing is coded.
+
+        What prepares a latent is folded into the weights. Rotary keys turn, so theirs is applied when they are cached.
+        """
+        if self.latent_bits == self.rope_bits == EXACT:
+            return None
+        segments = ((self.qk_rope_head_dim, self.rope_bits),) if self.qk_rope_head_dim else ()
+        rope = PartCode(segments, rotated=bool(segments) and self.rope_bits != EXACT)
+        return LatentCode(PartCode(((self.kv_lora_rank, self.latent_bits),)), rope)
+
+    @property
+    def rank_step(self) -> int:
+        """Channels whose bits are a whole even number of bytes, as rows of codes are."""
+        return 1 if self.latent_bits == EXACT else 16 // gcd(16, self.latent_bits)
+
+    def cache_bytes(self, itemsize: int) -> int:
+        """Bytes of a token behind the first ones; ``itemsize`` is that of the model's type."""
+        code = self.code
+        return self.cache_elements * itemsize if code is None else code.nbytes
 
 
 @dataclass(frozen=True)
@@ -104,7 +134,8 @@ class MLAWeights:
     ``q_proj [H*(d_n+d_r), D]`` (per head: un-rotated part, then rotated part), ``kv_a_proj_with_mqa [r+d_r, D]``
     (latent, then shared rotary key), ``kv_b_proj [H*(d_n+d_v), r]`` (per head: key, then value), ``o_proj [D, H*d_v]``.
     The first two read what the source's maps read, each head's own query behind norms. ``inv_freq`` has ``d_r / 2``
-    entries; pair ``f`` of the rotary part is channels ``(f, f + d_r/2)``. ``sinks`` are the source's.
+    entries; pair ``f`` of the rotary part is channels ``(f, f + d_r/2)``. ``sinks`` are the source's. ``code`` is how
+    latent and rotary key are cached; None is the model's type.
     """
 
     q_proj: Tensor
@@ -118,3 +149,4 @@ class MLAWeights:
     kv_a_proj_with_mqa_bias: Tensor | None = None
     o_proj_bias: Tensor | None = None
     sinks: Tensor | None = None
+    code: LatentCode | None = None

@@ -11,6 +11,8 @@ import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from modeling_mla.latent_code_mla import check_latent_bits
+
 from .checkpoint.paths import expanded
 from .checkpoint.writer import SHARD_SIZE
 from .errors import BudgetError, ConversionError, first_line
@@ -36,11 +38,13 @@ class Recipe(BaseModel):
         source: folder, ``.gguf`` file or Hub id.
         output: the new checkpoint's folder, which must not exist.
         method: see `conversion.methods`.
-        cache: how much to cache for a token: ``50%`` of the source's, ``192`` values in each layer, or ``11520B``
-            (``KB``, ``KiB``) over all layers in the written type. None is the method's own size: half for a
-            compressing one, all for an exact one.
+        cache: how much to cache for a token: ``50%`` of the source's bytes, ``192`` values in each layer, or ``11520B``
+            (``KB``, ``KiB``) over all layers. None is the method's own size: half for a compressing one, all for an
+            exact one.
         kv_lora_rank: of every layer; None leaves it to the budget.
         qk_rope_head_dim: the same for the width of the rotary key; one or both may be pinned.
+        latent_bits: of a latent's value in the cache, 16 for the model's type; the rotary key's follow. None leaves
+            them to the budget, see `planning.coding`.
         uniform: the same rank in every layer, and a rotary key as wide as serving kernels have it.
         calibration: a text file, a name of a data set, or ``self`` for text that the source writes itself; None is the
             default mix.
@@ -60,6 +64,7 @@ class Recipe(BaseModel):
     cache: str | None = None
     kv_lora_rank: int | None = Field(None, ge=1)
     qk_rope_head_dim: int | None = Field(None, ge=0)
+    latent_bits: int | None = None
     uniform: bool = False
     calibration: str | None = None
     tokens: int = Field(DEFAULT_TOKENS, ge=1, le=_MOST_TOKENS)
@@ -93,6 +98,12 @@ class Recipe(BaseModel):
         if width is not None and width % 2:
             raise ValueError("it must be even: rotary channels come in pairs")
         return width
+
+    @field_validator("latent_bits")
+    @classmethod
+    def _is_known(cls, bits: int | None) -> int | None:
+        check_latent_bits(bits)
+        return bits
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
@@ -136,6 +147,19 @@ def read_recipe(file: Path) -> Recipe:
     return make_recipe(**values)
 
 
+def cache_share(cache: str, source_bytes: int) -> Fraction | None:
+    """The share of the source's bytes that a budget asks for, or None where it counts values.
+
+    Args:
+        cache: as `Recipe.cache`.
+        source_bytes: of a token in all layers.
+    """
+    number, unit = _parsed(cache)
+    if unit == "%":
+        return number / 100
+    return number * _BYTES[unit] / source_bytes if unit else None
+
+
 def cache_elements(cache: str, geometries: list[AttentionGeometry], itemsize: int) -> list[int]:
     """Values to cache for a token in each layer.
 
@@ -147,9 +171,7 @@ def cache_elements(cache: str, geometries: list[AttentionGeometry], itemsize: in
     Raises:
         BudgetError: it is more than the source caches.
     """
-    match = _BUDGET.fullmatch(cache.strip())
-    assert match is not None
-    number, unit = Fraction(match["number"]), match["unit"]
+    number, unit = _parsed(cache)
     source = [geometry.cache_elements for geometry in geometries]
     if unit == "%":
         elements = [int(number / 100 * size) for size in source]
@@ -165,3 +187,9 @@ def cache_elements(cache: str, geometries: list[AttentionGeometry], itemsize: in
                 "ask for 100% or less."
             )
     return elements
+
+
+def _parsed(cache: str) -> tuple[Fraction, str]:
+    match = _BUDGET.fullmatch(cache.strip())
+    assert match is not None
+    return Fraction(match["number"]), match["unit"]

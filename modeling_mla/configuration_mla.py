@@ -277,6 +277,11 @@ def latent_widths(config: PreTrainedConfig, layer_idx: int) -> tuple[int, int]:
     return layer.kv_lora_rank, layer.qk_rope_head_dim
 
 
+def is_coded(config: PreTrainedConfig) -> bool:
+    """Whether a model of this configuration, whosever it is, caches in few bits unless it is told otherwise."""
+    return getattr(config, "latent_code", None) is not None
+
+
 def layer_code(config: PreTrainedConfig, layer_idx: int, latent_bits: int | None) -> LatentCode | int | None:
     """The code in which a cache keeps a layer: the configuration's, or `uniform_code` of ``latent_bits``, where given.
 

@@ -28,12 +28,18 @@ def _of_recipe(
     cache: Annotated[
         str | None,
         typer.Option(
-            help="50% of the source's, 192 (values a token and layer), or 11520B (bytes a token; KB, KiB). "
-            "\\[default: half, or all for an exact method]"
+            help="50% of the source's bytes, 192 (values a token and layer), or 11520B (bytes a token; KB, KiB). Below "
+            "50% it is kept in few bits. \\[default: half, or all for an exact method]"
         ),
     ] = None,
     kv_lora_rank: Annotated[int | None, typer.Option(help="Pins the latent's width in every layer.")] = None,
     qk_rope_head_dim: Annotated[int | None, typer.Option(help="Pins the rotary key's width in every layer.")] = None,
+    latent_bits: Annotated[
+        int | None,
+        typer.Option(
+            "--latent-bits", "--bits", help="Pins the bits of a latent's value: 2, 3, 4, 5, 6, 8, or 16, not coded."
+        ),
+    ] = None,
     uniform: Annotated[
         bool, typer.Option("--uniform", help="Equal ranks and a rotary key of 64 or 32: what serving kernels take.")
     ] = False,

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from modeling_mla.configuration_mla import is_coded
+
 from ..errors import CalibrationError
 from ..text.default_mix import held_out_prose
 
@@ -127,5 +129,5 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 @torch.inference_mode()
 def _predicted(model: PreTrainedModel, ids: Tensor, answer: int) -> Tensor:
     """Which of the last ``answer`` tokens are the most likely ones, ``[answer]``."""
-    logits = model(ids[None], use_cache=False, logits_to_keep=answer + 1).logits[0, :-1]
+    logits = model(ids[None], use_cache=is_coded(model.config), logits_to_keep=answer + 1).logits[0, :-1]
     return logits.argmax(-1) == ids[-answer:]

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from modeling_mla.configuration_mla import is_coded
+
 from ..forward.products import fast_float32
 
 ROWS = 128
@@ -105,11 +107,11 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
 def perplexity(model: PreTrainedModel, windows: Tensor, step: Callable[[], None] = lambda: None) -> float:
     """The perplexity over all predicted tokens of ``windows [N, S]``; ``step`` is called after each window.
 
-    It is exp of the tokens' mean negative log-likelihood.
+    It is exp of the tokens' mean negative log-likelihood. A model with a coded cache reads a window from it.
     """
     total = 0.0
     for window in windows:
-        logits = model(window[None]).logits[0, :-1]
+        logits = model(window[None], use_cache=is_coded(model.config)).logits[0, :-1]
         total += float(torch.nn.functional.cross_entropy(logits.float(), window[1:], reduction="sum"))
         step()
     return _exp(total / (windows.shape[0] * (windows.shape[1] - 1)))

@@ -15,6 +15,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import override
 
+from modeling_mla.configuration_mla import is_coded
+
 from ..checkpoint.location import locate
 from ..checkpoint.model_reader import as_held
 from ..checkpoint.reader import SafetensorsReader
@@ -26,6 +28,7 @@ from ..sources import SourceModel, is_mla
 from ..text.default_mix import evaluation_texts
 from .accounting import check_tensors
 from .compare import compare_models
+from .held_bytes import held_bytes
 from .loading import reason_to_leave_out
 from .scores import Score, Scores
 from .whole_model import STEPS, WholeModel, check_whole_model
@@ -46,7 +49,9 @@ class Verification(Score):
 
     ``domains`` are the scores of each text; ``layer_errors`` the relative squared error of each layer's attention
     output where both models read the source's hidden states. ``whole_model`` is None where the models were not loaded
-    whole, and ``left_out`` then says why.
+    whole, and ``left_out`` then says why. ``cache_bytes_per_token`` is what a token adds to the cache, and
+    ``cache_bytes_held`` all that it holds for one window, first tokens and slack included. A coded cache is compared
+    with the source's in the type that the source keeps its own in.
     """
 
     domains: tuple[Score, ...]
@@ -57,6 +62,7 @@ class Verification(Score):
     tensors_unchanged: int
     cache_bytes_per_token_source: int
     cache_bytes_per_token: int
+    cache_bytes_held: int
 
     @override
     def as_json(self) -> dict[str, Any]:
@@ -133,8 +139,9 @@ def verify_checkpoint(
         left_out=left_out,
         tensors=tensors,
         tensors_unchanged=unchanged,
-        cache_bytes_per_token_source=source.cache_bytes_per_token(dtype),
+        cache_bytes_per_token_source=source.cache_bytes_per_token(None if is_coded(config) else dtype),
         cache_bytes_per_token=config.cache_bytes_per_token(dtype),
+        cache_bytes_held=held_bytes(config, len(first), dtype),
     )
 
 

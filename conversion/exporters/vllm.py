@@ -35,6 +35,11 @@ class VllmExporter(Exporter):
 
     @override
     def config(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        if config.latent_code is not None:
+            raise SourceError(
+                "latent_code keeps this model's cache in few bits, which vLLM has no kernels for; convert it with "
+                "--latent-bits 16, or serve it with Transformers."
+            )
         reason = why_no_mla_attention(config)
         if reason is not None:
             raise SourceError(f"{config.model_type} {reason}; serve the model with Transformers.")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..layers import AttentionGeometry, AttentionWeights, MLAWeights, encoder_input
+from .coding import as_cached
 
 _ROWS = 128
 """Of a window, whose scores are formed at a time."""
@@ -186,11 +187,13 @@ def converted_contexts(geometry: AttentionGeometry, weights: MLAWeights, inputs:
     read = encoder_input(inputs, weights.kv_a_proj_with_mqa)
     cached = torch.nn.functional.linear(read, weights.kv_a_proj_with_mqa, weights.kv_a_proj_with_mqa_bias)
     latent, key_rope = cached.split((cached.shape[-1] - 2 * pairs, 2 * pairs), dim=-1)
+    rotation = Rotation.of(weights.inv_freq, length, geometry.attention_factor)
+    key_rope = rotation.apply(key_rope)
+    if weights.code is not None:
+        latent, key_rope = as_cached(geometry, weights.code, latent, key_rope)
     expanded = torch.nn.functional.linear(latent, weights.kv_b_proj).unflatten(-1, (heads, nope + v_dim))
     k_nope, values = expanded.transpose(0, 1).split((nope, v_dim), dim=-1)
-
-    rotation = Rotation.of(weights.inv_freq, length, geometry.attention_factor)
-    shared = rotation.apply(key_rope).expand(heads, -1, -1)
+    shared = key_rope.expand(heads, -1, -1)
     queries = torch.cat((q_nope, rotation.apply(q_rope)), dim=-1)
     return window_attention(geometry, queries, torch.cat((k_nope, shared), dim=-1), values, weights.sinks)
 

@@ -14,13 +14,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from modeling_mla.cache_mla import LatentCache
+from modeling_mla.configuration_mla import is_coded
+from modeling_mla.transformers_seams_mla import cache_argument
+
 from ..checkpoint.reader import TensorReader
 from ..sources import SourceModel
 from ..sources.stored_linear import StoredLinear
 
 
 class StreamedModel:
-    """Computes in float32, as the model would if it were loaded whole.
+    """Computes in float32, as the model would if it were loaded whole; attention reads a coded cache where it has one.
 
     Args:
         family: names the layers, the embedding and the head.
@@ -64,7 +68,12 @@ class StreamedModel:
         module = self._layers[layer]
         args, kwargs = self._calls[layer]
         with self._loaded(module, self._prefix(layer)):
-            yield lambda states: module(states, *args, **kwargs)
+            yield lambda states: module(states, *args, **kwargs | self._cache())
+
+    def _cache(self) -> dict[str, Any]:
+        """What a window is cached in, as an argument of a layer; nothing where caching changes nothing."""
+        config = self._model.config
+        return cache_argument(LatentCache(config=config)) if is_coded(config) else {}
 
     def attention(self, layer: int) -> nn.Module:
         """The attention of a layer, whose weights are there within `layer`."""

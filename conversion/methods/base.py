@@ -71,6 +71,8 @@ class Method(ABC):
     needs_calibration: ClassVar[bool]
     lossless: ClassVar[bool] = False
     """Whether the converted layer gives what the source's does, up to rounding."""
+    codes: ClassVar[bool] = False
+    """Whether :meth:`factorise` prepares a layer for few bits, as its budget says."""
     allocates: ClassVar[bool] = False
     """Whether :meth:`allocate` moves ranks, for which the sensitivity to every layer is measured first."""
 

@@ -63,7 +63,7 @@ class ConversionJob:
     @property
     def budgets(self) -> list[LayerBudget]:
         """The final ones, once they are allocated."""
-        return [LayerBudget(rank, rotary) for rank, rotary in self.work.journal.budgets]
+        return [LayerBudget(*budget) for budget in self.work.journal.budgets]
 
     def source_weights(self, layer: int) -> AttentionWeights:
         """The attention of a source layer; in float32 for a method that measures, as statistics are taken so."""

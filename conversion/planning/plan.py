@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -12,8 +12,9 @@ from ..errors import BudgetError
 from ..layers import AttentionGeometry, LayerBudget
 from ..methods import Method, get_method
 from ..methods.base import TwoPassMethod
-from ..recipe import Recipe, cache_elements
+from ..recipe import Recipe, cache_elements, cache_share
 from ..sources import SourceModel
+from .coding import ByteBudget, coded, is_coded, whole_bytes
 from .costs import Costs, count_parameters, estimate_costs
 from .text_use import TextUse
 
@@ -26,6 +27,8 @@ SERVED_ROTARY_DIMS = (64, 32)
 @dataclass(frozen=True)
 class ConversionPlan:
     """What a conversion will do. Cache sizes are bytes a token over all layers, in ``dtype``.
+
+    A coded cache is compared with the source's in the type that the source keeps its own in.
 
     ``layers`` are the budgets by layer; a method that measures the text may move ranks between layers at an equal
     total. ``costs`` are estimates.
@@ -48,10 +51,7 @@ class ConversionPlan:
             "recipe": self.recipe.model_dump(mode="json"),
             "family": self.family,
             "dtype": str(self.dtype).removeprefix("torch."),
-            "layers": [
-                {"kv_lora_rank": layer.kv_lora_rank, "qk_rope_head_dim": layer.qk_rope_head_dim}
-                for layer in self.layers
-            ],
+            "layers": [asdict(layer) for layer in self.layers],
             "calibration_windows": self.windows,
             "calibration_window": self.window,
             "parameters": self.parameters,
@@ -71,6 +71,7 @@ class ConversionPlan:
             "family": f"{self.family}, {len(self.layers)} layers, {self.parameters / 1e6:.1f}M parameters",
             "method": self.recipe.method,
             "latent + rotary key": ", ".join(f"{rank} + {rotary}" for rank, rotary in sizes),
+            "kept in": self.kept_in,
             "cache, bytes a token": f"{self.source_cache_bytes} → {self.cache_bytes} ({ratio:.1%})",
             "weights written as": str(self.dtype).removeprefix("torch."),
             "calibration": f"{self.windows} windows of {self.window} tokens" if self.windows else "none needed",
@@ -80,6 +81,16 @@ class ConversionPlan:
         for name, value in rows.items():
             table.add_row(name, value)
         return table
+
+    @property
+    def kept_in(self) -> str:
+        """The type or the code of what is cached, for reports."""
+        kinds = sorted({(layer.latent_bits, layer.rope_bits) for layer in self.layers})
+        code = self.layers[0].code
+        if code is None:
+            return str(self.dtype).removeprefix("torch.")
+        bits = ", ".join(f"{latent} + {rope}" for latent, rope in kinds)
+        return f"{bits} bits, a scale a token for either; the first {code.exact_tokens} tokens as they are"
 
 
 def make_plan(recipe: Recipe, source: SourceModel) -> ConversionPlan:
@@ -92,7 +103,7 @@ def make_plan(recipe: Recipe, source: SourceModel) -> ConversionPlan:
     method = get_method(recipe.method)
     geometries = [source.geometry(layer) for layer in range(source.num_layers)]
     dtype = recipe.torch_dtype or source.dtype
-    budgets = _budgets(recipe, method, geometries, dtype.itemsize)
+    budgets = _budgets(recipe, method, geometries, source, dtype)
     text = TextUse.of(source, recipe.tokens if method.needs_calibration else 0, twice=isinstance(method, TwoPassMethod))
     return ConversionPlan(
         recipe=recipe,
@@ -102,26 +113,40 @@ def make_plan(recipe: Recipe, source: SourceModel) -> ConversionPlan:
         window=text.window,
         windows=text.windows,
         parameters=count_parameters(source),
-        source_cache_bytes=source.cache_bytes_per_token(dtype),
-        cache_bytes=sum(budget.cache_elements for budget in budgets) * dtype.itemsize,
+        source_cache_bytes=source.cache_bytes_per_token(dtype if budgets[0].code is None else None),
+        cache_bytes=sum(budget.cache_bytes(dtype.itemsize) for budget in budgets),
         costs=estimate_costs(source, dtype, text, weighed=method.allocates and recipe.leaves_ranks),
     )
 
 
-def _budgets(recipe: Recipe, method: Method, geometries: list[AttentionGeometry], itemsize: int) -> list[LayerBudget]:
+def _budgets(
+    recipe: Recipe, method: Method, geometries: list[AttentionGeometry], source: SourceModel, dtype: torch.dtype
+) -> list[LayerBudget]:
     rank, rotary = recipe.kv_lora_rank, recipe.qk_rope_head_dim
-    if rank is not None and rotary is not None and recipe.cache is None:
+    fixed = all(method.smallest(geometry) == method.largest(geometry) for geometry in geometries)
+    cache = recipe.cache or ("100%" if fixed else DEFAULT_COMPRESSION)
+    pinned = rank is not None and rotary is not None and recipe.cache is None
+    share = None if pinned else cache_share(cache, source.cache_bytes_per_token())
+    in_bits = is_coded(recipe, method, share)
+    if in_bits and share is not None:
+        if share > 1:
+            raise BudgetError(f"a cache of {cache} is more than the source's; ask for 100% or less.")
+        bytes_a_value = share * source.cache_bytes_per_token() / sum(geometry.cache_elements for geometry in geometries)
+        limits = [int(bytes_a_value * geometry.cache_elements) for geometry in geometries]
+        budgets = ByteBudget(recipe, method, cache, dtype.itemsize).spent(geometries, limits)
+    elif rank is not None and rotary is not None and recipe.cache is None:
         budgets = [LayerBudget(rank, rotary)] * len(geometries)
     else:
-        fixed = all(method.smallest(geometry) == method.largest(geometry) for geometry in geometries)
-        cache = recipe.cache or ("100%" if fixed else DEFAULT_COMPRESSION)
         budgets = [
             _budget(recipe, method, geometry, elements, cache)
-            for geometry, elements in zip(geometries, cache_elements(cache, geometries, itemsize), strict=True)
+            for geometry, elements in zip(geometries, cache_elements(cache, geometries, dtype.itemsize), strict=True)
         ]
     # A width that the user names is for the layers that rotate.
     layers = zip(geometries, budgets, strict=True)
-    budgets = [budget if geometry.rotary_dim else LayerBudget(budget.kv_lora_rank, 0) for geometry, budget in layers]
+    budgets = [budget if geometry.rotary_dim else replace(budget, qk_rope_head_dim=0) for geometry, budget in layers]
+    if in_bits and share is None and recipe.latent_bits is not None:
+        budgets = [coded(budget, recipe.latent_bits) for budget in budgets]
+        budgets = budgets if rank is not None else [whole_bytes(budget) for budget in budgets]
     for layer, (geometry, budget) in enumerate(zip(geometries, budgets, strict=True)):
         _check(method, geometry, budget, layer)
     return budgets

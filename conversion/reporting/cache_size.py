@@ -16,7 +16,7 @@ import torch
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.cache_utils import get_layer_types_and_kwargs
 
-from modeling_mla.configuration_mla import latent_widths
+from modeling_mla.configuration_mla import is_coded, latent_widths
 
 from ..errors import SourceError, first_line
 
@@ -127,7 +127,7 @@ def cache_memory(config: PreTrainedConfig) -> CacheMemory:
         SourceError: it has a field missing or a kind of layer whose cache is not known.
     """
     text = config.get_text_config(decoder=True)
-    dtype = text.dtype if isinstance(text.dtype, torch.dtype) else torch.bfloat16
+    dtype = _dtype(text)
     layers = [text.per_layer_config[index] for index in range(text.num_hidden_layers)]
     kv_heads = 1
     try:
@@ -142,6 +142,10 @@ def cache_memory(config: PreTrainedConfig) -> CacheMemory:
     else:
         attention, kv_heads = "keys and values", max(map(_kv_heads, layers))
     return CacheMemory(attention, len(layers), heads, kv_heads, dtype, parts)
+
+
+def _dtype(config: Any) -> torch.dtype:
+    return config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
 
 
 def _growing(tokens: int) -> int:
@@ -193,13 +197,18 @@ def _attention(config: Any, index: int, entries: Callable[[int], int]) -> CacheP
         per_head = 2 * head_dim
         grouped, expanded = min(GROUPED_HEADS, heads) * per_head, heads * per_head
         return CachePart("keys and values", kv_heads * per_head, entries, grouped, expanded)
+    code = config.layer_latent_code(index) if is_coded(config) else None
     rank, rotary = latent_widths(config, index)
     if not (getattr(config, "no_rope_layers", None) or [1] * (index + 1))[index]:
         rotary = 0
     # The value is as wide as the un-rotated key where the configuration names no width (MiniCPM3).
     value = layer.v_head_dim or layer.hidden_size // heads
     per_head = layer.qk_nope_head_dim + layer.qk_rope_head_dim + value
-    return CachePart("latents", rank + rotary, entries, min(GROUPED_HEADS, heads) * per_head, heads * per_head)
+    grouped, expanded = min(GROUPED_HEADS, heads) * per_head, heads * per_head
+    if code is None:
+        return CachePart("latents", rank + rotary, entries, grouped, expanded)
+    itemsize = _dtype(config).itemsize
+    return CachePart("coded latents", code.nbytes, entries, grouped * itemsize, expanded * itemsize, itemsize=1)
 
 
 def _has_indexer(config: Any, index: int) -> bool:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import io
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from modeling_mla.latent_code_mla import EXACT
 
 from ..checkpoint.atomic import write_json, write_text
 from ..checkpoint.location import Location
@@ -46,11 +48,7 @@ class Report:
         recipe["calibration"] = calibration_name(recipe["calibration"])
         del recipe["output"], recipe["statistics"]
         layers = [
-            {
-                "kv_lora_rank": budget.kv_lora_rank,
-                "qk_rope_head_dim": budget.qk_rope_head_dim,
-                "attention_output_error": error,
-            }
+            asdict(budget) | {"attention_output_error": error}
             for budget, error in zip(self.budgets, self.errors, strict=True)
         ]
         estimates = [name for name in plan if name.startswith("estimated_")]
@@ -72,7 +70,9 @@ class Report:
             table.add_column(column, justify="right")
         for layer, (budget, error) in enumerate(zip(self.budgets, self.errors, strict=True)):
             shown = "-" if error is None else f"{error:.4f}"
-            table.add_row(str(layer), str(budget.kv_lora_rank), str(budget.qk_rope_head_dim), shown)
+            widths = ((budget.kv_lora_rank, budget.latent_bits), (budget.qk_rope_head_dim, budget.rope_bits))
+            parts = (f"{width}" if bits == EXACT else f"{width} in {bits} bits" for width, bits in widths)
+            table.add_row(str(layer), *parts, shown)
         return table
 
 
@@ -130,6 +130,7 @@ def _summary_table(verification: Verification) -> Table:
     for column in ("", "source", "converted"):
         table.add_column(column, justify="left" if not column else "right")
     table.add_row("cache, bytes a token", str(v.cache_bytes_per_token_source), str(v.cache_bytes_per_token))
+    table.add_row(f"bytes held for {v.window} tokens", "", str(v.cache_bytes_held))
     table.add_row("perplexity", f"{v.perplexity_source:.3f}", f"{v.perplexity:.3f}")
     table.add_row("KL to the source, nats a token", "", f"{v.kl:.4f}")
     table.add_row("same most likely token", "", f"{v.top1_agreement:.1%}")

@@ -145,8 +145,9 @@ class SourceModel(StoredModel):
             )
         return inv_freq
 
-    def cache_bytes_per_token(self, dtype: torch.dtype) -> int:
-        """Bytes that all layers of the source together cache for one token."""
+    def cache_bytes_per_token(self, dtype: torch.dtype | None = None) -> int:
+        """Bytes that all layers cache for one token; None is the source's own type, for a GGUF bfloat16."""
+        dtype = dtype or (self.dtype if self.location.gguf_file is None else torch.bfloat16)
         return sum(self.geometry(layer).cache_elements for layer in range(self.num_layers)) * dtype.itemsize
 
     def attention(self, layer: int, dtype: torch.dtype | None = None) -> AttentionWeights:

@@ -45,11 +45,12 @@ def converted_config(
         dtype: of the weights.
         family_fields: what the family has beside the common fields.
     """
-    ranks, rows, long_rows, biased = [], [], [], set()
+    ranks, rows, long_rows, codes, biased = [], [], [], [], set()
     nope_dims, v_head_dims = [], set()
     for geometry, weights in zip(geometries, layers, strict=True):
         ranks.append(weights.kv_b_proj.shape[1])
         rows.append(weights.inv_freq.float().tolist())
+        codes.append(None if weights.code is None else weights.code.to_dict())
         biased |= {name for name in BIASES if getattr(weights, name) is not None}
         if geometry.long_inv_freq is not None:
             long_rows.append(long_frequencies(weights.inv_freq, geometry.inv_freq, geometry.long_inv_freq).tolist())
@@ -66,7 +67,8 @@ def converted_config(
     alike = all(row == rows[0] for row in rows) and all(row == long_rows[0] for row in long_rows)
     shared = alike and one_factor
     # Where a class has one, a default would stand for it.
-    family_fields = ({"attention_bias": False} if hasattr(mla_class, "attention_bias") else {}) | family_fields
+    fields = {"attention_bias": False, "latent_bias": "kv_a_proj_with_mqa_bias" in biased}
+    family_fields = {name: value for name, value in fields.items() if hasattr(mla_class, name)} | family_fields
     return mla_class(
         **_body(source, mla_class),
         architectures=[mla_class.__name__.removesuffix("Config") + "ForCausalLM"],
@@ -90,6 +92,7 @@ def converted_config(
         kv_a_bias="kv_a_proj_with_mqa_bias" in biased,
         o_bias="o_proj_bias" in biased,
         latent_norm="identity",
+        latent_code=codes if any(code != codes[0] for code in codes) else codes[0],
         **family_fields,
     )
 

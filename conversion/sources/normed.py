@@ -81,8 +81,10 @@ class NormedSource(SourceModel):
         prefix = self.layer_prefix.format(layer=layer) + self.attention_prefix
         by_head = tensors.pop(f"{prefix}q_proj.weight").unflatten(0, (self.config.num_attention_heads, -1))
         tensors[f"{prefix}q_head_proj.weight"] = by_head.contiguous()
-        for name in ("q_proj.bias", "kv_a_proj_with_mqa.bias"):
-            tensors.pop(prefix + name, None)
+        # The source's attention_bias stands for that of its own projections.
+        tensors.pop(f"{prefix}q_proj.bias", None)
+        if not config.latent_bias:
+            tensors.pop(f"{prefix}kv_a_proj_with_mqa.bias", None)
         return tensors
 
     @override

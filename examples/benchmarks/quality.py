@@ -1,4 +1,7 @@
-"""Perplexity against cache size: conversion methods times budgets on one model.
+"""Perplexity against the bytes of the cache: conversion methods times budgets on one model.
+
+A budget is a share of the source's bytes, which `mla convert` spends on values and bits, with ``--bits 16`` on values
+alone. A row tells what its cache holds for a window of the held-out texts, all included.
 
 Every method calibrates once for all its budgets. Rows that the output already holds are kept, so a stopped benchmark
 goes on with the same command. Writes ``quality.json``, ``quality.md`` and ``quality.png``.
@@ -37,7 +40,7 @@ from conversion.progress import counting, shown_progress
 from conversion.recipe import DEFAULT_TOKENS, make_recipe
 from conversion.sources import SourceModel, open_source
 
-BUDGETS = "100%,75%,50%,37.5%,25%,12.5%"
+BUDGETS = "100%,75%,50%,37.5%,31%,25%,22%,15%,12.5%,8%,6.25%"
 PACKAGES = ("modeling-mla", "torch", "transformers")
 
 
@@ -70,7 +73,10 @@ def convert_and_score(
     return {
         "method": asked.method,
         "cache": asked.cache,
-        "cache_share": held_out.cache_bytes_per_token / held_out.cache_bytes_per_token_source,
+        "asked_bits": asked.latent_bits,
+        "cache_share": held_out.cache_bytes_held / (held_out.window * held_out.cache_bytes_per_token_source),
+        "latent_bits": sum(layer.latent_bits for layer in layers) / len(layers),
+        "rope_bits": sum(layer.rope_bits for layer in layers) / len(layers),
         "qk_rope_head_dim": sum(layer.qk_rope_head_dim for layer in layers) / len(layers),
         "kv_lora_rank": sum(layer.kv_lora_rank for layer in layers) / len(layers),
         "perplexity": found,
@@ -92,11 +98,12 @@ def markdown(result: dict[str, Any]) -> str:
         + ". KL to the source and equal most likely tokens are on the held-out default texts. Seconds are "
         "of the conversion with its verification; those of a method's first row include its calibration.",
         "",
-        "| method | cache | rotary + latent | perplexity | x source | KL | top-1 | seconds |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| method | cache | rotary + latent | bits | perplexity | x source | KL | top-1 | seconds |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     lines += [
         f"| {row['method']} | {row['cache_share']:.1%} | {row['qk_rope_head_dim']:g} + {row['kv_lora_rank']:g} | "
+        f"{row['rope_bits']:g} + {row['latent_bits']:g} | "
         f"{row['perplexity']:.2f} | {row['perplexity'] / base:.3f} | {row['held_out_kl']:.3f} | "
         f"{row['held_out_top1_agreement']:.1%} | {row['seconds_to_convert']:.0f} |"
         for row in result["rows"]
@@ -105,12 +112,14 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def plot(result: dict[str, Any]) -> Figure:
-    """Perplexity over the cache's share, one line a method."""
+    """Perplexity over the cache's share, one line a method, and one where it was to spend bytes on values alone."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    for method in dict.fromkeys(row["method"] for row in result["rows"]):
-        rows = sorted((row for row in result["rows"] if row["method"] == method), key=lambda row: row["cache_share"])
-        axes.plot([100 * row["cache_share"] for row in rows], [row["perplexity"] for row in rows], "o-", label=method)
+    for method, bits in dict.fromkeys((row["method"], row["asked_bits"]) for row in result["rows"]):
+        own = (row for row in result["rows"] if (row["method"], row["asked_bits"]) == (method, bits))
+        rows = sorted(own, key=lambda row: row["cache_share"])
+        label = method if bits is None else f"{method}, {bits} bits"
+        axes.plot([100 * row["cache_share"] for row in rows], [row["perplexity"] for row in rows], "o-", label=label)
     axes.axhline(result["perplexity_source"], color="black", linestyle=":", label="source")
     axes.set_yscale("log")
     axes.set_xlabel("cache, % of the source's")
@@ -134,6 +143,7 @@ def main(
     text: Annotated[Path, typer.Option(help="The text to report on.")],
     methods: Annotated[str, typer.Option(help="Separated by commas.")] = ",".join(METHODS),
     budgets: Annotated[str, typer.Option(help="Separated by commas; what a method cannot meet is left out.")] = BUDGETS,
+    bits: Annotated[int | None, typer.Option(help="As for mla convert. [default: chosen with the values]")] = None,
     calibration: Annotated[str | None, typer.Option(help="As for mla convert. [default: a shipped mix]")] = None,
     tokens: Annotated[int, typer.Option(help="Of calibration text.")] = DEFAULT_TOKENS,
     windows: Annotated[int, typer.Option(help="Of 1024 tokens, from the start of the text.")] = 32,
@@ -152,16 +162,17 @@ def main(
         raise typer.BadParameter(f"{file} holds rows of other settings; choose another folder.")
     content = text.read_text(encoding="utf-8")
     ids = text_windows(content, text.name, source.location.tokenizer(), window_length(source), windows)
-    done = {(row["method"], row["cache"]) for row in result["rows"]}
+    done = {(row["method"], row["cache"], row["asked_bits"]) for row in result["rows"]}
     with shown_progress() as progress:
         if "perplexity_source" not in result:
             with counting(progress, "source", len(ids)) as step:
                 result["perplexity_source"] = perplexity(load_model(source.location), ids, step)
         for method in methods.split(","):
             recipe = {"method": method, "calibration": calibration, "tokens": tokens, "seed": seed}
+            recipe["latent_bits"] = bits
             recipe["statistics"] = statistics = results / f"statistics-{method}"
             for cache in budgets.split(","):
-                if (method, cache) in done:
+                if (method, cache, bits) in done:
                     continue
                 with tempfile.TemporaryDirectory(dir=results, prefix=".checkpoint-") as work:
                     try:

@@ -111,7 +111,13 @@ def test_weights_that_are_not_finite(tmp_path: Path, output: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "fragments"),
     [
-        (("--cache", "10%"), ("10% is 6 values", "ask for", "or more")),
+        (("--cache", "10%", "--bits", "16"), ("10% is 6 values", "ask for", "or more")),
+        (("--cache", "2%"), ("2% is 10 bytes a token in layer 0", "times as much or more")),
+        (("--cache", "3%", "--kv-lora-rank", "40"), ("kv_lora_rank 40", "a cache of 3%", "leave out")),
+        (("--bits", "7"), ("latent_bits is", "7", "known are 2, 3, 4, 5, 6, 8, 16")),
+        (("--bits", "4", "--method", "mha2mla"), ("mha2mla", "4 bits", "--method attention_aware")),
+        (("--bits", "4", "--method", "exact"), ("exact", "4 bits", "--method attention_aware")),
+        (("--bits", "4", "--uniform"), ("engines", "4 bits", "leave out --uniform or --latent-bits")),
         (("--cache", "120%"), ("120%", "the source's 64", "100% or less")),
         (("--cache", "65"), ("65 values", "the source's 64")),
         (("--cache", "90KB"), ("90KB", "more than the source's 64")),

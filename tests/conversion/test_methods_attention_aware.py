@@ -171,6 +171,17 @@ def test_allocation_keeps_the_total_and_favours_the_layer_that_harms_more():
     assert [budget.qk_rope_head_dim for budget in moved] == [8, 8]
 
 
+def test_allocation_of_coded_layers_keeps_the_bytes():
+    geometry, weights = naive.random_layer(heads=9, kv_heads=3, head_dim=16, rotary_dim=16, dtype=torch.float32)
+    statistics, _, _ = measured(geometry, weights)
+    budgets = [LayerBudget(32, 8, 6, 8)] * 3
+    moved = METHOD.allocate([geometry] * 3, budgets, [statistics] * 3, [weights] * 3, [0.1, 0.5, 0.1])
+    assert moved[1].kv_lora_rank > moved[0].kv_lora_rank
+    assert sum(budget.cache_bytes(2) for budget in moved) == sum(budget.cache_bytes(2) for budget in budgets)
+    assert all(budget.kv_lora_rank % 8 == 0 for budget in moved)
+    assert {(budget.qk_rope_head_dim, budget.latent_bits, budget.rope_bits) for budget in moved} == {(8, 6, 8)}
+
+
 def _double(layer):
     from dataclasses import fields, replace
 

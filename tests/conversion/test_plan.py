@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,14 @@ from tiny_source import LAYERS, save_source
 
 from conversion.errors import BudgetError
 from conversion.layers import AttentionGeometry, LayerBudget
+from conversion.planning.coding import candidate_bits, expected_loss
 from conversion.planning.plan import ConversionPlan, make_plan
 from conversion.recipe import cache_elements, make_recipe
 from conversion.sources import open_source
+from modeling_mla.latent_code_mla import LatentCode
 
+WIDE_ELEMENTS = 256
+"""Of a wider one, 2 kv heads of 64."""
 SOURCE_ELEMENTS = 64
 """Of the tiny source in a layer: 2 kv heads of 16, keys and values."""
 
@@ -25,6 +30,18 @@ SOURCE_ELEMENTS = 64
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_source(tmp_path_factory.mktemp("plan") / "source", dtype=torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("plan") / "wide"
+    return save_source(folder, dtype=torch.bfloat16, hidden_size=128, head_dim=64)
+
+
+def shown(plan: ConversionPlan) -> str:
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(plan.table("title"))
+    return console.export_text()
 
 
 def planned(source: Path, **recipe: Any) -> ConversionPlan:
@@ -63,7 +80,7 @@ def test_budget_above_one_layers_size_names_the_layer() -> None:
 
 @pytest.mark.parametrize("share", [40, 50, 75, 100])
 def test_cache_is_the_share_asked_for(share: int, source: Path) -> None:
-    plan = planned(source, cache=f"{share}%")
+    plan = planned(source, cache=f"{share}%", latent_bits=16)
     assert plan.source_cache_bytes == LAYERS * SOURCE_ELEMENTS * 2
     assert plan.cache_bytes == LAYERS * int(SOURCE_ELEMENTS * share / 100) * 2
     assert all(layer.cache_elements == int(SOURCE_ELEMENTS * share / 100) for layer in plan.layers)
@@ -89,6 +106,90 @@ def test_defaults_are_half_for_compression_and_all_for_the_exact_form(source: Pa
 )
 def test_pinned_ranks(pins: dict[str, Any], budget: LayerBudget, source: Path) -> None:
     assert set(planned(source, **pins).layers) == {budget}
+
+
+@pytest.mark.parametrize(
+    ("cache", "bits"),
+    [("40%", (5, 8)), ("31%", (5, 6)), ("22%", (4, 6)), ("15%", (3, 5)), ("12.5%", (3, 5)), ("8%", (3, 5))],
+)
+def test_bytes_below_half_are_spent_on_values_and_bits(cache: str, bits: tuple[int, int], wide: Path) -> None:
+    plan = planned(wide, cache=cache)
+    share = float(cache.removesuffix("%")) / 100
+    assert {(layer.latent_bits, layer.rope_bits) for layer in plan.layers} == {bits}
+    assert len(set(plan.layers)) == 1
+    layer = plan.layers[0]
+    assert layer.cache_elements > 1.5 * share * WIDE_ELEMENTS
+    wider = replace(
+        layer, kv_lora_rank=layer.kv_lora_rank + layer.rank_step, qk_rope_head_dim=layer.qk_rope_head_dim + 2
+    )
+    for budget, fits in ((layer, True), (wider, False)):
+        # Whatever a cache of 1,024 tokens holds counts.
+        first = (LatentCode.exact_tokens + 1) * budget.cache_elements * 2
+        held = LAYERS * (budget.cache_bytes(2) * 1024 + first)
+        assert (held <= share * plan.source_cache_bytes * 1024) == fits
+    assert plan.cache_bytes == LAYERS * layer.cache_bytes(2)
+    assert layer.kv_lora_rank % layer.rank_step == 0
+    assert plan.as_json()["layers"][0]["latent_bits"] == bits[0]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"cache": "50%"},
+        {"cache": "75%"},
+        {"cache": "96"},
+        {"cache": "25%", "latent_bits": 16},
+        {"cache": "25%", "uniform": True},
+        {"cache": "25%", "method": "mha2mla"},
+        {"kv_lora_rank": 32, "qk_rope_head_dim": 16},
+        {},
+    ],
+    ids=str,
+)
+def test_what_is_not_coded(options: dict[str, Any], wide: Path) -> None:
+    plan = planned(wide, **options)
+    assert all(layer.code is None for layer in plan.layers)
+    assert plan.cache_bytes == sum(layer.cache_elements for layer in plan.layers) * 2
+    assert shown(plan).count("bfloat16") == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "budget"),
+    [
+        ({"cache": "192B"}, LayerBudget(96, 32, 3, 5)),
+        ({"cache": "96", "latent_bits": 4}, LayerBudget(72, 24, 4, 6)),
+        ({"cache": "96", "latent_bits": 8}, LayerBudget(72, 24, 8, 8)),
+        ({"kv_lora_rank": 50, "qk_rope_head_dim": 16, "latent_bits": 5}, LayerBudget(50, 16, 5, 8)),
+        ({"cache": "12.5%", "latent_bits": 6}, LayerBudget(56, 20, 6, 6)),
+        ({"cache": "12.5%", "kv_lora_rank": 100}, LayerBudget(100, 24, 3, 6)),
+        ({"cache": "12.5%", "qk_rope_head_dim": 20}, LayerBudget(112, 20, 3, 6)),
+        ({"cache": "12.5%", "kv_lora_rank": 50, "qk_rope_head_dim": 20}, LayerBudget(50, 20, 5, 8)),
+    ],
+    ids=str,
+)
+def test_pins_and_bits(options: dict[str, Any], budget: LayerBudget, wide: Path) -> None:
+    plan = planned(wide, **options)
+    assert set(plan.layers) == {budget}
+    code = budget.code
+    assert code is not None
+    assert plan.cache_bytes == LAYERS * code.nbytes
+    assert f"{budget.latent_bits} + {budget.rope_bits} bits" in shown(plan)
+
+
+def test_coded_bytes_are_of_the_sources_own_type(wide: Path) -> None:
+    half, full = planned(wide, cache="12.5%"), planned(wide, cache="12.5%", dtype="float32")
+    assert half.source_cache_bytes == full.source_cache_bytes == LAYERS * WIDE_ELEMENTS * 2
+    assert 0.9 * half.cache_bytes <= full.cache_bytes <= half.cache_bytes
+
+
+def test_losses_that_a_plan_expects_fall_with_bytes_and_bits() -> None:
+    shares = [0.1, 0.2, 0.5, 0.9, 1.0]
+    for bits in candidate_bits(None):
+        losses = [expected_loss(share, *bits) for share in shares]
+        assert losses == sorted(losses, reverse=True)
+    assert expected_loss(0.5, 4, 6) > expected_loss(0.5, 5, 6) > expected_loss(0.5, 5, 8) > 0
+    assert expected_loss(1, 16, 16) == 0
+    assert {latent for latent, _ in candidate_bits(3)} == {3}
 
 
 def test_window_is_not_longer_than_the_context(source: Path) -> None:

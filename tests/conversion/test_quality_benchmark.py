@@ -73,11 +73,29 @@ def test_table_picture_and_one_calibration_a_method(
     assert (tmp_path / "quality.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["quality.json", "quality.md", "quality.png"]
 
+    assert (found["rows"][2]["latent_bits"], found["rows"][2]["rope_bits"]) == (16, 16)
+
     # What is there is kept, and rows of other settings are not mixed in.
     again = benchmark(folder, tmp_path, "--methods", "exact,transmla", "--budgets", "100%,50%", "--json")
     assert json.loads(again.stdout) == found
     assert measured == 2 * 3
     assert "other settings" in benchmark(folder, tmp_path, "--seed", "1").output
+
+
+def test_budgets_are_bytes_whatever_they_are_spent_on(folder: Path, tmp_path: Path) -> None:
+    options = ["--methods", "attention_aware", "--budgets", "30%", "--json"]
+    for bits in ([], ["--bits", "16"]):
+        finished = benchmark(folder, tmp_path, *options, *bits)
+        assert finished.exit_code == 0, finished.output
+    coded, plain = json.loads(finished.stdout)["rows"]
+    assert (coded["asked_bits"], plain["asked_bits"]) == (None, 16)
+    assert coded["latent_bits"] < 16 == plain["latent_bits"]
+    assert coded["kv_lora_rank"] > 1.5 * plain["kv_lora_rank"]
+    written = (tmp_path / "quality.md").read_text()
+    assert f"{coded['rope_bits']:g} + {coded['latent_bits']:g}" in written
+    # All that a window of 64 tokens holds: first tokens, which are as they are, take much of it.
+    assert 0.2 < coded["cache_share"] < 0.5
+    assert plain["cache_share"] == pytest.approx(0.3, abs=0.02)
 
 
 def test_perplexity_is_over_all_predicted_tokens(folder: Path) -> None:

@@ -5,13 +5,14 @@
 3. What lost its rotation keeps its mean rotation, for every query head and pair a complex constant.
 4. One latent (`joint_latent`) for those keys and the values together.
 5. Ranks by layer (`allocation`), by what the loss of each layer alone does to the model's predictions.
-6. The output projection refitted (`value_ridge`), one layer after the other, in the model converted so far.
+6. Where the cache is coded, the latent and the rotary key made fit for few bits (`coded_channels`).
+7. The output projection refitted (`value_ridge`), one layer after the other, in the model converted so far.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,6 +34,7 @@ from ..rotary_pca import (
     unexplained_energy,
 )
 from .allocation import allocate_ranks, near_median
+from .coded_channels import latent_rounding, latent_variances, prepared, rotary_loss
 from .joint_latent import JointLatent, centred, joint_latent, latent_spectrum, latent_targets
 from .value_ridge import ValueRidge
 
@@ -65,6 +67,8 @@ class _Measured:
     """``R_h [H, d, d]``: what stands for the rotation of a head's keys where they lose it"""
     rotary_weight: Tensor
     """``[n_kv, pairs]``: energy that the mean rotation leaves unexplained"""
+    query_moment: Tensor
+    """``Q_h [H, d, d]``: weighted second moments of the queries"""
     key_metric: Tensor
     """``M_K [n_kv, d, d] = sum_h R_h^T Q_h R_h``: second moments of the queries as they meet un-rotated keys"""
     value_metric: Tensor
@@ -92,6 +96,7 @@ class _Measured:
             mean=statistics["mean"].double() / tokens,
             mean_rotation=rotation,
             rotary_weight=over_group(unexplained_energy(energy, rho)),
+            query_moment=query_moment,
             key_metric=over_group(rotation.mT @ query_moment @ rotation),
             value_metric=over_group(gram) / tokens,
         )
@@ -114,6 +119,7 @@ class AttentionAwareMethod(Method):
     name = "attention_aware"
     source = "this project"
     needs_calibration = True
+    codes = True
     allocates = True
 
     @override
@@ -160,23 +166,27 @@ class AttentionAwareMethod(Method):
     ) -> list[LayerBudget]:
         """Moves ranks to where the next one saves most, if what the predictions lose goes with what the latent does.
 
-        What it loses is the tail of the layer's spectrum; its unit is fixed by the sensitivity at the planned rank.
+        What it loses is the tail of the layer's spectrum, and what rounding costs; its unit is fixed by the sensitivity
+        at the planned rank. Ranks move in steps of whole bytes, so that the sum of bytes stays.
         """
-        spectra, rates = [], []
+        saved, rates = [], []
         layers = zip(geometries, budgets, statistics, weights, sensitivity, strict=True)
         for geometry, budget, sums, layer, change in layers:
             measured = _Measured.of(geometry, layer, sums)
             targets, _ = self._targets(measured, self._rotary_key(geometry, measured, budget), geometry)
-            spectrum, _ = latent_spectrum(targets, measured.coded_moment)
-            spectrum = spectrum / _residual_power(sums)
-            spectra.append(spectrum)
-            rates.append(max(change, 0.0) / float(spectrum[budget.kv_lora_rank :].sum().clamp_min(1e-30)))
+            spectrum, vectors = latent_spectrum(targets, measured.coded_moment)
+            variances = latent_variances(vectors.mT @ targets, measured.coded_moment)
+            unit = _residual_power(sums)
+            spectrum, rounded = spectrum / unit, latent_rounding(variances, budget.latent_bits) / unit
+            saved.append(spectrum - rounded.diff())
+            lost = spectrum[budget.kv_lora_rank :].sum() + rounded[budget.kv_lora_rank]
+            rates.append(max(change, 0.0) / float(lost.clamp_min(1e-30)))
         largest = max(geometry.cache_elements - geometry.head_dim for geometry in geometries)
-        total = sum(budget.kv_lora_rank for budget in budgets)
         smallest = min(SMALLEST_RANK, min(budget.kv_lora_rank for budget in budgets))
-        gains = [rate * spectrum for rate, spectrum in zip(near_median(rates, RATE_SPREAD), spectra, strict=True)]
-        ranks = allocate_ranks(gains, total, smallest, largest)
-        return [LayerBudget(rank, budget.qk_rope_head_dim) for rank, budget in zip(ranks, budgets, strict=True)]
+        gains = [rate * by_rank for rate, by_rank in zip(near_median(rates, RATE_SPREAD), saved, strict=True)]
+        total, step = sum(budget.kv_lora_rank for budget in budgets), max(budget.rank_step for budget in budgets)
+        ranks = allocate_ranks(gains, total, smallest, largest, step)
+        return [replace(budget, kv_lora_rank=rank) for rank, budget in zip(ranks, budgets, strict=True)]
 
     @override
     def factorise(
@@ -191,7 +201,11 @@ class AttentionAwareMethod(Method):
         rotary = self._rotary_key(geometry, measured, budget)
         targets, plain_units = self._targets(measured, rotary, geometry)
         latent = joint_latent(targets, plain_units, measured.coded_moment, budget.kv_lora_rank)
-        return _assemble(geometry, weights, measured, rotary, latent)
+        converted = _assemble(geometry, weights, measured, rotary, latent)
+        if budget.code is None:
+            return converted
+        loss = KEY_GAIN**2 * rotary_loss(geometry, measured.query_moment, rotary)
+        return prepared(geometry, converted, budget, measured.moment, loss, centre=constants_cancel(geometry, weights))
 
     @override
     def refit(self, geometry: AttentionGeometry, weights: AttentionWeights, converted: MLAWeights) -> LayerRefit:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import astuple
+
 from ..job import ConversionJob
 from ..lazy_layers import LazyLayers
 
@@ -14,4 +16,4 @@ def allocate(job: ConversionJob) -> None:
         weights = LazyLayers(total, job.source_weights)
         sensitivity = job.work.journal.sensitivity
         budgets = job.method.allocate(job.geometries, budgets, statistics, weights, sensitivity)
-    job.work.journal.budgets = [(budget.kv_lora_rank, budget.qk_rope_head_dim) for budget in budgets]
+    job.work.journal.budgets = [astuple(budget) for budget in budgets]
