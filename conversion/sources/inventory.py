@@ -7,6 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from modeling_mla.attention_mla import layer_window
+
 from ..checkpoint.json_fields import FLOATS
 from ..checkpoint.reader import TensorReader
 from ..errors import SourceError
@@ -44,11 +46,12 @@ def refuse_unfit(name: str, config: PreTrainedConfig, head_dim: int, kv_heads: i
             f"{name} has use_bidirectional_attention: its tokens attend to later ones, of which there are none in a "
             "cache; give a model that generates."
         )
-    window = getattr(config, "sliding_window", None)
-    if window is not None and window < 1:
+    # A configuration may name one that no layer has.
+    windows = {layer_window(config, layer) for layer in range(config.num_hidden_layers)}
+    if any(window is not None and window < 1 for window in windows):
         raise SourceError(
-            f"{name} has sliding_window {window}, with which a query does not even see itself; give its true size, or "
-            "remove it from the configuration."
+            f"{name} has sliding_window {config.sliding_window}, with which a query does not even see itself; give its "
+            "true size, or remove it from the configuration."
         )
     heads = config.num_attention_heads
     if heads % kv_heads:
