@@ -6,7 +6,7 @@ by which it loads and saves; here it is followed one tensor at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 
 import torch
@@ -56,6 +56,11 @@ class ModelReader(TensorReader):
     def rows(self, name: str, indices: Tensor) -> Tensor:
         parts = self._parts[name]
         return super().rows(name, indices) if parts[0][1] else self._stored.rows(parts[-1][0], indices)
+
+    @override
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        parts = self._parts[name]
+        return super().pieces(name) if parts[0][1] else self._stored.pieces(parts[-1][0])
 
     def _without_values(self, name: str) -> Tensor:
         stored = self._stored

@@ -15,6 +15,7 @@ from conversion.checkpoint import reader, writer
 from conversion.checkpoint.reader import SafetensorsReader
 from conversion.checkpoint.writer import ShardWriter
 from conversion.errors import ConversionError, SourceError, VerificationError
+from conversion.evaluation.reference import check_reference
 from conversion.recipe import make_recipe
 from conversion.sources import open_source
 
@@ -131,6 +132,15 @@ def test_what_is_no_attention_keeps_its_bytes(
     piece: int, narrow: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reader, "PIECE", piece)
+    in_memory: dict[str, int] = {}
+    sound = writer._sound
+
+    def noting(name, pieces, planned):
+        for part in sound(name, pieces, planned):
+            in_memory[name] = max(in_memory.get(name, 0), part.numel())
+            yield part
+
+    monkeypatch.setattr(writer, "_sound", noting)
     text = write_text(tmp_path / "text.txt")
     output = convert(narrow, tmp_path / "out", cache="75%", tokens=256, calibration=str(text)).output
     before, after = load_file(narrow / "model.safetensors"), load_file(output / "model.safetensors")
@@ -139,6 +149,7 @@ def test_what_is_no_attention_keeps_its_bytes(
     for name in kept:
         assert after[name].dtype == before[name].dtype
         assert torch.equal(after[name].view(torch.uint8), before[name].view(torch.uint8)), name
+        assert in_memory[name] == min(piece, before[name].numel())
 
 
 def test_a_type_that_is_asked_for_is_written(narrow: Path, tmp_path: Path) -> None:
@@ -165,6 +176,13 @@ def test_few_rows_of_the_embedding_are_read(tmp_path: Path, monkeypatch: pytest.
     expected = source.tensors.tensor(EMBEDDING)[ids].float()
     monkeypatch.setattr(SafetensorsReader, "tensor", lambda *_: pytest.fail("the whole table was read"))
     assert torch.equal(source.embed(ids), expected)
+
+
+def test_what_transformers_loads_is_compared_by_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_source(str(save_source(tmp_path / "source", dtype=torch.bfloat16)))
+    monkeypatch.setattr(reader, "PIECE", 1000)
+    monkeypatch.setattr(SafetensorsReader, "tensor", lambda *_: pytest.fail("a whole tensor was read"))
+    check_reference(source)
 
 
 @pytest.mark.parametrize("size", ["5", "0GB", "0.0MB", "-1GB", "5 gigabytes", "GB", "1e3GB"])
