@@ -18,9 +18,9 @@ PROCESS_BYTES = 1100 * 10**6
 """The interpreter with PyTorch and Transformers, and what its allocator holds back."""
 WHOLE_MODEL_BYTES = 2 * 10**9
 """A model that is no larger in float32 is loaded whole by the verification."""
-_WORK_OF_MEASURING = 1.7
+_WORK_OF_MEASURING = 2.1
 """Time of statistics and forward pass of a token, in units of the forward pass's products [measured]."""
-_WORK_OF_REFITTING = 2.4
+_WORK_OF_REFITTING = 2.9
 """The same of a token that the refit uses [measured]."""
 _WEIGHED = 2
 """How often more a layer's keys and values are decomposed, to be weighed and to be given a rank."""

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
 
+from ..checkpoint.paths import inside
+from ..errors import SourceError
 from ..forward.products import fast_float32
 
 _SIDE = 1024
@@ -70,11 +73,19 @@ def _seconds(run: Callable[[], object]) -> float:
 
 
 def _reading(folder: Path) -> float | None:
-    files = [file for pattern in ("*.safetensors", "*.gguf") for file in folder.glob(pattern) if file.is_file()]
-    largest = max(files, key=lambda file: file.stat().st_size, default=None)
+    largest = max(_weights(folder), key=lambda file: file.stat().st_size, default=None)
     if largest is None:
         return None
     start = time.perf_counter()
     with open(largest, "rb", buffering=0) as file:
         size = len(file.read(_READ))
     return size / (time.perf_counter() - start) if size else None
+
+
+def _weights(folder: Path) -> Iterator[Path]:
+    for pattern in ("*.safetensors", "*.gguf"):
+        for file in folder.glob(pattern):
+            # A link out of the folder is refused where weights are read for their values.
+            with suppress(SourceError):
+                if inside(folder, file.name).is_file():
+                    yield file

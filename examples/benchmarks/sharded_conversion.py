@@ -135,15 +135,16 @@ def main(
     rotary: Annotated[int, typer.Option(help="Width of the rotary key.")] = 64,
     tokens: Annotated[int, typer.Option(help="Of calibration text.")] = 4096,
     calibration: Annotated[str | None, typer.Option(help="As for mla convert. [default: a shipped mix]")] = None,
-    folder: Annotated[Path | None, typer.Option(help="Where source and result lie meanwhile.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="Where the source stays, or lies already.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print rows as JSON.")] = False,
 ) -> None:
     """Converts in a process of its own; see the module."""
     # The parent must stay small: a process inherits the peak of the one that starts it.
     single = ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1)
     with tempfile.TemporaryDirectory(dir=folder) as place, single as processes:
-        source = Path(place, "source")
-        processes.submit(save_model, model, hidden, layers, vocabulary, shard, source).result()
+        source = Path(folder or place, "source")
+        if not source.exists():
+            processes.submit(save_model, model, hidden, layers, vocabulary, shard, source).result()
         arguments = (source, Path(place, "out"), tokens, rank or hidden // 8, rotary, calibration)
         found = processes.submit(convert, *arguments).result()
     print_rows(rows_of(found), as_json)

@@ -37,6 +37,13 @@ def test_what_is_measured_is_a_speed(source: Path, tmp_path: Path) -> None:
     assert measure_speed(torch.device("cpu"), tmp_path).reading is None
 
 
+def test_no_file_elsewhere_is_read(source: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "model.safetensors").symlink_to(source / "model.safetensors")
+    assert measure_speed(torch.device("cpu"), folder).reading is None
+
+
 def test_products_are_counted_once_a_process(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = measure_speed(torch.device("cpu"), source)
     monkeypatch.setattr(probe, "_seconds", lambda _: pytest.fail("measured again"))
