@@ -122,8 +122,8 @@ def verify_checkpoint(
     first = next(iter(texts.values()))[0]
     steps = windows * source.num_layers + (STEPS if left_out is None else 0)
     with counting(progress, "verifying", steps) as step:
-        reference = StreamedModel(source, source.meta_model, lambda: source.held_tensors)
-        converted = StreamedModel(source, model, lambda: as_held(SafetensorsReader(folder), model))
+        reference = StreamedModel(source, source.meta_model, source.held_tensors)
+        converted = StreamedModel(source, model, as_held(SafetensorsReader(folder), model))
         scores, layer_errors = compare_models(reference, converted, source.num_layers, texts, step)
         _refuse_not_finite(scores, layer_errors, source.location.name, folder)
         whole = check_whole_model(location, source, first, step) if left_out is None else None

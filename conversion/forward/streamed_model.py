@@ -29,12 +29,11 @@ class StreamedModel:
     Args:
         family: names the layers, the embedding and the head.
         model: on the meta device; what it needs is put into it and taken out again.
-        open_weights: gives the reader of its tensors. It is called for every part, so that a reader which maps files
-            into memory may be let go.
+        weights: gives its tensors.
     """
 
-    def __init__(self, family: SourceModel, model: PreTrainedModel, open_weights: Callable[[], TensorReader]) -> None:
-        self._family, self._model, self._open = family, model.eval(), open_weights
+    def __init__(self, family: SourceModel, model: PreTrainedModel, weights: TensorReader) -> None:
+        self._family, self._model, self._weights = family, model.eval(), weights
         body: Any = model.base_model
         # On the meta device its frequencies have no values.
         body.rotary_emb = type(body.rotary_emb)(body.config)
@@ -55,7 +54,7 @@ class StreamedModel:
         tokens, places = windows.unique(return_inverse=True)
         embedding = self._model.get_input_embeddings()
         self._fill_buffers(embedding)
-        embedding.weight = _frozen(self._open().rows(self._family.embedding, tokens).float())
+        embedding.weight = _frozen(self._weights.rows(self._family.embedding, tokens).float())
         with self._final_norm(), self._other_layers(note):
             for row in places:
                 self._model.base_model(row[None], use_cache=False, return_dict=True)
@@ -82,7 +81,7 @@ class StreamedModel:
     @contextmanager
     def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
         """What makes logits ``[n, V]`` of hidden states ``[1, n, D]`` that leave the last layer."""
-        weights, family = self._open(), self._family
+        weights, family = self._weights, self._family
         original = self._model.get_output_embeddings()
         stored = weights.tensor(family.head if family.head in weights.names else family.embedding)
         self._model.set_output_embeddings(StoredLinear(stored))
@@ -112,8 +111,7 @@ class StreamedModel:
 
     @contextmanager
     def _loaded(self, module: nn.Module, prefix: str) -> Iterator[None]:
-        weights = self._open()
-        values = {name: weights.tensor(prefix + name).float() for name in module.state_dict()}
+        values = {name: self._weights.tensor(prefix + name).float() for name in module.state_dict()}
         module.load_state_dict(values, assign=True)
         module.requires_grad_(False)
         try:
