@@ -1,7 +1,9 @@
-"""How far a long step is, and how long it will still take: a bar on a terminal, now and then a line elsewhere."""
+"""How far a long step is, and what it took: a bar on a terminal, now and then a line elsewhere."""
 
 from __future__ import annotations
 
+import resource
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -55,3 +57,9 @@ def counting(progress: Progress, description: str, total: int, done: int = 0) ->
 def durations(progress: Progress) -> dict[str, float]:
     """Seconds of every step that `counting` has shown, in their order."""
     return {task.description: task.elapsed or 0.0 for task in progress.tasks}
+
+
+def peak_memory() -> int:
+    """The most bytes of memory that this process has had."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from modeling_mla.latent_code_mla import check_latent_bits
 
 from .checkpoint.paths import expanded
+from .checkpoint.writer import SHARD_SIZE
 from .devices.choice import AUTO, chosen_device
 from .errors import BudgetError, ConversionError, first_line
 from .layers import AttentionGeometry
@@ -21,6 +22,7 @@ from .layers import AttentionGeometry
 DtypeName = Literal["float32", "float16", "bfloat16"]
 
 _BUDGET = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>%|B|KB|KiB|)")
+_SHARD_SIZE = re.compile(r"(?=.*[1-9])\d{1,9}(\.\d+)?(KB|MB|GB|TB)")
 _BYTES = {"B": 1, "KB": 1000, "KiB": 1024}
 DEFAULT_TOKENS = 32768
 SELF_WRITTEN = "self"
@@ -52,6 +54,8 @@ class Recipe(BaseModel):
         device: ``auto``, which is what Accelerate would take, or one by name: ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
         statistics: folder that keeps what is measured on the text, for other budgets; made where it is absent.
         dtype: of the weights written; None keeps the source's.
+        shard_size: the most bytes of a file of weights, as ``5GB`` (``KB``, ``MB``, ``TB``); a larger tensor has a file
+            of its own.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -69,6 +73,7 @@ class Recipe(BaseModel):
     seed: int = Field(0, ge=0, le=_LARGEST_SEED)
     dtype: DtypeName | None = None
     device: str = AUTO
+    shard_size: str = SHARD_SIZE
     statistics: Path | None = None
 
     @field_validator("source", "output", "calibration", "statistics")
@@ -82,6 +87,13 @@ class Recipe(BaseModel):
         if cache is not None and not _BUDGET.fullmatch(cache.strip()):
             raise ValueError("write 50%, 192 (values a token and layer) or 11520B (bytes a token, KB and KiB too)")
         return cache
+
+    @field_validator("shard_size")
+    @classmethod
+    def _is_size(cls, size: str) -> str:
+        if not _SHARD_SIZE.fullmatch(size):
+            raise ValueError("write a size above zero as 5GB or 500MB (KB and TB too)")
+        return size
 
     @field_validator("qk_rope_head_dim")
     @classmethod
@@ -111,6 +123,11 @@ class Recipe(BaseModel):
     def torch_dtype(self) -> torch.dtype | None:
         """``dtype`` as PyTorch has it; None keeps the source's."""
         return None if self.dtype is None else getattr(torch, self.dtype)
+
+    @property
+    def leaves_ranks(self) -> bool:
+        """Whether a method may move ranks from layer to layer."""
+        return self.kv_lora_rank is None and not self.uniform
 
     @property
     def is_self_written(self) -> bool:

@@ -6,7 +6,7 @@ by which it loads and saves; here it is followed one tensor at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 
 import torch
@@ -52,6 +52,16 @@ class ModelReader(TensorReader):
     def tensor(self, name: str) -> Tensor:
         return self._held(name, self._stored.tensor)
 
+    @override
+    def rows(self, name: str, indices: Tensor) -> Tensor:
+        parts = self._parts[name]
+        return super().rows(name, indices) if parts[0][1] else self._stored.rows(parts[-1][0], indices)
+
+    @override
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        parts = self._parts[name]
+        return super().pieces(name) if parts[0][1] else self._stored.pieces(parts[-1][0])
+
     def _without_values(self, name: str) -> Tensor:
         stored = self._stored
         return self._held(name, lambda part: torch.empty(stored.shape(part), dtype=stored.dtype(part), device="meta"))
@@ -73,6 +83,30 @@ class ModelReader(TensorReader):
                 f"({first_line(error)}); fetch the model again."
             ) from error
         return held[0] if isinstance(held, list) else held
+
+
+class ModelTensors(TensorReader):
+    """The tensors of a model itself."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._tensors = model.state_dict()
+
+    @property
+    @override
+    def names(self) -> list[str]:
+        return sorted(self._tensors)
+
+    @override
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    @override
+    def dtype(self, name: str) -> torch.dtype:
+        return self._tensors[name].dtype
+
+    @override
+    def tensor(self, name: str) -> Tensor:
+        return self._tensors[name]
 
 
 def as_held(stored: TensorReader, model: PreTrainedModel) -> TensorReader:

@@ -66,3 +66,8 @@ def require_free(output: Path, companions: list[str]) -> None:
         )
     if output.is_symlink() and not output.exists():
         raise OutputError(f"{output} is a link to {os.readlink(output)}, which does not exist; delete it first.")
+
+
+def folder_bytes(folder: Path) -> int:
+    """The size of all files in a folder and in those within it."""
+    return sum(path.lstat().st_size for path in folder.rglob("*") if not path.is_dir())

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 from typing_extensions import override
 
 from ..errors import SourceError, first_line
 from .json_fields import FLOATS
 from .paths import inside
+from .safetensors_file import DTYPES, NAMES, SafetensorsFile
 from .weight_files import weight_files
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+PIECE = 2**24
+"""Values of a tensor that are in memory at a time where it is read from one end to the other."""
 
 
 class TensorReader(ABC):
@@ -32,15 +36,29 @@ class TensorReader(ABC):
 
     @abstractmethod
     def dtype(self, name: str) -> torch.dtype:
-        """The tensor's type, without reading it."""
+        """The tensor's type, without reading it. Raises `SourceError` for one that PyTorch has not."""
 
     @abstractmethod
     def tensor(self, name: str) -> Tensor:
         """The tensor as it is stored, on the CPU."""
 
+    def rows(self, name: str, indices: Tensor) -> Tensor:
+        """The rows ``indices [...]`` of the matrix ``name [R, C]``, ``[..., C]``: where few of a table are needed."""
+        return self.tensor(name)[indices]
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """The tensor's values in their order, flat, at most `PIECE` at a time."""
+        yield from self.tensor(name).flatten().split(PIECE)
+
+    def require_weights(self, name: str) -> None:
+        """Raises `SourceError` where the tensor is of a type in which no weights are converted."""
+        dtype = self.dtype(name)
+        if dtype not in FLOATS.values():
+            raise _unconvertible(name, NAMES.get(dtype, str(dtype)))
+
 
 class SafetensorsReader(TensorReader):
-    """A folder with ``model.safetensors``, or shards and their index. Opens every shard, maps none into memory yet.
+    """A folder with ``model.safetensors``, or shards and their index. Looks at every shard, and reads no tensor yet.
 
     A tensor that several shards hold is that of the last one, as for Transformers.
 
@@ -52,12 +70,11 @@ class SafetensorsReader(TensorReader):
     """
 
     def __init__(self, folder: Path, explicit: str | None = None) -> None:
-        self._shard_of: dict[str, str] = {}
-        self._shards = {}
+        self._shard_of: dict[str, SafetensorsFile] = {}
         found = weight_files(folder, explicit)
         for file in found.files:
-            self._shards[file] = _open_shard(inside(folder, file))
-            self._shard_of |= dict.fromkeys(self._shards[file].keys(), file)
+            shard = _open_shard(inside(folder, file))
+            self._shard_of |= dict.fromkeys(shard.names, shard)
         for name in found.promised:
             if name not in self._shard_of:
                 raise SourceError(
@@ -71,29 +88,41 @@ class SafetensorsReader(TensorReader):
 
     @override
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._slice(name).get_shape())
+        return self._shard_of[name].shape(name)
 
     @override
     def dtype(self, name: str) -> torch.dtype:
-        stored = self._slice(name).get_dtype()
-        if stored not in _DTYPES:
-            known = ", ".join(FLOATS)
-            raise SourceError(f"tensor {name} is stored as {stored}, which cannot be converted; give it as {known}.")
-        return _DTYPES[stored]
+        stored = self._shard_of[name].stored_as(name)
+        if stored not in DTYPES:
+            raise _unconvertible(name, stored)
+        return DTYPES[stored]
 
     @override
     def tensor(self, name: str) -> Tensor:
-        return self._shards[self._shard_of[name]].get_tensor(name)
+        shape = self.shape(name)
+        return self._shard_of[name].values(name, 0, math.prod(shape)).view(shape)
 
-    def _slice(self, name: str):
-        return self._shards[self._shard_of[name]].get_slice(name)
+    @override
+    def rows(self, name: str, indices: Tensor) -> Tensor:
+        return self._shard_of[name].rows(name, indices.flatten()).unflatten(0, indices.shape)
+
+    @override
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        size = math.prod(self.shape(name))
+        for first in range(0, size, PIECE):
+            yield self._shard_of[name].values(name, first, min(PIECE, size - first))
 
 
-def _open_shard(path: Path):
+def _unconvertible(name: str, stored_as: str) -> SourceError:
+    known = ", ".join(FLOATS)
+    return SourceError(f"tensor {name} is stored as {stored_as}, which cannot be converted; give it as {known}.")
+
+
+def _open_shard(path: Path) -> SafetensorsFile:
     if not path.is_file():
         raise SourceError(f"shard {path.name} of {path.parent} is missing; fetch the model again.")
     try:
-        return safe_open(path, framework="pt")
+        return SafetensorsFile(path)
     except (SafetensorError, OSError) as error:
         raise SourceError(
             f"shard {path.name} of {path.parent} is truncated or damaged ({first_line(error)}); fetch the model again."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from ..progress import durations, shown_progress
+from ..progress import durations, peak_memory, shown_progress
 from ..terminal import console
 from .options import DryRun, Model, Output, taking_recipe
 from .output import show
@@ -25,6 +25,7 @@ def convert(model: Model, output: Output, dry_run: DryRun = False, *, options: d
 def convert_by(recipe: Recipe, *, dry_run: bool) -> None:
     """Shows the plan, converts unless this is a dry run, and shows what was found."""
     from ..pipeline.conversion import run_plan
+    from ..planning.costs import Costs
     from ..planning.plan import make_plan
     from ..sources import open_source
 
@@ -37,6 +38,7 @@ def convert_by(recipe: Recipe, *, dry_run: bool) -> None:
     with shown_progress() as progress:
         finished = run_plan(plan, source, progress)
     show(finished.report.tables()[:-1])
+    took = Costs(time.monotonic() - started, peak_memory(), finished.disk_bytes)
     steps = ", ".join(f"{name} {seconds:.0f}" for name, seconds in durations(progress).items())
-    ready = f"{output} is ready after {time.monotonic() - started:.0f} s: {steps}."
+    ready = f"{output} is ready after {took} (expected: {plan.costs}); in seconds: {steps}."
     console().print(ready, soft_wrap=True)

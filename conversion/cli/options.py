@@ -57,6 +57,9 @@ def _of_recipe(
     seed: Seed = 0,
     dtype: Annotated[str | None, typer.Option(help="Of the weights written. \\[default: the source's]")] = None,
     device: Device = "auto",
+    shard_size: Annotated[
+        str | None, typer.Option(help="The most bytes of a file of weights, as 500MB. \\[default: 5GB]")
+    ] = None,
     statistics: Annotated[
         Path | None, typer.Option(help="A folder that keeps what is measured on the text, for other budgets.")
     ] = None,

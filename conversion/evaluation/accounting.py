@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..checkpoint.model_reader import as_held
@@ -44,12 +45,14 @@ def check_tensors(folder: Path, model: PreTrainedModel, source: SourceModel) -> 
                 f"{name} of {folder} is {held.shape(name)}, but its configuration means {wanted}; "
                 "convert the model again."
             )
+    unconverted = passed_through(source)
+    for name in set(reader.names).difference(unconverted):
+        reader.require_weights(name)
     for name in reader.names:
-        reader.dtype(name)
-        if not torch.isfinite(reader.tensor(name)).all():
+        if not all(torch.isfinite(piece.float()).all() for piece in reader.pieces(name)):
             raise VerificationError(f"{name} of {folder} is not finite; convert the model again.")
     unchanged = 0
-    for name in passed_through(source):
+    for name in unconverted:
         if not kept(name, reader, source):
             raise VerificationError(
                 f"{name} of {folder} is not the source's, though only attention is converted; give the model that it "
@@ -68,5 +71,9 @@ def kept(name: str, reader: TensorReader, source: SourceModel) -> bool:
     """Whether a converted checkpoint has a tensor of the source, rounded to the type that it is stored in."""
     if name not in reader.names or reader.shape(name) != source.tensors.shape(name):
         return False
-    stored = reader.tensor(name)
-    return torch.equal(source.tensors.tensor(name).to(stored.dtype), stored)
+    both = zip(reader.pieces(name), source.tensors.pieces(name), strict=True)
+    return all(torch.equal(_bytes(stored), _bytes(original.to(stored.dtype))) for stored, original in both)
+
+
+def _bytes(piece: Tensor) -> Tensor:
+    return piece.contiguous().view(torch.uint8)

@@ -48,12 +48,22 @@ def refuse_other_tensors(source: SourceModel, loaded: Iterable[tuple[str, Tensor
         # A head that is tied to the embedding need not be stored.
         if name in unseen:
             unseen.remove(name)
-            converted = source.held_tensors.tensor(name).float()
-            # What is not finite is refused where it is written.
-            if not torch.equal(tensor.cpu().nan_to_num(), converted.nan_to_num()):
+            if not _are_equal(tensor.cpu(), source.held_tensors.pieces(name)):
                 raise _other_model(source, name)
     if unseen:
         raise _other_model(source, min(unseen))
+
+
+def _are_equal(loaded: Tensor, pieces: Iterable[Tensor]) -> bool:
+    """Whether a tensor has the values of flat pieces in float32; a piece at a time, for vocabularies are large."""
+    place = 0
+    for piece in pieces:
+        found = loaded.flatten()[place : place + piece.numel()]
+        place += piece.numel()
+        # What is not finite is refused where it is written.
+        if not torch.equal(found.nan_to_num(), piece.float().nan_to_num()):
+            return False
+    return place == loaded.numel()
 
 
 def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:

@@ -126,8 +126,8 @@ def verify_checkpoint(
     first = next(iter(texts.values()))[0]
     steps = sum(map(len, own.values())) * source.num_layers + (STEPS if left_out is None else 0)
     with counting(progress, "verifying", steps) as step:
-        reference = StreamedModel(source, source.meta_model, lambda: source.held_tensors)
-        converted = StreamedModel(source, model, lambda: as_held(SafetensorsReader(folder), model))
+        reference = StreamedModel(source, source.meta_model, source.held_tensors)
+        converted = StreamedModel(source, model, as_held(SafetensorsReader(folder), model))
         found_here = processes.together(compare_models, reference, converted, source.num_layers, own, step)
         (of_first, layer_errors), *others = processes.gathered(found_here)
         scores = {name: sum((others_scores[name] for others_scores, _ in others), of_first[name]) for name in texts}

@@ -62,7 +62,7 @@ def export_checkpoint(model: str, output: Path, to: str, progress: Progress) -> 
         writer = ShardWriter(folder, layout)
         with counting(progress, "writing", len(writer.files)) as step:
             for file in writer.files:
-                writer.write(file, lambda name: exporter.tensor(name, reader.tensor(name), before, after))
+                writer.write(file, lambda name: [exporter.tensor(name, reader.tensor(name), before, after).flatten()])
                 step()
         writer.write_index()
         after.save_pretrained(folder)

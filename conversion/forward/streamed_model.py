@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from typing_extensions import override
 
 from modeling_mla.cache_mla import LatentCache
 from modeling_mla.configuration_mla import is_coded
@@ -22,9 +21,7 @@ from modeling_mla.transformers_seams_mla import cache_argument
 from ..checkpoint.reader import TensorReader
 from ..devices.choice import CPU
 from ..sources import SourceModel
-
-_HEAD_VALUES = 2**24
-"""Values of the output projection that are in float32 at a time."""
+from ..sources.stored_linear import StoredLinear
 
 
 class StreamedModel:
@@ -33,12 +30,11 @@ class StreamedModel:
     Args:
         family: names the layers, the embedding and the head; all is computed on its device.
         model: on the meta device; what it needs is put into it and taken out again.
-        open_weights: gives the reader of its tensors. It is called for every part, so that a reader which maps files
-            into memory may be let go.
+        weights: gives its tensors.
     """
 
-    def __init__(self, family: SourceModel, model: PreTrainedModel, open_weights: Callable[[], TensorReader]) -> None:
-        self._family, self._model, self._open = family, model.eval(), open_weights
+    def __init__(self, family: SourceModel, model: PreTrainedModel, weights: TensorReader) -> None:
+        self._family, self._model, self._weights = family, model.eval(), weights
         body: Any = model.base_model
         # On the meta device its frequencies have no values.
         with CPU:
@@ -61,7 +57,7 @@ class StreamedModel:
         embedding = self._model.get_input_embeddings()
         all_rows = embedding.weight
         self._fill_buffers(embedding)
-        embedding.weight = _frozen(self._placed(self._open().tensor(self._family.embedding)[tokens]))
+        embedding.weight = _frozen(self._placed(self._weights.rows(self._family.embedding, tokens)))
         with self._final_norm(), self._other_layers(note):
             for row in places.to(self._family.device):
                 self._model.base_model(row[None], use_cache=False, return_dict=True)
@@ -89,10 +85,10 @@ class StreamedModel:
     @contextmanager
     def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
         """What makes logits ``[n, V]`` of hidden states ``[1, n, D]`` that leave the last layer."""
-        weights, family = self._open(), self._family
+        weights, family = self._weights, self._family
         original = self._model.get_output_embeddings()
         stored = weights.tensor(family.head if family.head in weights.names else family.embedding)
-        self._model.set_output_embeddings(_StoredLinear(stored.to(family.device)))
+        self._model.set_output_embeddings(StoredLinear(stored.to(family.device)))
 
         def logits(states: Tensor) -> Tensor:
             with self._other_layers(lambda *_, **__: states):
@@ -122,8 +118,7 @@ class StreamedModel:
 
     @contextmanager
     def _loaded(self, module: nn.Module, prefix: str) -> Iterator[None]:
-        weights = self._open()
-        values = {name: self._placed(weights.tensor(prefix + name)) for name in module.state_dict()}
+        values = {name: self._placed(self._weights.tensor(prefix + name)) for name in module.state_dict()}
         module.load_state_dict(values, assign=True)
         module.requires_grad_(False)
         try:
@@ -141,19 +136,6 @@ class StreamedModel:
         finally:
             for layer in self._layers:
                 del layer.forward
-
-
-class _StoredLinear(nn.Module):
-    """A linear map without bias whose weight ``[V, D]`` stays as it is stored: a vocabulary in float32 is large."""
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.weight = _frozen(weight)
-
-    @override
-    def forward(self, states: Tensor) -> Tensor:
-        rows = self.weight.split(max(1, _HEAD_VALUES // self.weight.shape[1]))
-        return torch.cat([nn.functional.linear(states, part.float()) for part in rows], dim=-1)
 
 
 def _frozen(weight: Tensor) -> nn.Parameter:

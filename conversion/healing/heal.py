@@ -189,7 +189,7 @@ def _write(
     layout = {name: torch.empty(reader.shape(name), dtype=reader.dtype(name), device="meta") for name in reader.names}
     writer = ShardWriter(folder, layout)
     for file in writer.files:
-        writer.write(file, lambda name: trained[name] if name in trained else reader.tensor(name))
+        writer.write(file, lambda name: [trained[name].flatten()] if name in trained else reader.pieces(name))
     writer.write_index()
     config.save_pretrained(folder)
     location.generation_config(config).save_pretrained(folder)

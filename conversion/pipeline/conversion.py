@@ -37,10 +37,11 @@ STAGES = (preflight, compose, measure, weigh, allocate, measure_again, convert_l
 
 @dataclass(frozen=True)
 class Conversion:
-    """A finished conversion: where it lies, and what its verification found."""
+    """A finished conversion: where it lies, what its verification found, and the bytes of disk that it took at most."""
 
     output: Path
     report: Report
+    disk_bytes: int
 
 
 @fast_float32()
@@ -64,14 +65,14 @@ def run_plan(plan: ConversionPlan, source: SourceModel, progress: Progress | Non
     tokenizer = processes.together(open_inputs, plan, source, progress)
     windows = processes.together(calibration_windows, plan, source, tokenizer)
     work = WorkFolder(recipe.output, _identity(plan, source, windows), source.device)
-    measurements, locks = work.measurements, []
+    measurements, others = work.measurements, []
     if recipe.statistics is not None and plan.windows:
         identity = _contents(plan, source, windows) | versions() | {"method": recipe.method, "seed": str(recipe.seed)}
         measurements = SharedMeasurements(recipe.statistics, identity, source.device)
-        locks.append(measurements)
+        others.append(measurements)
     job = ConversionJob(plan, source, tokenizer, windows, work, measurements, progress, processes)
-    run_stages(job, STAGES, locks)
-    return Conversion(recipe.output, made_report(job))
+    disk_bytes = run_stages(job, STAGES, others)
+    return Conversion(recipe.output, made_report(job), disk_bytes)
 
 
 def _identity(plan: ConversionPlan, source: SourceModel, windows: Tensor | None) -> dict[str, str]:

@@ -32,7 +32,7 @@ def open_inputs(plan: ConversionPlan, source: SourceModel, progress: Progress) -
     require_absent(output)
     if not work.exists():
         # Where it exists, so much of the disk is taken already.
-        require_space(work.absolute().parent, plan.disk_bytes)
+        require_space(work.absolute().parent, plan.costs.disk_bytes)
     tokenizer = source.location.tokenizer()
     check_vocabulary(tokenizer, source)
     with blaming(SourceError, f"the tokenizer of {source.location.model} tokenises no text"):

@@ -61,9 +61,7 @@ class ConversionJob:
     @property
     def moves_ranks(self) -> bool:
         """Whether the final ranks differ from the plan's."""
-        recipe = self.plan.recipe
-        allocates = self.windows is not None and self.method.allocates
-        return allocates and recipe.kv_lora_rank is None and not recipe.uniform
+        return self.windows is not None and self.method.allocates and self.plan.recipe.leaves_ranks
 
     @property
     def budgets(self) -> list[LayerBudget]:

@@ -6,12 +6,14 @@ It knows no stage: a stage is a function of the job, which reads and leaves ever
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from functools import wraps
 from typing import Any, Protocol, TypeVar
 
 from ..checkpoint.atomic import refusing_full_disk
+from ..checkpoint.paths import folder_bytes
 from ..devices.processes import Processes
+from .work.locked_folder import LockedFolder
 from .work.partial_output import PartialOutput
 
 
@@ -30,13 +32,14 @@ class Job(Protocol):
 AnyJob = TypeVar("AnyJob", bound=Job)
 
 
-def run_stages(
-    job: AnyJob, stages: Sequence[Callable[[AnyJob], None]], locks: Sequence[AbstractContextManager] = ()
-) -> None:
+def run_stages(job: AnyJob, stages: Sequence[Callable[[AnyJob], None]], others: Sequence[LockedFolder] = ()) -> int:
     """Runs what is left of ``stages`` in the job's work folder, which it locks, and publishes the output.
 
     The name of a stage stands in the journal when its function has returned. A stage that is stopped runs again, and
-    may go on from what it left. Meanwhile ``locks`` are held, those of other folders that the stages use.
+    may go on from what it left. Meanwhile ``others`` are locked, folders that the stages use besides.
+
+    Returns:
+        The bytes that all these folders held at most behind a stage.
 
     Of several processes the first one alone holds folders, and writes the journal; the others have copies of it.
 
@@ -49,18 +52,22 @@ def run_stages(
         def enter() -> None:
             held.enter_context(work)
             held.enter_context(refusing_full_disk(work.path))
-            for lock in locks:
-                held.enter_context(lock)
+            for folder in others:
+                held.enter_context(folder)
 
         processes.from_first(enter)
         work.journal = processes.from_first(lambda: work.journal)
+        largest = 0
         for stage in stages:
             if stage.__name__ not in work.journal.finished:
                 stage(job)
                 work.journal.finished.append(stage.__name__)
                 processes.from_first(work.save)
                 work.journal = processes.from_first(lambda: work.journal)
+            there = processes.from_first(lambda: sum(folder_bytes(folder.path) for folder in (work, *others)))
+            largest = max(largest, there)
         processes.from_first(work.publish)
+    return largest
 
 
 def in_first(stage: Callable[[AnyJob], None]) -> Callable[[AnyJob], None]:

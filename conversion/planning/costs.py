@@ -2,48 +2,69 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 import torch
+from rich.filesize import decimal
+from typing_extensions import override
 
-from ..checkpoint.writer import MAX_SHARD_BYTES
-from ..devices.choice import CPU
 from ..forward.hidden_states import BLOCK
-from ..forward.products import fast_float32
 from ..forward.residual_stream import stream_dtype
 from ..sources import SourceModel
-from .text_use import VERIFIED_WINDOWS, TextUse
+from .probe import Speed, measure_speed
+from .text_use import VERIFIED_WINDOWS, WEIGHED_LENGTH, WEIGHED_WINDOWS, TextUse
 
 PROCESS_BYTES = 1100 * 10**6
 """The interpreter with PyTorch and Transformers, and what its allocator holds back."""
-_WORK_OF_MEASURING = 1.7
+WHOLE_MODEL_BYTES = 2 * 10**9
+"""A model that is no larger in float32 is loaded whole by the verification."""
+_WORK_OF_MEASURING = 2.1
 """Time of statistics and forward pass of a token, in units of the forward pass's products [measured]."""
-_WORK_OF_REFITTING = 2.4
+_WORK_OF_REFITTING = 2.9
 """The same of a token that the refit uses [measured]."""
-_FIXED_SECONDS = 40.0
-"""Start, loading, weighing layers and writing [measured on a small model]."""
+_WEIGHED = 2
+"""How often more a layer's keys and values are decomposed, to be weighed and to be given a rank."""
+_RIDGE = 0.15
+"""Time of a refit's linear equations, in units of the eigenvalues of a matrix as large [measured]."""
+_READINGS = 10
+"""How often weights are read or written: to be checked, by each stage that runs layers, and to be verified."""
+_FIXED_SECONDS = 20.0
+"""Start, text and small files [measured]."""
 
 
 @dataclass(frozen=True)
 class Costs:
-    """``parameters`` are the source's; the others are estimates."""
+    """Of a conversion: what it is expected to take, or what it took."""
 
-    parameters: int
-    disk_bytes: int
-    memory_bytes: int
     seconds: float
+    memory_bytes: int
+    disk_bytes: int
+
+    @override
+    def __str__(self) -> str:
+        memory, disk = decimal(self.memory_bytes), decimal(self.disk_bytes)
+        return f"{self.seconds:.0f} s, {memory} of memory, {disk} of disk"
 
 
-def estimate_costs(source: SourceModel, dtype: torch.dtype, text: TextUse) -> Costs:
-    """Costs of a conversion to weights of ``dtype``."""
-    parameters = sum(tensor.numel() for tensor in source.meta_model.parameters())
-    weights_bytes = parameters * dtype.itemsize
+def count_parameters(source: SourceModel) -> int:
+    """The source's."""
+    return sum(tensor.numel() for tensor in source.meta_model.parameters())
+
+
+def estimate_costs(
+    source: SourceModel, dtype: torch.dtype, text: TextUse, device: torch.device, *, weighed: bool
+) -> Costs:
+    """Costs of a conversion to weights of ``dtype``, the time by the speed of ``device``.
+
+    ``weighed`` says that ranks are moved between layers, for which the model's sensitivity to each is measured.
+    """
+    weights_bytes = count_parameters(source) * dtype.itemsize
+    speed = measure_speed(device, source.location.folder)
+    reading = _READINGS * weights_bytes / speed.reading if speed.reading else 0.0
     return Costs(
-        parameters=parameters,
+        seconds=_FIXED_SECONDS + reading + _computing(source, text, speed, weighed=weighed),
+        memory_bytes=PROCESS_BYTES + max(layer_in_memory(source, dtype, text), _whole_model(source)),
         disk_bytes=int(1.5 * weights_bytes) + kept_bytes(source, text),
-        memory_bytes=PROCESS_BYTES + max(shards_in_memory(weights_bytes), layer_in_memory(source, text)),
-        seconds=_seconds(source, parameters, text),
     )
 
 
@@ -62,29 +83,47 @@ def kept_bytes(source: SourceModel, text: TextUse) -> int:
     return source.num_layers * (states + statistics) + 3 * text.refitted * block_bytes(source, text) // BLOCK
 
 
-def shards_in_memory(weights_bytes: int) -> int:
-    """The bytes of a shard that is written, and of what is read back of it."""
-    return 2 * min(MAX_SHARD_BYTES, weights_bytes)
+def layer_in_memory(source: SourceModel, dtype: torch.dtype, text: TextUse) -> int:
+    """Two layers in float32, one of either model or one and what it is made from, and what is greater beside them.
+
+    That is some blocks of the text with the moments of a refit, or the heads of both models as they are stored.
+    """
+    geometry = source.geometry(0)
+    contexts = geometry.num_heads * geometry.head_dim + 1
+    moments = 3 * torch.float64.itemsize * contexts * (contexts + geometry.hidden_size) if text.windows else 0
+    heads = 2 * dtype.itemsize * _head(source)
+    return 2 * torch.float32.itemsize * _layer(source) + max(4 * block_bytes(source, text) + moments, heads)
 
 
-def layer_in_memory(source: SourceModel, text: TextUse) -> int:
-    """A layer and its products, some blocks of the text, and the embedding: while a layer is run."""
-    sizes = {name: tensor.numel() for name, tensor in source.meta_model.state_dict().items()}
-    layer = sum(size for name, size in sizes.items() if source.in_layer(name)) // source.num_layers
-    return 8 * layer + 4 * block_bytes(source, text) + torch.float32.itemsize * sizes[source.embedding]
+def _whole_model(source: SourceModel) -> int:
+    size = torch.float32.itemsize * count_parameters(source)
+    return size if size <= WHOLE_MODEL_BYTES else 0
 
 
-@fast_float32()
-def _seconds(source: SourceModel, parameters: int, text: TextUse) -> float:
-    """From this machine's speed at a matrix product: the passes over the text, and the verification."""
-    side = 512
-    matrix = torch.ones(side, side, device=CPU)
-    matrix @ matrix
-    start = time.perf_counter()
-    for _ in range(4):
-        matrix @ matrix
-    rate = 4 * 2 * side**3 / (time.perf_counter() - start)
-    attention = text.window * source.geometry(0).hidden_size * source.num_layers
-    forward = 2 * (parameters + attention) / rate
-    work = _WORK_OF_MEASURING * text.passes * text.windows + _WORK_OF_REFITTING * text.refitted
-    return forward * text.window * (work + 2 * VERIFIED_WINDOWS) + _FIXED_SECONDS
+def _layer(source: SourceModel) -> int:
+    """Parameters of a layer, on average."""
+    parameters = source.meta_model.state_dict()
+    return sum(tensor.numel() for name, tensor in parameters.items() if source.in_layer(name)) // source.num_layers
+
+
+def _head(source: SourceModel) -> int:
+    """Parameters of what makes logits."""
+    return source.meta_model.state_dict()[source.embedding].numel()
+
+
+def _computing(source: SourceModel, text: TextUse, speed: Speed, *, weighed: bool) -> float:
+    """Seconds of the passes over the text, the verification, and the factorisations."""
+    layers, layer, head, geometry = source.num_layers, _layer(source), _head(source), source.geometry(0)
+    contexts = geometry.num_heads * geometry.head_dim
+    of_token = 2 * layer + 2 * text.window * contexts
+    calibrated = _WORK_OF_MEASURING * text.passes * text.windows + _WORK_OF_REFITTING * text.refitted
+    work = text.window * (calibrated * layers * of_token + 2 * VERIFIED_WINDOWS * (layers * of_token + 2 * head))
+    if not text.windows:
+        return work / speed.products
+    decompositions = 1
+    if weighed:
+        # Each layer's own model runs from there on.
+        work += WEIGHED_WINDOWS * WEIGHED_LENGTH * (layers + 1) * (layers / 2 * of_token + 2 * head)
+        decompositions += _WEIGHED
+    solved = layers * (decompositions * geometry.cache_elements**3 + _RIDGE * contexts**3)
+    return work / speed.products + solved * speed.solving

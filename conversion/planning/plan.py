@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from rich.filesize import decimal
 from rich.table import Table
 
 from ..errors import BudgetError
@@ -16,7 +15,7 @@ from ..methods.base import TwoPassMethod
 from ..recipe import Recipe, cache_elements, cache_share
 from ..sources import SourceModel
 from .coding import ByteBudget, coded, is_coded, whole_bytes
-from .costs import estimate_costs
+from .costs import Costs, count_parameters, estimate_costs
 from .text_use import TextUse
 
 DEFAULT_COMPRESSION = "50%"
@@ -32,7 +31,7 @@ class ConversionPlan:
     A coded cache is compared with the source's in the type that the source keeps its own in.
 
     ``layers`` are the budgets by layer; a method that measures the text may move ranks between layers at an equal
-    total. ``disk_bytes``, ``memory_bytes`` and ``seconds`` are estimates.
+    total. ``costs`` are estimates.
     """
 
     recipe: Recipe
@@ -44,9 +43,7 @@ class ConversionPlan:
     parameters: int
     source_cache_bytes: int
     cache_bytes: int
-    disk_bytes: int
-    memory_bytes: int
-    seconds: float
+    costs: Costs
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, for ``--json`` and the report."""
@@ -60,9 +57,9 @@ class ConversionPlan:
             "parameters": self.parameters,
             "cache_bytes_per_token_source": self.source_cache_bytes,
             "cache_bytes_per_token": self.cache_bytes,
-            "estimated_disk_bytes": self.disk_bytes,
-            "estimated_memory_bytes": self.memory_bytes,
-            "estimated_seconds": round(self.seconds, 1),
+            "estimated_disk_bytes": self.costs.disk_bytes,
+            "estimated_memory_bytes": self.costs.memory_bytes,
+            "estimated_seconds": round(self.costs.seconds, 1),
         }
 
     def table(self, title: str, *, costs: bool = True) -> Table:
@@ -80,8 +77,7 @@ class ConversionPlan:
             "calibration": f"{self.windows} windows of {self.window} tokens" if self.windows else "none needed",
         }
         if costs:
-            memory, disk = decimal(self.memory_bytes), decimal(self.disk_bytes)
-            rows["expected"] = f"{self.seconds:.0f} s, {memory} of memory, {disk} of disk"
+            rows["expected"] = str(self.costs)
         for name, value in rows.items():
             table.add_row(name, value)
         return table
@@ -109,7 +105,6 @@ def make_plan(recipe: Recipe, source: SourceModel) -> ConversionPlan:
     dtype = recipe.torch_dtype or source.dtype
     budgets = _budgets(recipe, method, geometries, source, dtype)
     text = TextUse.of(source, recipe.tokens if method.needs_calibration else 0, twice=isinstance(method, TwoPassMethod))
-    costs = estimate_costs(source, dtype, text)
     return ConversionPlan(
         recipe=recipe,
         family=source.model_type,
@@ -117,12 +112,12 @@ def make_plan(recipe: Recipe, source: SourceModel) -> ConversionPlan:
         dtype=dtype,
         window=text.window,
         windows=text.windows,
-        parameters=costs.parameters,
+        parameters=count_parameters(source),
         source_cache_bytes=source.cache_bytes_per_token(dtype if budgets[0].code is None else None),
         cache_bytes=sum(budget.cache_bytes(dtype.itemsize) for budget in budgets),
-        disk_bytes=costs.disk_bytes,
-        memory_bytes=costs.memory_bytes,
-        seconds=costs.seconds,
+        costs=estimate_costs(
+            source, dtype, text, recipe.torch_device, weighed=method.allocates and recipe.leaves_ranks
+        ),
     )
 
 

@@ -3,34 +3,47 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from rich.table import Table
+from transformers import CONFIG_MAPPING
 
 import modeling_mla
 from modeling_mla.vllm_mla import refuse_unservable
 
-from ..sources import SOURCES, SourceModel
+from ..checkpoint.location import Location
+from ..errors import ConversionError
+from ..methods import METHODS, Method
+from ..planning.exact_form import exact_config
+from ..sources import SOURCES, SourceModel, source_of
 
-_COLUMNS = ("family", "models", "what is special", "vLLM")
+_COLUMNS = ("family", "models", "what is special", "exact", "compressed by", "served by")
+_SMALLEST = dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads"), 1)
+_SMALLEST |= dict.fromkeys(("hidden_size", "intermediate_size", "head_dim", "vocab_size"), 8)
 
 
 @dataclass(frozen=True)
 class Family:
-    """One family that converts, exactly and compressed.
+    """One family that converts.
 
-    ``quirks`` are what its source has beside plain attention; ``served_by_vllm`` is False where our plugin refuses it.
+    ``quirks`` are what its source has beside plain attention; ``exact`` says whether nothing need be lost,
+    ``compressed_by`` which methods take it, and ``served_by`` which engines run the result.
     """
 
     name: str
     models: str
     quirks: str
-    served_by_vllm: bool
+    exact: bool
+    compressed_by: tuple[str, ...]
+    served_by: tuple[str, ...]
 
     def row(self) -> tuple[str, ...]:
         """The family in the order of the table's columns."""
-        return self.name, self.models, self.quirks, "padded" if self.served_by_vllm else "no"
+        exact = "yes" if self.exact else "no"
+        return self.name, self.models, self.quirks, exact, ", ".join(self.compressed_by), ", ".join(self.served_by)
 
 
 def families() -> list[Family]:
@@ -40,7 +53,29 @@ def families() -> list[Family]:
 
 def _family(name: str, source: type[SourceModel]) -> Family:
     quirks = (inspect.getdoc(source) or "").partition("\n\n")[0].replace("\n", " ").removesuffix(".")
-    return Family(name, source.models, quirks, _is_served_by_vllm(source))
+    smallest = source_of(Location(name, Path()), CONFIG_MAPPING[name](**_SMALLEST, pad_token_id=None))
+    compressing = [method for method in METHODS.values() if not method.lossless]
+    return Family(
+        name,
+        source.models,
+        quirks,
+        exact=_succeeds(lambda: exact_config(smallest, torch.float32)),
+        compressed_by=tuple(method.name for method in compressing if _takes(method, smallest)),
+        served_by=("Transformers", *(["vLLM (padded)"] if _is_served_by_vllm(source) else [])),
+    )
+
+
+def _takes(method: Method, source: SourceModel) -> bool:
+    weights = source.without_weights().attention(0, torch.float32)
+    return _succeeds(lambda: method.statistics(source.geometry(0), weights, seed=0))
+
+
+def _succeeds(attempt: Callable[[], object]) -> bool:
+    try:
+        attempt()
+    except ConversionError:
+        return False
+    return True
 
 
 def _is_served_by_vllm(source: type[SourceModel]) -> bool:

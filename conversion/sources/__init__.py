@@ -6,8 +6,6 @@ fields of the converted model. A new family is one file and one entry in `SOURCE
 
 from __future__ import annotations
 
-from difflib import get_close_matches
-
 from transformers import PreTrainedConfig
 
 from ..checkpoint.location import Location, locate
@@ -32,6 +30,7 @@ from .qwen2 import Qwen2Source
 from .qwen2_moe import Qwen2MoeSource
 from .qwen3 import Qwen3Source
 from .qwen3_moe import Qwen3MoeSource
+from .relatives import nearest_relative
 from .smollm3 import SmolLM3Source
 from .starcoder2 import Starcoder2Source
 
@@ -94,10 +93,9 @@ def source_of(location: Location, config: PreTrainedConfig) -> SourceModel:
             f"{location.model} is of family {config.model_type!r}, of which only the language model "
             f"({text.model_type!r}) can be converted; save that by itself and give it."
         )
-    relative = get_close_matches(config.model_type, SOURCES, n=1)
     raise SourceError(
-        f"{location.model} is of family {config.model_type!r}, which cannot be converted; "
-        f"supported are {', '.join(sorted(SOURCES))}{f' (nearest by name: {relative[0]})' if relative else ''}."
+        f"{location.model} is of family {config.model_type!r}, which cannot be converted; its nearest relative of "
+        f"those that can is {nearest_relative(text, SOURCES)!r}, the others are in mla families."
     )
 
 

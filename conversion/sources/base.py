@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
@@ -229,12 +228,6 @@ class SourceModel(StoredModel):
             yield
         finally:
             module.set_submodule(name, attention)
-
-    def replaced(self, name: str) -> int | None:
-        """The layer whose attention the tensor ``name`` belongs to; None for one that passes through."""
-        pattern = re.escape(self.layer_prefix).replace(r"\{layer\}", r"(\d+)") + re.escape(self.attention_prefix)
-        match = re.match(pattern, name)
-        return None if match is None else int(match.group(1))
 
     def mla_tensors(
         self, layer: int, weights: MLAWeights, config: PreTrainedConfig, dtype: torch.dtype

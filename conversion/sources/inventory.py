@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
+
+from modeling_mla.attention_mla import layer_window
 
 from ..checkpoint.json_fields import FLOATS
 from ..checkpoint.reader import TensorReader
@@ -44,11 +46,12 @@ def refuse_unfit(name: str, config: PreTrainedConfig, head_dim: int, kv_heads: i
             f"{name} has use_bidirectional_attention: its tokens attend to later ones, of which there are none in a "
             "cache; give a model that generates."
         )
-    window = getattr(config, "sliding_window", None)
-    if window is not None and window < 1:
+    # A configuration may name one that no layer has.
+    windows = {layer_window(config, layer) for layer in range(config.num_hidden_layers)}
+    if any(window is not None and window < 1 for window in windows):
         raise SourceError(
-            f"{name} has sliding_window {window}, with which a query does not even see itself; give its true size, or "
-            "remove it from the configuration."
+            f"{name} has sliding_window {config.sliding_window}, with which a query does not even see itself; give its "
+            "true size, or remove it from the configuration."
         )
     heads = config.num_attention_heads
     if heads % kv_heads:
@@ -82,7 +85,13 @@ def refuse_rotation(
             )
 
 
-def account_for_all(name: str, reader: TensorReader, model: PreTrainedModel, found: Collection[str]) -> None:
+def account_for_all(
+    name: str,
+    reader: TensorReader,
+    model: PreTrainedModel,
+    found: Collection[str],
+    replaced: Callable[[str], int | None],
+) -> None:
     """Compares names, shapes and types of a checkpoint's tensors with those of its model.
 
     Args:
@@ -90,18 +99,22 @@ def account_for_all(name: str, reader: TensorReader, model: PreTrainedModel, fou
         reader: gives the tensors as the model holds them.
         model: on the meta device.
         found: the tensors of ``reader`` that the model shall read.
+        replaced: gives the layer of a tensor that is converted; None for one whose bytes pass through.
 
     Raises:
-        SourceError: a tensor is missing, unknown, misshapen, or no float.
+        SourceError: a tensor is missing, unknown, misshapen, or no float where the model has one. What is converted
+            must be of a type in which weights are converted; what passes through may be a narrower float.
     """
-    expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    state = model.state_dict()
+    expected = {key: tuple(tensor.shape) for key, tensor in state.items()}
     tied = set(model._tied_weights_keys or ()) if model.config.tie_word_embeddings else set()
     missing = [key for key in expected if key not in found and key not in tied]
     unknown = sorted(key for key in found if key not in expected)
     if missing or unknown:
         raise SourceError(f"{name} {_what_it_is(missing, unknown, expected, type(model).__name__)}.")
     for key in sorted(found):
-        reader.dtype(key)
+        if replaced(key) is not None or reader.dtype(key).is_floating_point != state[key].is_floating_point():
+            reader.require_weights(key)
         if reader.shape(key) != expected[key]:
             raise SourceError(f"{key} of {name} is {reader.shape(key)}, but the configuration means {expected[key]}.")
 

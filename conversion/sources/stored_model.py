@@ -14,11 +14,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..checkpoint.gguf_reader import GGUFTensorReader
 from ..checkpoint.location import Location, locate
-from ..checkpoint.model_reader import as_held
+from ..checkpoint.model_reader import ModelTensors, as_held
 from ..checkpoint.reader import SafetensorsReader, TensorReader
 from ..devices.choice import CPU
 from ..errors import SourceError, first_line
 from .inventory import account_for_all, reading_order
+from .stored_linear import StoredLinear
 
 
 class StoredModel:
@@ -70,6 +71,7 @@ class StoredModel:
             return torch.float32
         if isinstance(self.config.dtype, torch.dtype):
             return self.config.dtype
+        self.held_tensors.require_weights(self.embedding)
         return self.held_tensors.dtype(self.embedding)
 
     @cached_property
@@ -99,7 +101,7 @@ class StoredModel:
         else:
             reader = SafetensorsReader(location.folder, getattr(self.config, "transformers_weights", None))
         held = as_held(reader, self.meta_model)
-        account_for_all(location.model, held, self.meta_model, self._read_by_model(held))
+        account_for_all(location.model, held, self.meta_model, self._read_by_model(held), self.replaced)
         return reader
 
     @cached_property
@@ -110,6 +112,13 @@ class StoredModel:
     def placed(self, name: str) -> Tensor:
         """A tensor of `held_tensors` on the device, in float32."""
         return self.held_tensors.tensor(name).to(self.device, torch.float32)
+
+    def without_weights(self) -> Self:
+        """The same model, whose tensors are those of `meta_model`: what they are like, without a file being read."""
+        bare = copy(self)
+        bare.tensors = bare.held_tensors = ModelTensors(self.meta_model)
+        bare.device = torch.device("meta")
+        return bare
 
     def held_names(self) -> list[str]:
         """Every tensor of `held_tensors` that the model reads."""
@@ -134,7 +143,7 @@ class StoredModel:
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """``[B, S]`` token ids on the CPU to the hidden states ``[B, S, D]`` that enter layer 0, float32."""
-        return self.held_tensors.tensor(self.embedding)[input_ids].to(self.device, torch.float32)
+        return self.held_tensors.rows(self.embedding, input_ids).to(self.device, torch.float32)
 
     def final_norm_module(self) -> nn.Module:
         """The norm behind the last layer with its weights, in float32."""
@@ -146,14 +155,23 @@ class StoredModel:
     def predictor(self) -> Callable[[Tensor], Tensor]:
         """What makes logits ``[..., V]`` of the hidden states ``[..., D]`` that leave the last layer, float32."""
         norm = self.final_norm_module()
-        # A head that is stored is used whatever tie_word_embeddings says, as by Transformers.
-        held = self.held_tensors
-        head = self.placed(self.head if self.head in held.names else self.embedding)
-        return lambda states: self.logits(torch.nn.functional.linear(norm(states), head))
+        head = StoredLinear(self.held_tensors.tensor(self.stored_head).to(self.device))
+        return lambda states: self.logits(head(norm(states)))
+
+    @property
+    def stored_head(self) -> str:
+        """The tensor of `held_tensors` that makes logits, whatever tie_word_embeddings says: as Transformers does."""
+        return self.head if self.head in self.held_tensors.names else self.embedding
 
     def logits(self, products: Tensor) -> Tensor:
         """What the model makes of its head's products ``[..., V]``."""
         return products
+
+    def replaced(self, name: str) -> int | None:
+        """The layer whose attention the tensor ``name`` belongs to; None for one that passes through."""
+        pattern = re.escape(self.layer_prefix).replace(r"\{layer\}", r"(\d+)") + re.escape(self.attention_prefix)
+        match = re.match(pattern, name)
+        return None if match is None else int(match.group(1))
 
     def in_layer(self, name: str) -> bool:
         """Whether the tensor ``name`` belongs to a decoder layer."""

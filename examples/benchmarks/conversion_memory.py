@@ -9,7 +9,6 @@ with the tokenizer of MODEL. Peaks are of resident memory, in MiB: before the fi
 
 from __future__ import annotations
 
-import resource
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -27,6 +26,7 @@ from typing_extensions import override
 from conversion.checkpoint.location import locate
 from conversion.pipeline.conversion import run_plan
 from conversion.planning.plan import make_plan
+from conversion.progress import peak_memory
 from conversion.recipe import make_recipe
 from conversion.sources import open_source
 
@@ -49,7 +49,7 @@ class PeakProgress(Progress):
 
 def peak_mebibytes() -> int:
     """Largest resident size of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    return peak_memory() // 2**20
 
 
 def save_model(tokenizer_of: str, hidden: int, layers: int, folder: Path) -> None:

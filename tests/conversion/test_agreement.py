@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -166,13 +167,13 @@ def test_a_sound_reference_has_the_tensors_that_are_converted(
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.2.self_attn.k_proj.weight", "lm_head.weight"])
 def test_another_tensor_is_named(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = open_source(str(save_source(tmp_path / "source", tie_word_embeddings=False)))
-    original = SafetensorsReader.tensor
+    original = SafetensorsReader.pieces
 
-    def other(self: SafetensorsReader, asked: str) -> torch.Tensor:
-        tensor = original(self, asked)
-        return tensor * (1 + 1e-6) if asked == name else tensor
+    def other(self: SafetensorsReader, asked: str) -> Iterator[torch.Tensor]:
+        for piece in original(self, asked):
+            yield piece * (1 + 1e-6) if asked == name else piece
 
-    monkeypatch.setattr(SafetensorsReader, "tensor", other)
+    monkeypatch.setattr(SafetensorsReader, "pieces", other)
     with pytest.raises(SourceError, match=f"loads another {name} from .*source"):
         check_reference(source)
 

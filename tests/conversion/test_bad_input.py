@@ -38,7 +38,7 @@ def edit_config(source: Path, **fields: object) -> None:
 
 def test_unknown_architecture(source: Path, output: Path) -> None:
     edit_config(source, model_type="gpt2", architectures=["GPT2LMHeadModel"])
-    assert_refused(mla("convert", source, output), "'gpt2'", "supported are", "llama")
+    assert_refused(mla("convert", source, output), "'gpt2'", "nearest relative", "'gpt_neox'", "mla families")
     assert list(output.parent.iterdir()) == []
 
 

@@ -68,7 +68,8 @@ def test_dry_run_writes_nothing(folder: Path, tmp_path: Path) -> None:
 def test_convert_then_verify(folder: Path, tmp_path: Path) -> None:
     options = ["--cache", "75%", "--tokens", "256", "--calibration", folder / "text.txt"]
     shown = mla("convert", folder / "source", tmp_path / "out", *options)
-    assert re.search(r"is ready after \d+ s: .*verifying \d+\.", shown)
+    costs = r"\d+ s, \d+\.\d [MG]B of memory, \d+\.\d [kM]B of disk"
+    assert re.search(rf"is ready after {costs} \(expected: {costs}\); in seconds: .*verifying \d+\.", shown)
     stdout = mla(
         "verify", tmp_path / "out", "--against", folder / "source", "--text", folder / "text.txt",
         "--windows", "2", "--json",

@@ -117,11 +117,10 @@ def test_written_type_is_the_one_asked_for(tmp_path: Path) -> None:
     assert AutoConfig.from_pretrained(output).dtype == torch.float16
 
 
-def test_sharded_source_and_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("conversion.checkpoint.writer.MAX_SHARD_BYTES", 150_000)
+def test_sharded_source_and_output(tmp_path: Path) -> None:
     source = save_source(tmp_path / "source", max_shard_size="150KB")
     assert len(list(source.glob("*.safetensors"))) > 2
-    output = convert(source, tmp_path / "out", method="exact").output
+    output = convert(source, tmp_path / "out", method="exact", shard_size="150KB").output
     shards = sorted(path.name for path in output.glob("*.safetensors"))
     index = json.loads((output / "model.safetensors.index.json").read_text())
     assert len(shards) > 2

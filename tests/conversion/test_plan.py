@@ -223,7 +223,7 @@ def test_uniform_gives_a_rotary_key_that_kernels_take(tmp_path: Path) -> None:
 def test_a_second_pass_is_planned_for(source: Path) -> None:
     once, twice = (planned(source, method=method, cache="50%", tokens=256) for method in ("mha2mla", "transmla"))
     hidden = open_source(str(source)).config.hidden_size
-    assert twice.disk_bytes - once.disk_bytes == LAYERS * 8 * (hidden + 1) ** 2
+    assert twice.costs.disk_bytes - once.costs.disk_bytes == LAYERS * 8 * (hidden + 1) ** 2
 
 
 def test_costs_are_told_in_units_that_fit_and_only_to_the_terminal(source: Path) -> None:

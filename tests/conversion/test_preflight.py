@@ -113,8 +113,8 @@ def test_check_reads_all_weights_a_layer_at_a_time(source: Path) -> None:
     opened, steps = open_source(str(source)), []
     read: list[str] = []
     reader = opened.tensors
-    original = reader.tensor
-    reader.tensor = lambda name: (read.append(name), original(name))[1]
+    original = reader.pieces
+    reader.pieces = lambda name: (read.append(name), original(name))[1]
     check_weights(opened, None, lambda: steps.append(len(set(read))))
     assert set(read) == set(opened.stored_names())
     assert len(steps) == opened.num_layers

@@ -219,7 +219,7 @@ def test_mxfp4_is_refused_by_name(tmp_path: Path) -> None:
 
 def test_unknown_families_are_refused_by_name_and_their_relatives_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "cohere2", "architectures": ["x"]}))
-    with pytest.raises(SourceError, match=r"'cohere2', which cannot be converted; .*nearest by name: cohere\)"):
+    with pytest.raises(SourceError, match=r"'cohere2', which cannot be converted; its nearest relative .* is 'cohere'"):
         open_source(str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": {}, "vision_config": {}}))
     with pytest.raises(SourceError, match=r"'gemma3', of which only the language model \('gemma3_text'\)"):

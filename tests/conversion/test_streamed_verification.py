@@ -53,7 +53,7 @@ def test_logits_are_those_of_the_whole_models(family: str, tied: bool, tmp_path:
         (folder, source.meta_model, source.held_tensors),
         (converted, empty, as_held(SafetensorsReader(converted), empty)),
     ):
-        streamed = StreamedModel(source, meta, lambda weights=weights: weights)
+        streamed = StreamedModel(source, meta, weights)
         with torch.inference_mode():
             whole = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
             expected = whole(windows()).logits

@@ -24,9 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("damaged")
     source = save_source(folder / "source", dtype=torch.float32)
     write_text(folder / "text.txt", length=200)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("conversion.checkpoint.writer.MAX_SHARD_BYTES", 100_000)
-        convert(source, folder / "converted", method="exact")
+    convert(source, folder / "converted", method="exact", shard_size="100KB")
     return folder
 
 

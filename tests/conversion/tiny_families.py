@@ -121,6 +121,13 @@ FAMILIES = {
         "norm_topk_prob": True,
         "mlp_only_layers": [1],
     },
+    "qwen2_moe-full": {
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": WINDOW,
+    },
     "qwen3": {"head_dim": 16},
     "qwen3-biases-windows": {
         "head_dim": 8,

@@ -17,8 +17,7 @@ from ...devices.choice import CPU
 from ...errors import ConversionError, SourceError, first_line
 from ...evaluation.reference import check_reference
 from ...evaluation.verify import held_out_windows
-from ...layers import moved
-from ...methods.exact import ExactMethod
+from ...planning.exact_form import exact_config
 from ...planning.text_use import VERIFIED_WINDOWS
 from ...progress import counting
 from ...sources import SourceModel
@@ -51,13 +50,9 @@ def preflight(job: ConversionJob) -> None:
 
 def _try_small_files(job: ConversionJob) -> None:
     """Makes all that the checkpoint will have beside its weights, as the exact form would have it, and its model."""
-    source, method = job.source.on(CPU), ExactMethod()
-    weights = moved(source.attention(0), "meta")
-    # Layers may rotate differently, and are alike otherwise.
-    geometries = map(source.geometry, range(source.num_layers))
-    converted = (method.factorise(geometry, weights, None, method.smallest(geometry)) for geometry in geometries)
+    source = job.source.on(CPU)
     try:
-        config = source.mla_config(converted, job.plan.dtype)
+        config = exact_config(source, job.plan.dtype)
         with torch.device("meta"):
             # It changes its configuration.
             getattr(modeling_mla, f"{source.mla_name}ForCausalLM")(deepcopy(config))
@@ -130,10 +125,12 @@ def check_weights(source: SourceModel, written: torch.dtype | None, step: Callab
 
 
 def _check_range(name: str, source: SourceModel, written: torch.dtype | None) -> None:
-    tensor = source.tensors.tensor(name)
-    if not tensor.numel():
+    # PyTorch compares no numbers of eight bits.
+    pieces = (piece.float() if piece.dtype.itemsize == 1 else piece for piece in source.tensors.pieces(name))
+    ends = [piece.aminmax() for piece in pieces]
+    if not ends:
         return
-    largest = max(abs(float(value)) for value in tensor.aminmax())
+    largest = float(torch.stack([end for both in ends for end in both]).abs().max())
     where = f"{name} of {source.location.model} holds {largest:.3g}"
     # Norms and statistics square what it makes.
     if not largest <= torch.finfo(torch.float32).max ** 0.5:

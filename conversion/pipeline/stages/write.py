@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 import torch
@@ -43,24 +43,29 @@ def write_shards(job: ConversionJob, layers: Sequence[MLAWeights], config: PreTr
     def attention(layer: int) -> dict[str, Tensor]:
         return source.mla_tensors(layer, layers[layer], config, config.dtype)
 
+    def written(name: str) -> torch.dtype:
+        stored = reader.dtype(name)
+        return cast if cast is not None and stored.is_floating_point else stored
+
     layout: dict[str, Tensor] = {}
     converted: dict[str, int] = {}
     seen: set[int] = set()
     for name in source.stored_names():
         layer = source.replaced(name)
         if layer is None:
-            layout[name] = torch.empty(reader.shape(name), dtype=cast or reader.dtype(name), device="meta")
+            layout[name] = torch.empty(reader.shape(name), dtype=written(name), device="meta")
         elif layer not in seen:
             seen.add(layer)
             layout |= {new: tensor.to("meta") for new, tensor in attention(layer).items()}
             converted |= dict.fromkeys(attention(layer), layer)
 
-    def fetch(name: str) -> Tensor:
+    def fetch(name: str) -> Iterable[Tensor]:
         if name in converted:
-            return attention(converted[name])[name]
-        return reader.tensor(name).to(layout[name].dtype)
+            return [attention(converted[name])[name].flatten()]
+        return (piece.to(layout[name].dtype) for piece in reader.pieces(name))
 
-    writer, finished = ShardWriter(work.checkpoint, layout), work.journal.shards
+    writer = ShardWriter(work.checkpoint, layout, job.plan.recipe.shard_size)
+    finished = work.journal.shards
     with counting(job.progress, "writing", len(writer.files), len(finished)) as step:
         for file in writer.files:
             if file not in finished:
