@@ -95,7 +95,7 @@ class SafetensorsFile:
         wanted, places = indices.unique(return_inverse=True)
         if wanted.numel() and not 0 <= int(wanted[0]) <= int(wanted[-1]) < rows:
             raise IndexError(f"{name} has {rows} rows, and {wanted[0]} to {wanted[-1]} are wanted")
-        found = torch.empty(len(wanted), width, dtype=DTYPES[self.stored_as(name)])
+        found = torch.empty(len(wanted), width, dtype=DTYPES[self.stored_as(name)], device="cpu")
         with open(self.path, "rb", buffering=0) as file:
             for row, index in enumerate(wanted.tolist()):
                 found[row] = self._values(file, name, index * width, width)
@@ -103,7 +103,7 @@ class SafetensorsFile:
 
     def _values(self, file: FileIO, name: str, first: int, count: int) -> Tensor:
         dtype = DTYPES[self.stored_as(name)]
-        content = torch.empty(count * dtype.itemsize, dtype=torch.uint8)
+        content = torch.empty(count * dtype.itemsize, dtype=torch.uint8, device="cpu")
         view = content.numpy().data
         file.seek(self._entries[name].start + first * dtype.itemsize)
         while view:

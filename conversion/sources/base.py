@@ -113,10 +113,15 @@ class SourceModel(StoredModel):
         """The family's own rotary module; frequencies do not depend on the device, as they are made on the CPU."""
         try:
             with CPU:
-                return self.rotary_class(self.config).to(self.device)
+                return self.rotary_class(self.config).to(self._frequency_device)
         except Exception as error:
             # Transformers' own formulas, on whatever the configuration has.
             raise self._unbuildable(error) from error
+
+    @property
+    def _frequency_device(self) -> torch.device:
+        """The source's; one without weights has frequencies all the same."""
+        return CPU if self.device.type == "meta" else self.device
 
     def layer_rotary(self, layer: int) -> tuple[Tensor, float]:
         """Inverse frequencies of a layer, and the factor for its cosines and sines, from `rotary`."""
@@ -138,7 +143,7 @@ class SourceModel(StoredModel):
             )
         beyond = longrope["original_max_position_embeddings"] + 1
         inv_freq, _ = ROPE_INIT_FUNCTIONS["longrope"](self.config, CPU, seq_len=beyond)
-        return self._sound(inv_freq.float().to(self.device))
+        return self._sound(inv_freq.float().to(self._frequency_device))
 
     @property
     def _longrope(self) -> dict[str, Any] | None:
