@@ -19,11 +19,16 @@ class CpuBackend:
     """
 
     name = "cpu"
+    serves = f"CPU; float32; {_MIN_LENGTH} tokens and more, no mask, no softcap, no codes, no gradient"
+
+    def why_unavailable(self, device: torch.device) -> str | None:
+        """None on a CPU."""
+        return None if device.type == "cpu" else f"it takes tensors on a CPU, not on {device.type}"
 
     def supports(self, shape: AbsorbedShape) -> str | None:
-        """None for plain float32 over a long context on a CPU, else the reason why not."""
-        if shape.device.type != "cpu" or shape.dtype != torch.float32:
-            return f"it takes float32 on a CPU, not {shape.dtype} on {shape.device.type}"
+        """None for plain float32 over a long context, else the reason why not."""
+        if shape.dtype != torch.float32:
+            return f"it takes float32, not {shape.dtype}"
         if shape.has_mask or shape.softcap is not None:
             return "it takes neither a mask nor a softcap"
         if shape.code is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 
 import torch
@@ -23,11 +22,19 @@ class TritonBackend:
     """Splits the context over the multiprocessors and merges the parts by their log-sum-exp."""
 
     name = "triton"
+    serves = (
+        f"NVIDIA GPUs from sm80; bfloat16, float16, float32; ranks up to {_MAX_RANK} that {_RANK_STEP} divides, rotary "
+        f"keys up to {_MAX_ROPE}, at most {_MAX_QUERIES} queries, any mask, no codes, no gradient"
+    )
+
+    def why_unavailable(self, device: torch.device) -> str | None:
+        """None where the kernels run on the device, which is tried; else the reason why not."""
+        if device.type != "cuda":
+            return f"it takes tensors on an NVIDIA GPU, not on {device.type}"
+        return _why_unavailable(device.index or 0)
 
     def supports(self, shape: AbsorbedShape) -> str | None:
-        """None for few queries over plain latents on an NVIDIA GPU, else the reason why not."""
-        if shape.device.type != "cuda":
-            return f"it takes tensors on an NVIDIA GPU, not on {shape.device.type}"
+        """None for few queries over plain latents, else the reason why not."""
         if shape.dtype not in _DTYPES:
             return f"it takes bfloat16, float16 and float32, not {shape.dtype}"
         if shape.code is not None:
@@ -40,7 +47,7 @@ class TritonBackend:
             return f"it takes at most {_MAX_QUERIES} queries, not {shape.query_length}"
         if torch.is_grad_enabled():
             return "it has no gradient"
-        return _why_unavailable(shape.device.index or 0)
+        return None
 
     def attend(
         self,
@@ -61,18 +68,13 @@ class TritonBackend:
         )
 
 
-@torch.compiler.assume_constant_result
 def _why_unavailable(device: int) -> str | None:
-    return _ask(device)
-
-
-@functools.cache
-def _ask(device: int) -> str | None:
-    """The reason why kernels do not run on a device, None where they do; asked once, by running them."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     if torch.version.hip is not None:
         return "it was written for NVIDIA GPUs, and PyTorch was built for AMD's"
+    if not torch.cuda.is_available():
+        return "PyTorch finds no NVIDIA GPU"
     capability = torch.cuda.get_device_capability(device)
     if capability < _CAPABILITY:
         return f"it needs compute capability {_CAPABILITY[0]}.{_CAPABILITY[1]}, and the GPU has {capability}"

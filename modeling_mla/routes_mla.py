@@ -223,6 +223,7 @@ def attend_absorbed(
         has_mask=visible.hides_keys,
         softcap=softcap,
         code=None if coded is None else coded.code,
+        visible=visible,
     )
     backend = select_backend(module.backend, shape)
     context, lse = backend.attend(query, latents, module.kv_lora_rank, scaling, visible, softcap)
