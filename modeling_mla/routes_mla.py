@@ -13,7 +13,7 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask
 from typing_extensions import override
 
-from .absorbed_weights_mla import derived_rows, why_no_matrix
+from .absorbed_weights_mla import derived_rows
 from .attention_functions_mla import eager_attention_forward, is_flash, is_latent_aware
 from .backend_base_mla import AbsorbedShape
 from .backends_mla import select_backend
@@ -78,9 +78,9 @@ def why_expand(
     wanted = kwargs.get("output_attentions")
     if module.config.output_attentions if wanted is None else wanted:
         return "attention weights are wanted"
-    given = next((name for name in _EXPANDED_ONLY if kwargs.get(name) is not None), None)
-    if given is not None:
-        return f"{given} is given"
+    for name in _EXPANDED_ONLY:
+        if kwargs.get(name) is not None:
+            return f"{name} is given"
     # Other functions get a mask that was made of the positions.
     if is_flash(attn_implementation) and tells_rows_apart(kwargs.get("position_ids"), query.shape[0]):
         return "the positions start again within a row, which holds several packed sequences"
@@ -95,10 +95,12 @@ def _takes_absorbed_route(module: LatentAttention, query: torch.Tensor, kv_lengt
     if reason is not None:
         return False
     # A backend keeps its scores for the backward pass, which the fused functions of the expanded route do not.
-    projection_learns = any(parameter.requires_grad for parameter in module.kv_b_proj.parameters())
-    if torch.is_grad_enabled() and (query.requires_grad or projection_learns or module.training):
-        return False
-    if why_no_matrix(module.kv_b_proj) is not None:
+    if torch.is_grad_enabled():
+        projection_learns = any(parameter.requires_grad for parameter in module.kv_b_proj.parameters())
+        if query.requires_grad or projection_learns or module.training:
+            return False
+    rows = derived_rows(module.kv_b_proj, module.kv_lora_rank)
+    if rows is None:
         return False
     return absorbed_is_cheaper(
         query.shape[2],
@@ -107,7 +109,7 @@ def _takes_absorbed_route(module: LatentAttention, query: torch.Tensor, kv_lengt
         module.qk_nope_head_dim,
         module.qk_rope_head_dim,
         module.v_head_dim,
-        derived_rows=derived_rows(module.kv_b_proj, module.kv_lora_rank) / query.shape[0],
+        derived_rows=rows / query.shape[0],
     )
 
 
@@ -205,9 +207,10 @@ def attend_absorbed(
 
     ``s_aux [H]`` are attention sinks, one logit a head that takes its share of the softmax and has no value.
     """
-    latents = narrowed(latents, visible.keys_in_use)
+    if visible.keys_in_use != latents.shape[1]:
+        latents = narrowed(latents, visible.keys_in_use)
     weights = module.absorbed_weights(query)
-    q_nope, q_rope = query.split([module.qk_nope_head_dim, module.qk_rope_head_dim], dim=-1)
+    q_nope, q_rope = query.split_with_sizes([module.qk_nope_head_dim, module.qk_rope_head_dim], dim=-1)
     query = torch.cat((weights.latent_query(q_nope), q_rope), dim=-1)
     coded = latents if isinstance(latents, CodedLatents) else None
     query = query if coded is None else coded.rotated_query(query)
