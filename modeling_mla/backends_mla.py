@@ -14,20 +14,31 @@ from transformers.utils import logging
 
 from .backend_base_mla import AbsorbedBackend, AbsorbedShape
 from .backend_cpu_mla import CpuBackend
+from .backend_fa3_mla import FlashAttention3Backend
+from .backend_flashinfer_mla import FlashInferBackend
+from .backend_flashmla_mla import FlashMLABackend
 from .backend_int8_mla import Int8Backend
 from .backend_torch_mla import TorchBackend
 from .backend_triton_mla import TritonBackend
 
 logger = logging.get_logger(__name__)
 
-_ALL: tuple[AbsorbedBackend, ...] = (CpuBackend(), Int8Backend(), TritonBackend(), TorchBackend())
+_ALL: tuple[AbsorbedBackend, ...] = (
+    CpuBackend(),
+    Int8Backend(),
+    FlashAttention3Backend(),
+    FlashMLABackend(),
+    FlashInferBackend(),
+    TritonBackend(),
+    TorchBackend(),
+)
 BACKENDS = {backend.name: backend for backend in _ALL}
 
 PREFERENCE = {
     "cpu": ("cpu", "int8", "torch"),
-    "sm80": ("triton", "torch"),
-    "sm90": ("triton", "torch"),
-    "sm100": ("triton", "torch"),
+    "sm80": ("flashinfer", "triton", "torch"),
+    "sm90": ("fa3", "flashmla", "flashinfer", "triton", "torch"),
+    "sm100": ("triton", "flashinfer", "torch"),
     "other": ("torch",),
 }
 """What ``auto`` tries, in order, by `architecture`."""

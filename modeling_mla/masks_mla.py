@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -37,8 +36,7 @@ _FOUND: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """What was found in a mask, for the layers that share it."""
 
 
-@dataclass(frozen=True)
-class VisibleKeys:
+class VisibleKeys(NamedTuple):
     """A mask that is made only where it is needed.
 
     Args:
