@@ -10,7 +10,7 @@ import functools
 import torch
 
 from .backend_base_mla import AbsorbedShape
-from .kernel_packages_mla import installed, load, why_no_gpu, why_not_runs, why_trial_fails
+from .kernel_packages_mla import installed, load, why_no_gpu, why_not_plain, why_not_runs, why_trial_fails
 from .latent_tiles_mla import CodedLatents
 from .masks_mla import VisibleKeys
 
@@ -40,6 +40,9 @@ class FlashAttention3Backend:
 
     def supports(self, shape: AbsorbedShape) -> str | None:
         """None for the widths that the kernels have, over runs of keys; else the reason why not."""
+        reason = why_not_plain(shape)
+        if reason is not None:
+            return reason
         if not _RANKS[0] <= shape.kv_lora_rank <= _RANKS[1] or shape.kv_lora_rank % _ALIGNMENT:
             return f"it takes ranks {_RANKS[0]} to {_RANKS[1]} that {_ALIGNMENT} divides, not {shape.kv_lora_rank}"
         if not 0 < shape.qk_rope_head_dim <= _MAX_ROPE or shape.qk_rope_head_dim % _ALIGNMENT:

@@ -8,7 +8,17 @@ from typing import Any
 import torch
 
 from .backend_base_mla import AbsorbedShape
-from .kernel_packages_mla import PAGE, Pages, installed, load, pages, why_no_gpu, why_not_from_zero, why_trial_fails
+from .kernel_packages_mla import (
+    PAGE,
+    Pages,
+    installed,
+    load,
+    pages,
+    why_no_gpu,
+    why_not_from_zero,
+    why_not_plain,
+    why_trial_fails,
+)
 from .latent_tiles_mla import CodedLatents
 from .masks_mla import RowBounds, VisibleKeys
 
@@ -42,6 +52,9 @@ class FlashInferBackend:
 
     def supports(self, shape: AbsorbedShape) -> str | None:
         """None for the widths that it compiles, over runs of keys that begin with the cache; else why not."""
+        reason = why_not_plain(shape)
+        if reason is not None:
+            return reason
         if shape.kv_lora_rank <= 0 or shape.kv_lora_rank % _RANK_STEP:
             return f"it takes ranks that {_RANK_STEP} divides, not {shape.kv_lora_rank}"
         if shape.qk_rope_head_dim % _ROPE_STEP:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .backend_base_mla import AbsorbedShape
-from .kernel_packages_mla import installed, load, pages, why_no_gpu, why_not_from_zero, why_trial_fails
+from .kernel_packages_mla import installed, load, pages, why_no_gpu, why_not_from_zero, why_not_plain, why_trial_fails
 from .latent_tiles_mla import CodedLatents
 from .masks_mla import RowBounds, VisibleKeys
 
@@ -41,6 +41,9 @@ class FlashMLABackend:
 
     def supports(self, shape: AbsorbedShape) -> str | None:
         """None for DeepSeek's widths over runs of keys that begin with the cache; else the reason why not."""
+        reason = why_not_plain(shape)
+        if reason is not None:
+            return reason
         if (shape.kv_lora_rank, shape.qk_rope_head_dim) != (_RANK, _ROPE):
             return (
                 f"it takes rank {_RANK} and rotary keys of {_ROPE}, not {shape.kv_lora_rank} and "

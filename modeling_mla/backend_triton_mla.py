@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 
 import torch
@@ -34,7 +35,9 @@ class TritonBackend:
         return _why_unavailable(device.index or 0)
 
     def supports(self, shape: AbsorbedShape) -> str | None:
-        """None for few queries over plain latents, else the reason why not."""
+        """None for few queries over plain latents on an NVIDIA GPU, else the reason why not."""
+        if shape.device.type != "cuda":
+            return f"it takes tensors on an NVIDIA GPU, not on {shape.device.type}"
         if shape.dtype not in _DTYPES:
             return f"it takes bfloat16, float16 and float32, not {shape.dtype}"
         if shape.code is not None:
@@ -47,7 +50,7 @@ class TritonBackend:
             return f"it takes at most {_MAX_QUERIES} queries, not {shape.query_length}"
         if torch.is_grad_enabled():
             return "it has no gradient"
-        return None
+        return _why_unavailable(shape.device.index or 0)
 
     def attend(
         self,
@@ -68,7 +71,14 @@ class TritonBackend:
         )
 
 
+@torch.compiler.assume_constant_result
 def _why_unavailable(device: int) -> str | None:
+    return _ask(device)
+
+
+@functools.cache
+def _ask(device: int) -> str | None:
+    """The reason why kernels do not run on a device, None where they do; asked once, by running them."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     if torch.version.hip is not None:

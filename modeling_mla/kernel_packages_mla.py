@@ -72,14 +72,19 @@ def why_trial_fails(backend: AbsorbedBackend, device: torch.device, rank: int, r
     return None if error < _TRIAL_ERROR else f"a trial was wrong by {error:.2g} of its result"
 
 
-def why_not_runs(shape: AbsorbedShape, dtypes: tuple[torch.dtype, ...] = HALF_DTYPES) -> str | None:
-    """What no package of kernels here serves: other dtypes, codes, gradients, masks that are no runs of keys."""
-    if shape.dtype not in dtypes:
-        return f"it takes {' and '.join(str(dtype) for dtype in dtypes)}, not {shape.dtype}"
+def why_not_plain(shape: AbsorbedShape) -> str | None:
+    """What no package of kernels here serves: codes, other dtypes, gradients."""
     if shape.code is not None:
         return "it takes no coded latents"
+    if shape.dtype not in HALF_DTYPES:
+        return f"it takes {' and '.join(str(dtype) for dtype in HALF_DTYPES)}, not {shape.dtype}"
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return "it has no gradient and is not compiled"
+    return None
+
+
+def why_not_runs(shape: AbsorbedShape) -> str | None:
+    """The reason why what hides keys is no run of them. Looks at masks, so it is to be asked last."""
     if shape.has_mask and (shape.visible is None or shape.visible.bounds(shape.batch) is None):
         return "it takes runs of keys (a start and an end of every sequence), and the mask is none"
     return None
