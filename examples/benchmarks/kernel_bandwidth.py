@@ -22,6 +22,7 @@ import torch
 import transformers
 import typer
 from decode import fill, step
+from roof import copy_bandwidth
 from rows import print_rows
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
 
@@ -78,13 +79,6 @@ def replayed(function: Callable[[], object], device: torch.device) -> Callable[[
     with torch.cuda.graph(graph):
         function()
     return graph.replay
-
-
-def copy_bandwidth(device: torch.device) -> float:
-    """GB/s of a large copy, bytes read and written."""
-    source = torch.empty(1 << (31 if device.type == "cuda" else 28), dtype=torch.uint8, device=device).random_(0, 255)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / median_ms(lambda: target.copy_(source), device) / 1e6
 
 
 @torch.no_grad()
