@@ -120,6 +120,11 @@ def checked_backend(requested: str) -> str:
     return given
 
 
+def why_not(name: str, shape: AbsorbedShape) -> str | None:
+    """The reason why a backend cannot serve a shape on its device, None where it can."""
+    return BACKENDS[name].supports(shape) or why_unavailable(name, shape.device)
+
+
 def select_backend(requested: str, shape: AbsorbedShape) -> AbsorbedBackend:
     """The backend for a shape: the first that supports it, or the requested one.
 
@@ -129,13 +134,12 @@ def select_backend(requested: str, shape: AbsorbedShape) -> AbsorbedBackend:
     if requested != "auto":
         if requested not in BACKENDS:
             raise ValueError(f"There is no MLA backend {requested!r}; there are auto, {', '.join(BACKENDS)}.")
-        backend = BACKENDS[requested]
-        reason = backend.supports(shape) or why_unavailable(requested, shape.device)
+        reason = why_not(requested, shape)
         if reason is not None:
             others = [name for name in preferred(shape.device) if BACKENDS[name].supports(shape) is None]
             message = f"MLA backend {requested!r} cannot serve this attention: {reason}."
             raise ValueError(f"{message} These can: auto, {', '.join(others)}.")
-        return backend
+        return BACKENDS[requested]
     for name in preferred(shape.device):
         backend = BACKENDS[name]
         if backend.supports(shape) is None:

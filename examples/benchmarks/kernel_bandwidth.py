@@ -28,7 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 
 from modeling_mla import LatentCache, StaticLatentCache, disable_absorbed_attention, enable_absorbed_attention
 from modeling_mla.backend_base_mla import AbsorbedShape
-from modeling_mla.backends_mla import BACKENDS
+from modeling_mla.backends_mla import BACKENDS, why_not
 from modeling_mla.masks_mla import VisibleKeys
 from modeling_mla.transformers_seams_mla import cache_argument
 
@@ -95,7 +95,7 @@ def kernel_rows(
     wanted = AbsorbedShape(batch, heads, 1, context, rank, rope, dtype, device, has_mask=False)
     rows = []
     for name, backend in BACKENDS.items():
-        if backend.supports(wanted) is not None:
+        if why_not(name, wanted) is not None:
             continue
 
         def attend(backend=backend) -> None:
