@@ -50,7 +50,8 @@ class AbsorbedBackend(Protocol):
     def supports(self, shape: AbsorbedShape) -> str | None:
         """None where it can serve the shape, on a device on which it is available; else the reason why not.
 
-        Asked at every call, so it touches no tensor but a mask, and this last; `backends_mla.why_not` asks for the device as well.
+        Asked at every call, so it touches no tensor but a mask, and this last. `backends_mla.why_not` asks for the
+        device as well.
         """
 
     def attend(
