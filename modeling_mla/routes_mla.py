@@ -25,6 +25,7 @@ from .masks_mla import VisibleKeys
 from .peft_mla import refuse_adapters_by_position
 from .softmax_merge_mla import sink_share
 from .transformers_seams_mla import AttentionInterface, PagedAttentionCache, tells_rows_apart
+from .unpadded_flash_mla import without_padding
 
 _EXPANDED_ONLY = ("cu_seq_lens_q", "indices", "position_bias")
 """Arguments of attention functions that only the expanded route honours."""
@@ -173,6 +174,8 @@ def attend_latents(
         softcap, s_aux = kwargs.get("softcap"), kwargs.get("s_aux")
         return attend_in_pieces(module.expand_latents, query, kv_c, k_pe, visible.block, scaling, softcap, s_aux), None
     key, value = module.expand_latents(kv_c, k_pe)
+    if is_flash(attn_implementation):
+        expanded_function = without_padding(expanded_function, attn_implementation, query, value)
     return expanded_function(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 
 
