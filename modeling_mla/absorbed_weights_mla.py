@@ -20,8 +20,6 @@ from .tensor_parallel_mla import tensor_parallel_group
 
 _COPIED_VALUES = 1 << 20
 """Weights that are copied at once, so that the copy is read from a processor's cache."""
-_WIDENED_VALUES = 1 << 17
-"""Factors up to which bfloat16 is copied to float32."""
 
 
 class LowRank(NamedTuple):
@@ -65,7 +63,7 @@ class AbsorbedWeights(NamedTuple):
 
 
 def derived_rows(layer: nn.Module, in_features: int) -> int | None:
-    """Rows of the identity that ``layer`` is given to show its matrix; 0 where its weight is read, None without."""
+    """Rows of the identity that ``layer`` is given to show its matrix: 0 where its weight is read, None if it has none."""
     if is_plain(layer):
         return 0
     if why_no_matrix(layer) is not None:
@@ -169,10 +167,9 @@ def _product_by_head(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def _half_product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`_product` of 16-bit numbers on a CPU, which copies what is not contiguous."""
-    # Few processors multiply in float16, and PyTorch's loop for the others is up to thirty times slower than this. In
-    # bfloat16, calling the library that multiplies costs more than a small product.
-    if rows.dtype == torch.float16 or weight.numel() + rows.numel() <= _WIDENED_VALUES:
-        return _product(rows.float(), weight.float()).to(rows.dtype)
+    # Few processors multiply in float16, and PyTorch's loop for the others is up to thirty times slower than this.
+    if rows.dtype == torch.float16:
+        return _product(rows.float(), weight.float()).half()
     # Copied as it lies: PyTorch would copy it transposed, which takes five times longer.
     return torch.bmm(rows, weight if weight.stride(-1) == 1 else weight.mT.contiguous().mT)
 

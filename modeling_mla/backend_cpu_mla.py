@@ -10,7 +10,7 @@ from .masks_mla import VisibleKeys
 
 _MIN_SPLIT_LENGTH = 512
 """Below this context one thread is as fast."""
-_WIDENED_VALUES = 1 << 16
+_WIDENED_VALUES = 1 << 17
 """Values of a sequence's queries and latents up to which 16-bit numbers are copied to float32."""
 
 
