@@ -62,8 +62,12 @@ class AbsorbedWeights(NamedTuple):
         return value.to(context.dtype)
 
 
-def derived_rows(layer: nn.Module, in_features: int) -> int:
-    """Rows of the identity that ``layer`` is given to show its matrix; none where its weight is read."""
+def derived_rows(layer: nn.Module, in_features: int) -> int | None:
+    """Rows of the identity that ``layer`` is given to show its matrix: 0 where its weight is read, None if it has none."""
+    if is_plain(layer):
+        return 0
+    if why_no_matrix(layer) is not None:
+        return None
     return in_features if _plain_parts(layer) is None else 0
 
 
@@ -115,8 +119,12 @@ def absorbed_weights(
 
     def by_head(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         per_head = rows.view(-1, qk_nope_head_dim + v_head_dim, rows.shape[1])
-        return per_head[:, :qk_nope_head_dim], per_head[:, qk_nope_head_dim:]
+        uk, uv = per_head.split_with_sizes((qk_nope_head_dim, v_head_dim), dim=1)
+        return uk, uv
 
+    if is_plain(kv_b_proj):
+        plain: Any = kv_b_proj.weight
+        return AbsorbedWeights(*by_head(plain.to(like.dtype)))
     reason = why_no_matrix(kv_b_proj)
     if like.requires_grad and tensor_parallel_group(kv_b_proj) is not None:
         reason = "it is split over processes, and latents would get the gradient of one process's heads"
@@ -140,14 +148,21 @@ def _per_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     A broadcast product would copy the weights for every sequence.
     """
     batch, heads, length, _ = x.shape
+    if batch == 1:
+        return _product_by_head(x[0], weight).unsqueeze(0)
     rows = x.transpose(0, 1).reshape(heads, batch * length, -1)
-    if x.device.type == "cpu" and x.itemsize == 2:
-        size = max(_COPIED_VALUES // max(weight[0].numel(), 1), 1)
-        parts = zip(rows.split(size), weight.split(size), strict=True)
-        product = torch.cat([_half_product(*part) for part in parts])
-    else:
-        product = _product(rows, weight)
-    return product.reshape(heads, batch, length, -1).transpose(0, 1)
+    return _product_by_head(rows, weight).view(heads, batch, length, -1).transpose(0, 1)
+
+
+def _product_by_head(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """``[H, m, i] x [H, i, o] -> [H, m, o]``."""
+    if rows.device.type != "cpu" or rows.itemsize > 2:
+        return _product(rows, weight)
+    size = max(_COPIED_VALUES // max(weight.shape[1] * weight.shape[2], 1), 1)
+    if size >= len(rows):
+        return _half_product(rows, weight)
+    parts = zip(rows.split(size), weight.split(size), strict=True)
+    return torch.cat([_half_product(*part) for part in parts])
 
 
 def _half_product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

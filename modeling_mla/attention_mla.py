@@ -93,6 +93,7 @@ class MLAttention(LatentAttention):
         if extension is not None:
             # On the scores, not on cos and sin: channels that lost their rotation were rotated in the source.
             self.scaling *= extension.attention_factor**2
+        self.rope_interleave = config.rope_interleave
         self.num_key_value_groups = 1
         self.is_causal = True
         self.sliding_window = layer_window(config, layer_idx)
@@ -130,8 +131,8 @@ class MLAttention(LatentAttention):
     def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """Rotates ``x [B, heads, S, d]`` as `apply_rotary`, in `rotary_dtype` where that is set."""
         if self.rotary_dtype is None:
-            return apply_rotary(x, cos, sin, self.config.rope_interleave)
-        return apply_rotary(x.to(self.rotary_dtype), cos, sin, self.config.rope_interleave).to(x.dtype)
+            return apply_rotary(x, cos, sin, self.rope_interleave)
+        return apply_rotary(x.to(self.rotary_dtype), cos, sin, self.rope_interleave).to(x.dtype)
 
     @override
     def forward(
@@ -157,14 +158,15 @@ class MLAttention(LatentAttention):
             ``[B, S, D]``, and the attention weights where the attention function gives them.
         """
         query = self.project_query(hidden_states)
-        q_nope, q_rope = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
+        q_nope, q_rope = query.split_with_sizes([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
         compressed = self.project_latent(hidden_states)
-        kv_c, k_pe = compressed.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
-        kv_c = self.kv_a_layernorm(kv_c).unsqueeze(1)
+        kv_c, k_pe = compressed.unsqueeze(1).split_with_sizes([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+        kv_c = self.kv_a_layernorm(kv_c)
 
         cos, sin = layer_angles(position_embeddings, self.layer_idx, self.qk_rope_head_dim)
-        q_rope = self.rotate(q_rope, cos, sin)
-        k_pe = self.rotate(k_pe.unsqueeze(1), cos, sin)
+        # The key as one more head: of one token, every call costs more than its work.
+        rotated = self.rotate(torch.cat((q_rope, k_pe), dim=1), cos, sin)
+        q_rope, k_pe = rotated.split_with_sizes([query.shape[1], 1], dim=1)
         k_pe = read_by_all_heads(k_pe, self.kv_b_proj)
         query = torch.cat((q_nope, q_rope), dim=-1)
 
@@ -189,7 +191,7 @@ class MLAttention(LatentAttention):
             sliding_window=self.sliding_window,
             **kwargs,
         )
-        attn_output = attn_output.reshape(*hidden_states.shape[:-1], -1).contiguous()
+        attn_output = attn_output.flatten(2).contiguous()
         return self.o_proj(attn_output), attn_weights
 
 

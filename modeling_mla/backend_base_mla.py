@@ -5,8 +5,7 @@ A backend knows tensors, nothing of the model: multi-query attention over the la
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -15,9 +14,11 @@ from .latent_tiles_mla import CodedLatents
 from .masks_mla import VisibleKeys
 
 
-@dataclass(frozen=True)
-class AbsorbedShape:
-    """What a backend decides by, before any tensor is touched."""
+class AbsorbedShape(NamedTuple):
+    """What a backend decides by, before any tensor is touched.
+
+    ``visible`` is what `AbsorbedBackend.attend` is given; without it, whatever hides keys counts as a dense mask.
+    """
 
     batch: int
     num_heads: int
@@ -30,15 +31,28 @@ class AbsorbedShape:
     has_mask: bool
     softcap: float | None = None
     code: LatentCode | None = None
+    visible: VisibleKeys | None = None
 
 
 class AbsorbedBackend(Protocol):
     """One provider of absorbed attention."""
 
     name: str
+    serves: str
+    """What it takes, in a few words for people: devices, dtypes, widths, masks."""
+
+    def why_unavailable(self, device: torch.device) -> str | None:
+        """None where it runs on this device of this machine, else the reason why not.
+
+        The registry asks once for every device and keeps the answer, so this may import packages and try kernels.
+        """
 
     def supports(self, shape: AbsorbedShape) -> str | None:
-        """None where it can serve the shape on this machine, else the reason why not."""
+        """None where it can serve the shape, on a device on which it is available; else the reason why not.
+
+        Asked at every call, so it touches no tensor but a mask, and this last. `backends_mla.why_not` asks for the
+        device as well.
+        """
 
     def attend(
         self,

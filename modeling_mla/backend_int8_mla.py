@@ -31,17 +31,27 @@ class Int8Backend:
     """
 
     name = "int8"
+    serves = (
+        f"CPU with AVX512-VNNI; bfloat16, float16, float32; codes of one scale a token, at most {_MAX_ROWS} queries of "
+        "all heads, any mask, no gradient"
+    )
+
+    def why_unavailable(self, device: torch.device) -> str | None:
+        """None on a CPU that multiplies bytes, else the reason why not."""
+        if device.type != "cpu":
+            return f"it takes tensors on a CPU, not on {device.type}"
+        if torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported():
+            return None
+        return "the processor has no instructions for products of bytes (AVX512-VNNI)"
 
     def supports(self, shape: AbsorbedShape) -> str | None:
-        """None for few queries over codes on a CPU that multiplies bytes, else the reason why not."""
+        """None for few queries over codes, else the reason why not."""
         if shape.code is None:
             return "it takes coded latents only"
-        if shape.device.type != "cpu" or shape.dtype not in DIGITS:
-            return f"it takes bfloat16, float16 and float32 on a CPU, not {shape.dtype} on {shape.device.type}"
+        if shape.dtype not in DIGITS:
+            return f"it takes bfloat16, float16 and float32, not {shape.dtype}"
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return "it has no gradient and is not compiled"
-        if not _multiplies_bytes():
-            return "the processor has no instructions for products of bytes (AVX512-VNNI)"
         if shape.num_heads * shape.query_length > _MAX_ROWS:
             return f"it takes at most {_MAX_ROWS} queries of all heads, not {shape.num_heads * shape.query_length}"
         return _why_not_of_bytes(shape.code)
@@ -62,10 +72,6 @@ class Int8Backend:
             return _tiles(rows.float(), latents, index, kv_lora_rank, DIGITS[query.dtype])
 
         return attend_tiled(query, kv_lora_rank, scale, visible, softcap, tiles)
-
-
-def _multiplies_bytes() -> bool:
-    return torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
 
 
 def _why_not_of_bytes(code: LatentCode) -> str | None:

@@ -22,6 +22,11 @@ class TorchBackend:
     """
 
     name = "torch"
+    serves = "any device, dtype, width, mask and code"
+
+    def why_unavailable(self, device: torch.device) -> str | None:
+        """None, for it runs on every device."""
+        return None
 
     def supports(self, shape: AbsorbedShape) -> str | None:
         """None, for it serves every shape on every device."""

@@ -23,6 +23,16 @@ class TritonBackend:
     """Splits the context over the multiprocessors and merges the parts by their log-sum-exp."""
 
     name = "triton"
+    serves = (
+        f"NVIDIA GPUs from sm80; bfloat16, float16, float32; ranks up to {_MAX_RANK} that {_RANK_STEP} divides, rotary "
+        f"keys up to {_MAX_ROPE}, at most {_MAX_QUERIES} queries, any mask, no codes, no gradient"
+    )
+
+    def why_unavailable(self, device: torch.device) -> str | None:
+        """None where the kernels run on the device, which is tried; else the reason why not."""
+        if device.type != "cuda":
+            return f"it takes tensors on an NVIDIA GPU, not on {device.type}"
+        return _why_unavailable(device.index or 0)
 
     def supports(self, shape: AbsorbedShape) -> str | None:
         """None for few queries over plain latents on an NVIDIA GPU, else the reason why not."""
@@ -73,6 +83,8 @@ def _ask(device: int) -> str | None:
         return "the package triton is not installed"
     if torch.version.hip is not None:
         return "it was written for NVIDIA GPUs, and PyTorch was built for AMD's"
+    if not torch.cuda.is_available():
+        return "PyTorch finds no NVIDIA GPU"
     capability = torch.cuda.get_device_capability(device)
     if capability < _CAPABILITY:
         return f"it needs compute capability {_CAPABILITY[0]}.{_CAPABILITY[1]}, and the GPU has {capability}"

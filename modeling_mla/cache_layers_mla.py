@@ -40,7 +40,7 @@ class LatentLayer(DynamicLayer):
         return self._visible()
 
     def _visible(self) -> torch.Tensor:
-        return self.buffer[:, : self.filled]
+        return self.buffer.narrow(1, 0, self.filled)
 
     @property
     def stored(self) -> torch.Tensor:
@@ -96,21 +96,22 @@ class LatentLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         new_tokens = key_states.shape[-2]
-        if self.buffer.requires_grad or (torch.is_grad_enabled() and key_states.requires_grad):
+        learns = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
+        if self.buffer.requires_grad or learns:
             # A backward pass through several chunks needs the rows as each chunk read them.
             rows = torch.cat((key_states, value_states), dim=-1)[:, 0]
             self.buffer = torch.cat((self.buffer[:, : self.filled], rows), dim=1)
         else:
             self._make_room(new_tokens)
-            rows = self.buffer[:, self.filled : self.filled + new_tokens]
-            rows[..., : self.kv_lora_rank] = key_states[:, 0]
-            rows[..., self.kv_lora_rank :] = value_states[:, 0]
+            rows = self.buffer.narrow(1, self.filled, new_tokens).unsqueeze(1)
+            torch.cat((key_states, value_states), dim=-1, out=rows)
         self._count(new_tokens)
         return self._halves(self._visible())
 
     def _halves(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        latents = latents.unsqueeze(1)
-        return latents[..., : self.kv_lora_rank], latents[..., self.kv_lora_rank :]
+        rank = self.kv_lora_rank
+        kv_c, k_pe = latents.unsqueeze(1).split_with_sizes((rank, latents.shape[-1] - rank), dim=-1)
+        return kv_c, k_pe
 
     def _count(self, new_tokens: int) -> None:
         self.filled += new_tokens

@@ -2,14 +2,41 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_mask
+from torch.utils.weak import WeakTensorKeyDictionary
 
 
-@dataclass(frozen=True)
-class VisibleKeys:
+class RowBounds(NamedTuple):
+    """What kernels take in the place of a mask: the keys of every sequence are one run.
+
+    Query i of n stands at key ``ends - n + i`` of its sequence. It sees the keys from ``starts`` on, up to its own
+    where attention is ``causal``, else up to ``ends``; and of these the last ``window``.
+
+    Attributes:
+        starts: ``[B]`` int32.
+        ends: ``[B]`` int32.
+        causal: False for one query, which stands at the end.
+        window: None where it hides nothing, as for one query, whose window is in ``starts``.
+        from_zero: every run is known to start at key 0.
+        to_last: every run is known to end at the last key.
+    """
+
+    starts: torch.Tensor
+    ends: torch.Tensor
+    causal: bool
+    window: int | None
+    from_zero: bool
+    to_last: bool
+
+
+_FOUND: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""What was found in a mask, for the layers that share it."""
+
+
+class VisibleKeys(NamedTuple):
     """A mask that is made only where it is needed.
 
     Args:
@@ -62,6 +89,30 @@ class VisibleKeys:
         """The sliding window, where it is in no mask."""
         return self.sliding_window if self.aligned_to_end and not self._is_whole(self.attention_mask) else None
 
+    def bounds(self, batch: int) -> RowBounds | None:
+        """The mask as runs of keys; None where it is not made of runs.
+
+        Masks are looked at, once for all layers that share one, at the price of one synchronisation with the device:
+        within a compiled or captured graph there is none, and masks have no bounds.
+        """
+        mask, length = self.attention_mask, self.keys_in_use
+        if mask is None:
+            start = max(length - self.window, 0) if self.window is not None and self.query_length == 1 else 0
+            starts, ends = (torch.full((batch,), at, dtype=torch.int32, device=self.device) for at in (start, length))
+            causal = self.first_query is not None and self.query_length > 1
+            return RowBounds(starts, ends, causal, self.window if causal else None, start == 0, True)
+        if isinstance(mask, BlockMask) or mask.is_floating_point() or _is_graph(mask):
+            return None
+        if mask.is_inference():
+            # Nothing tells whether it was written to since.
+            return _runs(self.dense(), batch, self.sliding_window)
+        facts = (batch, self.query_length, length, self.sliding_window, self.aligned_to_end, mask._version)
+        known, found = _FOUND.get(mask, (None, None))
+        if known != facts:
+            found = _runs(self.dense(), batch, self.sliding_window)
+            _FOUND[mask] = (facts, found)
+        return found
+
     @staticmethod
     def _is_whole(mask: torch.Tensor | BlockMask | None) -> bool:
         return isinstance(mask, BlockMask) or (mask is not None and mask.dim() == 4)
@@ -107,3 +158,30 @@ class VisibleKeys:
         distance = positions[:, None] - torch.arange(keys.start, keys.stop, device=self.device)
         visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
         return visible[None, None]
+
+
+def _is_graph(mask: torch.Tensor) -> bool:
+    return torch.compiler.is_compiling() or (mask.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _runs(dense: torch.Tensor | None, batch: int, window: int | None) -> RowBounds | None:
+    """The bounds of a mask ``[B or 1, H or 1, n, S]``, None where it has none that hold for all heads."""
+    if dense is None or dense.shape[1] != 1:
+        return None
+    seen = dense[:, 0].expand(batch, -1, -1)
+    queries, keys = seen.shape[1:]
+    key = torch.arange(keys, device=seen.device)
+    any_query = seen.any(1).int()
+    starts, ends = any_query.argmax(-1), keys - any_query.flip(-1).argmax(-1)
+    within = ((key >= starts[:, None]) & (key < ends[:, None]))[:, None]
+    place = (ends - queries)[:, None] + torch.arange(queries, device=seen.device)
+    up_to = within & (key <= place[..., None])
+    forms = [within, up_to] if queries > 1 else [within]
+    if queries > 1 and window is not None:
+        forms.append(up_to & (key > place[..., None] - window))
+    same = [(seen == form).all() for form in forms]
+    from_zero, to_last, *fits = torch.stack([(starts == 0).all(), (ends == keys).all(), *same]).tolist()
+    if True not in fits:
+        return None
+    form = fits.index(True)
+    return RowBounds(starts.int(), ends.int(), form > 0, window if form == 2 else None, from_zero, to_last)

@@ -19,6 +19,7 @@ from transformers import (
 )
 from typing_extensions import override
 
+from .backends_mla import checked_backend
 from .cache_mla import LatentCache
 from .cache_static_mla import StaticLatentCache
 from .first_tokens_mla import leading_padding
@@ -115,6 +116,7 @@ class MLAPreTrainedMixin(_Body):
     @override
     def post_init(self) -> None:
         register_peft_targets(self.config.model_type)
+        self.set_attention_backend("auto")
         super().post_init()
 
     @override
@@ -183,7 +185,18 @@ class MLAPreTrainedMixin(_Body):
                 module.route = route
 
     def set_attention_backend(self, backend: str) -> None:
-        """Names the backend of the absorbed route in every layer: ``"auto"``, or one of `BACKENDS`."""
+        """Names the backend of the absorbed route in every layer, or gives the choice back.
+
+        ``attn_implementation`` goes on naming the function of the expanded route, so these are two settings.
+
+        Args:
+            backend: ``"auto"`` or a name that ``mla backends`` lists. ``"auto"`` is what ``MODELING_MLA_BACKEND``
+                says where that is set.
+
+        Raises:
+            ValueError: there is no backend of that name, or it cannot be used on this machine.
+        """
+        backend = checked_backend(backend)
         for module in self.modules():
             if isinstance(module, LatentAttention):
                 module.backend = backend

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .attention_mla import ALL_ATTENTION_FUNCTIONS
-from .backends_mla import BACKENDS
+from .backends_mla import checked_backend
 from .latent_attention_mla import LatentAttention, expand_latents
 from .latent_code_mla import check_latent_bits
 from .modeling_mla import MLAPreTrainedMixin, add_latent_cache
@@ -51,11 +51,10 @@ def enable_absorbed_attention(model: nn.Module, backend: str = "auto", latent_bi
         ``model``.
 
     Raises:
-        ValueError: a module's form is not understood, or there is no MLA in the model; the message says which and
-            why, and nothing has been changed.
+        ValueError: a module's form is not understood, there is no MLA in the model, or the backend cannot be used on
+            this machine; the message says which and why, and nothing has been changed.
     """
-    if backend != "auto" and backend not in BACKENDS:
-        raise ValueError(f"Unknown MLA backend {backend!r}; known are auto, {', '.join(BACKENDS)}.")
+    backend = checked_backend(backend)
     check_latent_bits(latent_bits)
     attentions = [module for module in model.modules() if "kv_b_proj" in module._modules]
     if not attentions:

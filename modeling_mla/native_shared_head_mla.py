@@ -16,7 +16,7 @@ from torch import nn
 from typing_extensions import override
 
 from .backend_base_mla import AbsorbedShape
-from .backends_mla import BACKENDS, select_backend
+from .backends_mla import checked_backend, select_backend
 from .masks_mla import VisibleKeys
 from .native_classes_mla import (
     become,
@@ -84,6 +84,7 @@ def attend_shared_head(
         dtype=query.dtype,
         device=query.device,
         has_mask=visible.hides_keys,
+        visible=visible,
     )
     backend = select_backend(module.backend, shape)
     context, lse = backend.attend(query, key[:, 0], key.shape[3], scaling, visible, None)
@@ -103,10 +104,10 @@ def enable_shared_head_attention(model: nn.Module, backend: str = "auto") -> nn.
         ``model``.
 
     Raises:
-        ValueError: there is no such attention in it, or one that is not understood; nothing has been changed.
+        ValueError: there is no such attention in it, one that is not understood, or the backend cannot be used on
+            this machine; nothing has been changed.
     """
-    if backend != "auto" and backend not in BACKENDS:
-        raise ValueError(f"Unknown MLA backend {backend!r}; known are auto, {', '.join(BACKENDS)}.")
+    backend = checked_backend(backend)
     attentions: list[Any] = [
         module for module in model.modules() if "kv_proj" in module._modules and "sinks" in module._parameters
     ]

@@ -82,6 +82,8 @@ def refuse_adapters_by_position(kv_b_proj: nn.Module) -> None:
     Raises:
         ValueError: what an adapter does to a token depends on the call that it came with.
     """
+    if type(kv_b_proj) is nn.Linear:
+        return
     for module in kv_b_proj.modules():
         if _method(module) is None:
             continue

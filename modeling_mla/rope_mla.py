@@ -139,8 +139,9 @@ def layer_angles(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The cos and sin ``[B, S, rope_dim/2]`` of one layer, from what :class:`MLARotaryEmbedding` returned."""
     cos, sin = position_embeddings
-    row = layer_idx % cos.shape[2]
-    return cos[:, :, row, : rope_dim // 2], sin[:, :, row, : rope_dim // 2]
+    row, width = layer_idx % cos.shape[2], rope_dim // 2
+    cos, sin = cos.select(2, row), sin.select(2, row)
+    return (cos, sin) if cos.shape[-1] == width else (cos[..., :width], sin[..., :width])
 
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleave: bool) -> torch.Tensor:
@@ -158,4 +159,5 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interlea
     """
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     first, second = (x[..., 0::2], x[..., 1::2]) if interleave else x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    turned = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
+    return torch.cat(turned, dim=-1)

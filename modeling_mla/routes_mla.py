@@ -13,7 +13,7 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask
 from typing_extensions import override
 
-from .absorbed_weights_mla import derived_rows, why_no_matrix
+from .absorbed_weights_mla import derived_rows
 from .attention_functions_mla import eager_attention_forward, is_flash, is_latent_aware
 from .backend_base_mla import AbsorbedShape
 from .backends_mla import select_backend
@@ -25,6 +25,7 @@ from .masks_mla import VisibleKeys
 from .peft_mla import refuse_adapters_by_position
 from .softmax_merge_mla import sink_share
 from .transformers_seams_mla import AttentionInterface, PagedAttentionCache, tells_rows_apart
+from .unpadded_flash_mla import without_padding
 
 _EXPANDED_ONLY = ("cu_seq_lens_q", "indices", "position_bias")
 """Arguments of attention functions that only the expanded route honours."""
@@ -78,9 +79,9 @@ def why_expand(
     wanted = kwargs.get("output_attentions")
     if module.config.output_attentions if wanted is None else wanted:
         return "attention weights are wanted"
-    given = next((name for name in _EXPANDED_ONLY if kwargs.get(name) is not None), None)
-    if given is not None:
-        return f"{given} is given"
+    for name in _EXPANDED_ONLY:
+        if kwargs.get(name) is not None:
+            return f"{name} is given"
     # Other functions get a mask that was made of the positions.
     if is_flash(attn_implementation) and tells_rows_apart(kwargs.get("position_ids"), query.shape[0]):
         return "the positions start again within a row, which holds several packed sequences"
@@ -95,10 +96,12 @@ def _takes_absorbed_route(module: LatentAttention, query: torch.Tensor, kv_lengt
     if reason is not None:
         return False
     # A backend keeps its scores for the backward pass, which the fused functions of the expanded route do not.
-    projection_learns = any(parameter.requires_grad for parameter in module.kv_b_proj.parameters())
-    if torch.is_grad_enabled() and (query.requires_grad or projection_learns or module.training):
-        return False
-    if why_no_matrix(module.kv_b_proj) is not None:
+    if torch.is_grad_enabled():
+        projection_learns = any(parameter.requires_grad for parameter in module.kv_b_proj.parameters())
+        if query.requires_grad or projection_learns or module.training:
+            return False
+    rows = derived_rows(module.kv_b_proj, module.kv_lora_rank)
+    if rows is None:
         return False
     return absorbed_is_cheaper(
         query.shape[2],
@@ -107,7 +110,7 @@ def _takes_absorbed_route(module: LatentAttention, query: torch.Tensor, kv_lengt
         module.qk_nope_head_dim,
         module.qk_rope_head_dim,
         module.v_head_dim,
-        derived_rows=derived_rows(module.kv_b_proj, module.kv_lora_rank) / query.shape[0],
+        derived_rows=rows / query.shape[0],
     )
 
 
@@ -171,6 +174,8 @@ def attend_latents(
         softcap, s_aux = kwargs.get("softcap"), kwargs.get("s_aux")
         return attend_in_pieces(module.expand_latents, query, kv_c, k_pe, visible.block, scaling, softcap, s_aux), None
     key, value = module.expand_latents(kv_c, k_pe)
+    if is_flash(attn_implementation):
+        expanded_function = without_padding(expanded_function, attn_implementation, query, value)
     return expanded_function(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 
 
@@ -205,9 +210,10 @@ def attend_absorbed(
 
     ``s_aux [H]`` are attention sinks, one logit a head that takes its share of the softmax and has no value.
     """
-    latents = narrowed(latents, visible.keys_in_use)
+    if visible.keys_in_use != latents.shape[1]:
+        latents = narrowed(latents, visible.keys_in_use)
     weights = module.absorbed_weights(query)
-    q_nope, q_rope = query.split([module.qk_nope_head_dim, module.qk_rope_head_dim], dim=-1)
+    q_nope, q_rope = query.split_with_sizes([module.qk_nope_head_dim, module.qk_rope_head_dim], dim=-1)
     query = torch.cat((weights.latent_query(q_nope), q_rope), dim=-1)
     coded = latents if isinstance(latents, CodedLatents) else None
     query = query if coded is None else coded.rotated_query(query)
@@ -223,6 +229,7 @@ def attend_absorbed(
         has_mask=visible.hides_keys,
         softcap=softcap,
         code=None if coded is None else coded.code,
+        visible=visible,
     )
     backend = select_backend(module.backend, shape)
     context, lse = backend.attend(query, latents, module.kv_lora_rank, scaling, visible, softcap)

@@ -38,17 +38,17 @@ def attend_tiled(
     ``tiles`` makes the tiles, with their places, of a sequence's index and its queries ``[m, r + d_r]``, m = H * n.
     """
     batch, heads, length, width = query.shape
-    context = query.new_empty(batch, heads, length, kv_lora_rank)
-    lse = query.new_empty(batch, heads, length, dtype=torch.promote_types(query.dtype, torch.float32))
+    rows = query.reshape(batch, heads * length, width)
     mask = visible.dense()
-    mask = None if mask is None else mask.expand(batch, heads, length, -1)
-    for index in range(batch):
-        rows = query[index].reshape(heads * length, width)
-        own_mask = None if mask is None else mask[index].reshape(heads * length, -1)
-        attended, own_lse = _attend(tiles(index, rows), scale, own_mask, softcap)
-        context[index] = attended.view(heads, length, kv_lora_rank)
-        lse[index] = own_lse.view(heads, length)
-    return context, lse
+    if mask is not None:
+        mask = mask.expand(batch, heads, length, -1).reshape(batch, heads * length, -1)
+    parts = [
+        _attend(tiles(index, rows[index]), scale, None if mask is None else mask[index], softcap)
+        for index in range(batch)
+    ]
+    context, lse = parts[0] if batch == 1 else map(torch.stack, zip(*parts, strict=True))
+    context = context.view(batch, heads, length, kv_lora_rank)
+    return context.to(query.dtype), lse.view(batch, heads, length)
 
 
 def _attend(
@@ -59,11 +59,11 @@ def _attend(
     for part, tile in tiles:
         scores = capped_and_masked(tile.scores() * scale, None if mask is None else mask[:, part], softcap)
         # Written out: PyTorch's logsumexp takes several times longer than all of this.
-        top = finite_lse(scores.detach().amax(-1))
-        weights = torch.exp(scores - top.unsqueeze(-1))
-        total = weights.sum(-1)
-        lse = total.log() + top
-        attended = tile.context(weights) / total.clamp(min=torch.finfo(total.dtype).tiny).unsqueeze(-1)
+        top = finite_lse(scores.detach().amax(-1, keepdim=True))
+        weights = torch.exp(scores - top)
+        total = weights.sum(-1, keepdim=True)
+        lse = (total.log() + top).squeeze(-1)
+        attended = tile.context(weights) / total.clamp(min=torch.finfo(total.dtype).tiny)
         merged = (attended, lse) if merged is None else merge_attended(*merged, attended, lse)
     assert merged is not None
     return merged

@@ -27,6 +27,8 @@ from transformers.cache_utils import (
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.generation.continuous_batching import ContinuousBatchingManager, ContinuousMixin
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
+from transformers.integrations.flash_attention import get_target_dtype as flash_dtype
+from transformers.modeling_flash_attention_utils import _flash_attention_forward as flash_attention
 from transformers.modeling_flash_attention_utils import _is_packed_sequence
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
@@ -45,7 +47,8 @@ TESTED_RELEASES = ("5.23", "5.24")
 """The oldest release that the package admits, and the newest that it has seen."""
 
 # The imports above are seams too. For: cache layers by kind, pages, rotary tables, attention functions, weight
-# initialisation, the heads of a family, how experts are stored. Moved: importing this file fails, and names the part.
+# initialisation, FlashAttention behind its widths, the heads of a family, how experts are stored. Moved: importing this
+# file fails, and names the part.
 
 CACHE_NAME = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 """How a model's ``forward``, its outputs and `generate` call the cache: ``cache`` since 5.24.
@@ -167,6 +170,8 @@ __all__ = [
     "cache_argument",
     "cache_of",
     "dynamic_rope_update",
+    "flash_attention",
+    "flash_dtype",
     "get_checkpoint_conversion_mapping",
     "get_layer_types_and_kwargs",
     "init",

@@ -1,10 +1,11 @@
-"""The command line: ``mla families | inspect | plan | convert | run | verify | heal | export``.
+"""The command line: ``mla families | backends | inspect | plan | convert | run | verify | heal | export``.
 
 In: arguments. Out: results on stdout, everything else on stderr, and an exit code. A new command is one file with one
 function, and one name in `COMMANDS`.
 """
 
 from .app import make_app
+from .backends import backends
 from .convert import convert
 from .export import export
 from .families import families
@@ -14,7 +15,7 @@ from .plan import plan
 from .run import run
 from .verify import verify
 
-COMMANDS = (families, inspect, plan, convert, run, verify, heal, export)
+COMMANDS = (families, backends, inspect, plan, convert, run, verify, heal, export)
 
 app = make_app(COMMANDS)
 

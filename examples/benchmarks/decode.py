@@ -2,7 +2,8 @@
 
 Three comparisons: Transformers' DeepSeek-V3 attention against ours over the same parameters (both cache latents; theirs
 expands the whole cache at every step), a standard checkpoint against its conversion, and our caches of fewer bits
-against the uncoded one.
+against the uncoded one. Beside each, what no step can be faster than: reading the weights and the cache once, at the
+speed of a copy that is measured in the same process.
 
     python examples/benchmarks/decode.py
     python examples/benchmarks/decode.py --source MODEL --converted OUT --contexts 1024,4096,8192
@@ -19,6 +20,7 @@ from typing import Annotated
 
 import torch
 import typer
+from roof import copy_bandwidth, step_bytes
 from rows import print_rows
 from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM, DynamicCache, PreTrainedModel
 
@@ -95,8 +97,14 @@ def side_by_side(baseline: Callable, ours: Callable, seconds: float) -> tuple[fl
     return statistics.median(times[0]), statistics.median(times[1]), len(times[0])
 
 
+def floor(model: PreTrainedModel, cache: DynamicCache, milliseconds: float) -> dict:
+    """What reading all that a step reads takes at the speed of a copy, and how many times as long the step takes."""
+    least = step_bytes(model, cache) / copy_bandwidth(model.device) / 1e6
+    return {"floor_ms": round(least, 3), "to_floor": round(milliseconds / least, 2)}
+
+
 def compare(theirs: PreTrainedModel, ours: PreTrainedModel, context: int, seconds: float, same: bool) -> dict:
-    """One row: a step of either model behind ``context`` tokens."""
+    """One row: a step of either model behind ``context`` tokens; the floor is that of ours."""
     caches = DynamicCache(config=theirs.config), LatentCache(config=ours.config)
     for model, cache in zip((theirs, ours), caches, strict=True):
         fill(model, cache, context)
@@ -109,6 +117,7 @@ def compare(theirs: PreTrainedModel, ours: PreTrainedModel, context: int, second
         "baseline_ms": round(baseline_ms, 3),
         "ours_ms": round(ours_ms, 3),
         "speedup": round(baseline_ms / ours_ms, 2),
+        **floor(ours, caches[1], ours_ms),
         "rounds": rounds,
     }
 
@@ -132,6 +141,7 @@ def step_of_bits(model: PreTrainedModel, bits: int, context: int, seconds: float
         "cache_mib": round(cache.nbytes / (1 << 20), 2),
         "ms": round(1e3 * median, 3),
         "gib_per_second": round(cache.nbytes / (1 << 30) / median, 2),
+        **floor(model, cache, 1e3 * median),
         "rounds": len(times),
     }
 

@@ -22,12 +22,13 @@ import torch
 import transformers
 import typer
 from decode import fill, step
+from roof import copy_bandwidth
 from rows import print_rows
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
 
 from modeling_mla import LatentCache, StaticLatentCache, disable_absorbed_attention, enable_absorbed_attention
 from modeling_mla.backend_base_mla import AbsorbedShape
-from modeling_mla.backends_mla import BACKENDS
+from modeling_mla.backends_mla import BACKENDS, why_not
 from modeling_mla.masks_mla import VisibleKeys
 from modeling_mla.transformers_seams_mla import cache_argument
 
@@ -80,13 +81,6 @@ def replayed(function: Callable[[], object], device: torch.device) -> Callable[[
     return graph.replay
 
 
-def copy_bandwidth(device: torch.device) -> float:
-    """GB/s of a large copy, bytes read and written."""
-    source = torch.empty(1 << (31 if device.type == "cuda" else 28), dtype=torch.uint8, device=device).random_(0, 255)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / median_ms(lambda: target.copy_(source), device) / 1e6
-
-
 @torch.no_grad()
 def kernel_rows(
     shape: tuple[int, int, int], batch: int, context: int, dtype: torch.dtype, device: torch.device, copy: float
@@ -101,7 +95,7 @@ def kernel_rows(
     wanted = AbsorbedShape(batch, heads, 1, context, rank, rope, dtype, device, has_mask=False)
     rows = []
     for name, backend in BACKENDS.items():
-        if backend.supports(wanted) is not None:
+        if why_not(name, wanted) is not None:
             continue
 
         def attend(backend=backend) -> None:

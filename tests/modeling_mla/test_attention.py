@@ -221,11 +221,8 @@ def test_forced_routes_are_checked(variants):
 
 
 def test_unknown_backend_is_refused_by_name():
-    model = tiny_model()
-    model.set_attention_route("absorbed")
-    model.set_attention_backend("cuda9")
-    with pytest.raises(ValueError, match="Unknown MLA backend 'cuda9'; known are auto, cpu, int8, triton, torch"):
-        model(random_ids(1, 3))
+    with pytest.raises(ValueError, match="'cuda9', and no backend has that name; here can be used: auto, cpu, "):
+        tiny_model().set_attention_backend("cuda9")
 
 
 def test_engines_of_other_names_get_expanded_keys_and_values(variants):

@@ -26,7 +26,7 @@ def shape(**changes) -> AbsorbedShape:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("kv_length", [512, 700, 701])
+@pytest.mark.parametrize("kv_length", [1, 64, 512, 700, 701])
 @pytest.mark.parametrize("query_length", [1, 4])
 def test_equals_the_plain_backend(threads, kv_length, query_length):
     torch.manual_seed(kv_length)
@@ -44,19 +44,35 @@ def test_equals_the_plain_backend(threads, kv_length, query_length):
         torch.testing.assert_close(own.double(), other, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 3e-3), (torch.float16, 4e-4)])
+def test_short_contexts_of_16_bits_have_float32_scores(dtype, limit):
+    query, latents = torch.randn(2, 3, 1, 24).to(dtype), torch.randn(2, 90, 24).to(dtype)
+    everything = VisibleKeys(None, 1, 90, torch.device("cpu"))
+    context, lse = CpuBackend().attend(query, latents, 16, 0.3, everything, None)
+    wanted, wanted_lse = TorchBackend().attend(query.double(), latents.double(), 16, 0.3, everything, None)
+    assert context.dtype == dtype
+    assert lse.dtype == torch.float32
+    assert (context - wanted).norm() < limit * wanted.norm()
+    torch.testing.assert_close(lse.double(), wanted_lse, rtol=1e-5, atol=1e-5)
+
+
 @torch.no_grad()
-def test_auto_takes_it_for_long_float32_contexts():
-    assert select_backend("auto", shape()).name == "cpu"
+@pytest.mark.parametrize(
+    "changes", [{}, {"kv_length": 64}, {"dtype": torch.bfloat16}, {"dtype": torch.float16, "kv_length": 5400}]
+)
+def test_auto_takes_it_for_float32_and_for_short_contexts(changes):
+    assert select_backend("auto", shape(**changes)).name == "cpu"
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"dtype": torch.bfloat16}, "bfloat16"),
+        ({"dtype": torch.float64}, "float64"),
+        ({"dtype": torch.bfloat16, "kv_length": 5500}, "131072 values a sequence, not 132072"),
         ({"has_mask": True}, "mask"),
         ({"softcap": 30.0}, "softcap"),
-        ({"kv_length": 100}, "100"),
+        ({"kv_length": 0}, "no keys"),
     ],
 )
 def test_what_it_leaves_to_the_plain_backend(changes, reason):

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+import pytest
+import torch
 from test_native_examples import _run
+from tiny import VOCABULARY, random_ids, tiny_model
 
+from modeling_mla import LatentCache
 from modeling_mla.latent_code_mla import uniform_code
+from modeling_mla.transformers_seams_mla import cache_argument
 
 MIB = 1 << 20
 
@@ -15,9 +21,24 @@ def test_decode_compares_bits():
     arguments = ("--cache-bits", "16,4", "--contexts", "99", "--dtypes", "bfloat16", "--seconds", "0", "--json")
     rows = json.loads(_run("benchmarks/decode.py", *arguments))
     assert [row["cache_bits"] for row in rows] == [16, 4]
+    assert all(row["to_floor"] == pytest.approx(row["ms"] / row["floor_ms"], rel=0.02) for row in rows)
     # Four layers of one token more than the context; five rows of the first tokens beside the codes.
     assert rows[0]["cache_mib"] == round(4 * 100 * 576 * 2 / MIB, 2)
     assert rows[1]["cache_mib"] == round(4 * (100 * uniform_code(4, 512, 64).nbytes + 5 * 576 * 2) / MIB, 2)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_step_reads_its_weights_and_its_cache_once(monkeypatch, tied):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "examples" / "benchmarks"))
+    from roof import step_bytes
+
+    model = tiny_model(dtype=torch.float32, tie_word_embeddings=tied, num_hidden_layers=1)
+    rows = model.model.embed_tokens.weight.nbytes
+    weights = sum(parameter.nbytes for parameter in model.parameters()) - (0 if tied else rows - rows // VOCABULARY)
+    for bits, cached in ((16, 9 * (16 + 4) * 4), (4, None)):
+        cache = LatentCache(config=model.config, capacity=64, latent_bits=bits)
+        model(random_ids(1, 9), **cache_argument(cache))
+        assert step_bytes(model, cache) == weights + (cache.nbytes if cached is None else cached)
 
 
 def test_long_context_holds_kimis_layer_in_four_bits():

@@ -286,7 +286,7 @@ def test_a_backend_is_named_and_renamed():
     assert {layer.self_attn.backend for layer in model.model.layers} == {"torch"}
     enable_absorbed_attention(model)
     assert {layer.self_attn.backend for layer in model.model.layers} == {"auto"}
-    with pytest.raises(ValueError, match="Unknown MLA backend 'none'; known are auto, "):
+    with pytest.raises(ValueError, match="'none', and no backend has that name; here can be used: auto, "):
         enable_absorbed_attention(model, backend="none")
 
 

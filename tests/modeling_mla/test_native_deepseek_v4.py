@@ -98,5 +98,5 @@ def test_absorption_is_refused_with_the_reason():
         enable_absorbed_attention(model)
     with pytest.raises(ValueError, match="DeepseekV3ForCausalLM has no attention over one shared head"):
         enable_shared_head_attention(build(DENSE["deepseek_v3"]()))
-    with pytest.raises(ValueError, match="Unknown MLA backend 'none'"):
+    with pytest.raises(ValueError, match="'none', and no backend has that name"):
         enable_shared_head_attention(model, backend="none")
