@@ -43,7 +43,7 @@ class CodedLayer(CacheLayerMixin):
         return self._states(self.coded_rows)[1].decode() if self.is_initialized else None
 
     def _states(self, rows: torch.Tensor) -> tuple[CodedStates, CodedStates]:
-        return self.codec.states(rows, self.first.rows[:, : self.first.count], self.first.starts)
+        return self.codec.states(rows, self.first.rows[:, : self.first.count], self.first.starts, self.first.places)
 
     def skip_padding(self, padding: tuple[int, ...]) -> None:
         """Is told, before a prompt is cached, how many padded tokens stand before each of its sequences."""

@@ -113,10 +113,25 @@ class CodedStates:
         rows: ``[B, S, code.nbytes]`` uint8, strided views of a cache.
         exact: ``[B, e, n]``, rotated, which stand in the place of as many rows.
         starts: of every sequence, the place of the first of these rows; before the first place they are left out.
+        places: the same ``[B]`` int64 on the device, where it is there already.
     """
 
-    def __init__(self, codec: Codec, rows: torch.Tensor, exact: torch.Tensor, starts: tuple[int, ...]) -> None:
-        self.codec, self.rows, self.exact, self.starts = codec, rows, exact, starts
+    def __init__(
+        self,
+        codec: Codec,
+        rows: torch.Tensor,
+        exact: torch.Tensor,
+        starts: tuple[int, ...],
+        places: torch.Tensor | None = None,
+    ) -> None:
+        self.codec, self.rows, self.exact, self.starts, self._places = codec, rows, exact, starts, places
+
+    @property
+    def places(self) -> torch.Tensor:
+        """``starts`` on the device, ``[B]`` int64."""
+        if self._places is None:
+            self._places = torch.tensor(self.starts, dtype=torch.long, device=self.device)
+        return self._places
 
     @property
     def shape(self) -> torch.Size:
@@ -138,7 +153,8 @@ class CodedStates:
         if dim != 2:
             raise ValueError(f"coded states are cut along their tokens, dimension 2, not {dim}; decode them first.")
         starts = tuple(own - start for own in self.starts)
-        return CodedStates(self.codec, self.rows[:, start : start + length], self.exact, starts)
+        places = self._places - start if self._places is not None and start else self._places
+        return CodedStates(self.codec, self.rows[:, start : start + length], self.exact, starts, places)
 
     def exact_places(self, index: int) -> tuple[slice, slice]:
         """The places of a sequence's exact tokens among its rows, and among ``exact``."""
@@ -178,7 +194,7 @@ class LatentCodec:
         return torch.cat((self.latent.decode(latent), self.rope.decode(rope)), dim=-1)
 
     def states(
-        self, rows: torch.Tensor, exact: torch.Tensor, starts: tuple[int, ...]
+        self, rows: torch.Tensor, exact: torch.Tensor, starts: tuple[int, ...], places: torch.Tensor | None = None
     ) -> tuple[CodedStates, CodedStates]:
         """What stands for latents and rotary keys.
 
@@ -186,12 +202,13 @@ class LatentCodec:
             rows: ``[B, S, code.nbytes]`` uint8.
             exact: ``[B, e, r + d_r]``, rotated, tokens of the rows as they are.
             starts: as of `CodedStates`.
+            places: likewise.
         """
         own, rope = rows.split([self.latent.code.nbytes, self.rope.code.nbytes], dim=-1)
         exact_latent, exact_rope = exact.split(self.widths, dim=-1)
         return (
-            CodedStates(self.latent, own, exact_latent, starts),
-            CodedStates(self.rope, rope, exact_rope, starts),
+            CodedStates(self.latent, own, exact_latent, starts, places),
+            CodedStates(self.rope, rope, exact_rope, starts, places),
         )
 
 

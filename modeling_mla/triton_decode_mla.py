@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 
+from .code_words_mla import segments_of
+from .latent_code_mla import PartCode
+from .triton_coded_kernels_mla import coded_partial_kernel
 from .triton_kernels_mla import INTERPRETED, merge_kernel, partial_kernel, visible_range_kernel
 
 _RANGE_BLOCK = 1024
@@ -50,6 +53,17 @@ def tile_for(rows: int, dtype: torch.dtype, capability: tuple[int, int], additiv
     return Tile(64, 64, 8, 2) if rows > 32 and capability[0] == 9 and not additive else Tile(32, 32, 4, 3)
 
 
+def coded_tile_for(rows: int, dtype: torch.dtype) -> Tile:
+    """The tile for a sequence of ``rows`` queries of all heads over codes.
+
+    Words are loaded into registers one tile ahead, so there is no pipeline of loads, and shared memory holds one
+    unpacked tile. The figures were tuned on an H100.
+    """
+    if dtype == torch.float32:
+        return Tile(16, 16, 8, 1)
+    return Tile(16, 64, 4, 1) if rows <= 16 else Tile(32, 64, 8, 1)
+
+
 def split_count(programs: int, keys: int, block_keys: int, multiprocessors: int) -> int:
     """Splits of every sequence's keys, so that a device is full and none is shorter than two tiles.
 
@@ -80,6 +94,18 @@ def _visible_ranges(mask: torch.Tensor, strides: Sequence[int], batch: int, keys
     return ranges
 
 
+class Keys(NamedTuple):
+    """What hides keys, as `VisibleKeys` gives it.
+
+    ``mask [B or 1, H or 1, n or 1, S]`` is bool (True attends) or additive; ``first_query`` is the key at which the
+    first query stands where attention is causal beside it; ``window`` counts the keys that a query sees.
+    """
+
+    mask: torch.Tensor | None
+    first_query: int | None
+    window: int | None
+
+
 def decode(
     query: torch.Tensor,
     latents: torch.Tensor,
@@ -95,21 +121,120 @@ def decode(
     Args:
         query: ``[B, H, n, r + d_r]``, float32, bfloat16 or float16.
         latents: ``[B, S, r + d_r]`` of the same type, dense channels.
-        mask: ``[B or 1, H or 1, n or 1, S]``, bool (True attends) or additive.
-        first_query: key at which the first query stands, where attention is causal beside the mask; else None.
-        window: keys that a query sees, itself included.
+        mask: as of `Keys`, like the next two.
+        first_query: see there.
+        window: see there.
         kv_lora_rank: r, how many of the channels are the value as well.
         scale: of the scores.
         softcap: scores become ``softcap * tanh(scores / softcap)`` before the mask.
     """
-    batch, heads, queries, width = query.shape
-    rows, keys = heads * queries, latents.shape[1]
     query = query.contiguous()
-    multiprocessors, capability = _device(query.device)
-    additive = mask is not None and mask.dtype != torch.bool
-    tile = tile_for(rows, query.dtype, capability, additive)
+    rope = query.shape[-1] - kv_lora_rank
+    constants = {
+        "RANK": kv_lora_rank, "ROPE": rope, "BLOCK_R": _padded(kv_lora_rank), "BLOCK_P": _padded(rope)
+    }  # fmt: skip
+
+    def launch(grid: tuple[int, ...], work: Work, **shared) -> None:
+        partial_kernel[grid](
+            query, latents, *work.tensors, *work.numbers, *latents.stride()[:2], *work.strides, **constants, **shared
+        )
+
+    hidden = Keys(mask, first_query, window)
+    tile = tile_for(query.shape[1] * query.shape[2], query.dtype, _device(query.device)[1], _is_additive(mask))
+    return _attend(query, latents.shape[1], hidden, kv_lora_rank, scale, softcap, tile, launch)
+
+
+def coded_decode(
+    query: torch.Tensor,
+    latent: torch.Tensor,
+    rope: torch.Tensor,
+    exact: torch.Tensor,
+    exact_rope: torch.Tensor,
+    places: torch.Tensor,
+    latent_code: Sequence[int],
+    rope_code: Sequence[int],
+    mask: torch.Tensor | None,
+    first_query: int | None,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `decode`, over codes with one scale a token.
+
+    Args:
+        query: ``[B, H, n, r + d_r]``, rotated as what is in the codes.
+        latent: ``[B, S, bytes]`` uint8, dense bytes at even places.
+        rope: ``[B, S, bytes]``, likewise.
+        exact: ``[B, e, r]`` of the query's type: tokens as they are.
+        exact_rope: ``[B, e, d_r]``, likewise.
+        places: ``[B]`` int64, where in the sequence the first of these is.
+        latent_code: channels and bits of every segment, one after another.
+        rope_code: likewise.
+        mask: as of `Keys`, like the next two.
+        first_query: see there.
+        window: see there.
+        scale: of the scores.
+        softcap: see `decode`.
+    """
+    query = query.contiguous()
+    latent_part, rope_part = part_code(latent_code), part_code(rope_code)
+    constants = {
+        "RANK": latent_part.channels, "WIDTH": query.shape[-1],
+        "LATENT": segments_of(latent_part), "ROPE": segments_of(rope_part),
+        "LATENT_SCALED": not latent_part.is_exact, "ROPE_SCALED": not rope_part.is_exact,
+        "HALF": query.dtype == torch.float16, "EXACT": exact.shape[1],
+    }  # fmt: skip
+
+    def launch(grid: tuple[int, ...], work: Work, **shared) -> None:
+        strides = (stride for tensor in (latent, rope, exact, exact_rope) for stride in tensor.stride()[:2])
+        coded_partial_kernel[grid](
+            query, latent, rope, exact, exact_rope, places, *work.tensors, *work.numbers, *strides, *work.strides,
+            **constants, **shared,
+        )  # fmt: skip
+
+    hidden = Keys(mask, first_query, window)
+    tile = coded_tile_for(query.shape[1] * query.shape[2], query.dtype)
+    return _attend(query, latent.shape[1], hidden, latent_part.channels, scale, softcap, tile, launch)
+
+
+def code_numbers(code: PartCode) -> list[int]:
+    """A part's segments as an operator takes them; `part_code` reads them."""
+    return [number for segment in code.segments for number in segment]
+
+
+def part_code(numbers: Sequence[int]) -> PartCode:
+    """The inverse of `code_numbers`, of a part with one scale a token; how it is rotated is not kept."""
+    return _part_code(tuple(numbers))
+
+
+@functools.cache
+def _part_code(numbers: tuple[int, ...]) -> PartCode:
+    return PartCode(tuple(zip(numbers[::2], numbers[1::2], strict=True)))
+
+
+class Work(NamedTuple):
+    """What every kernel that reads a cache is given: mask, its ranges and where to write; sizes; strides of the mask."""
+
+    tensors: tuple[torch.Tensor | None, ...]
+    numbers: tuple[float, ...]
+    strides: Sequence[int]
+
+
+def _attend(
+    query: torch.Tensor,
+    keys: int,
+    hidden: Keys,
+    kv_lora_rank: int,
+    scale: float,
+    softcap: float | None,
+    tile: Tile,
+    launch: Callable[..., None],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention to splits of the keys by the kernel that ``launch`` starts, and the merge of the splits."""
+    batch, heads, queries, _ = query.shape
+    rows, mask, additive = heads * queries, hidden.mask, _is_additive(hidden.mask)
     row_blocks = -(-rows // tile.rows)
-    splits = split_count(batch * row_blocks, keys, tile.keys, multiprocessors)
+    splits = split_count(batch * row_blocks, keys, tile.keys, _device(query.device)[0])
     partial = query.new_empty(batch, splits, rows, kv_lora_rank, dtype=torch.float32)
     partial_lse = query.new_empty(batch, splits, rows, dtype=torch.float32)
     context, lse = _outputs(query, kv_lora_rank)
@@ -123,15 +248,12 @@ def decode(
             if not additive and mask.shape[1] == 1:
                 ranges = _visible_ranges(mask, strides, batch, keys)
         blocks = 0 if ranges is None else ranges.shape[1]
-        partial_kernel[(row_blocks, splits, batch)](
-            query, latents, mask, ranges, partial, partial_lse,
-            rows, queries, keys, blocks, first_query or 0, window or 0, scale, softcap or 0.0,
-            *latents.stride()[:2], *strides,
-            RANK=kv_lora_rank, ROPE=width - kv_lora_rank,
-            BLOCK_R=_padded(kv_lora_rank), BLOCK_P=_padded(width - kv_lora_rank),
+        numbers = (rows, queries, keys, blocks, hidden.first_query or 0, hidden.window or 0, scale, softcap or 0.0)
+        launch(
+            (row_blocks, splits, batch), Work((mask, ranges, partial, partial_lse), numbers, strides),
             BLOCK_ROWS=tile.rows, BLOCK_KEYS=tile.keys,
             MASK=mask is not None, ADDITIVE=additive, RANGES=_power_of_two(blocks) if blocks else 0,
-            CAUSAL=first_query is not None, WINDOW=window is not None, SOFTCAP=softcap is not None,
+            CAUSAL=hidden.first_query is not None, WINDOW=hidden.window is not None, SOFTCAP=softcap is not None,
             UPCAST=INTERPRETED and query.dtype == torch.bfloat16,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
@@ -140,6 +262,10 @@ def decode(
             RANK=kv_lora_rank, BLOCK_R=_MERGED_CHANNELS, BLOCK_SPLITS=_MERGED_SPLITS, num_warps=4,
         )  # fmt: skip
     return context, lse
+
+
+def _is_additive(mask: torch.Tensor | None) -> bool:
+    return mask is not None and mask.dtype != torch.bool
 
 
 def _padded(width: int) -> int:
@@ -157,8 +283,9 @@ def _outputs(query: torch.Tensor, kv_lora_rank: int) -> tuple[torch.Tensor, torc
 
 
 # Every copy of this file, the package's and those of checkpoints, has an operator of its own.
+_NAMESPACE = re.sub(r"[^0-9a-zA-Z]", "_", __name__)
 absorbed_decode = torch.library.custom_op(
-    f"{re.sub(r'[^0-9a-zA-Z]', '_', __name__)}::absorbed_decode",
+    f"{_NAMESPACE}::absorbed_decode",
     decode,
     mutates_args=(),
     schema="(Tensor query, Tensor latents, Tensor? mask, SymInt? first_query, SymInt? window, int kv_lora_rank, "
@@ -170,3 +297,19 @@ absorbed_decode = torch.library.custom_op(
 @absorbed_decode.register_fake
 def _(query, latents, mask, first_query, window, kv_lora_rank, scale, softcap):
     return _outputs(query, kv_lora_rank)
+
+
+absorbed_coded_decode = torch.library.custom_op(
+    f"{_NAMESPACE}::absorbed_coded_decode",
+    coded_decode,
+    mutates_args=(),
+    schema="(Tensor query, Tensor latent, Tensor rope, Tensor exact, Tensor exact_rope, Tensor places, "
+    "int[] latent_code, int[] rope_code, Tensor? mask, SymInt? first_query, SymInt? window, float scale, "
+    "float? softcap) -> (Tensor, Tensor)",
+)
+"""`coded_decode` as one operator of a compiled graph."""
+
+
+@absorbed_coded_decode.register_fake
+def _(query, latent, rope, exact, exact_rope, places, latent_code, rope_code, mask, first_query, window, scale, softcap):
+    return _outputs(query, part_code(latent_code).channels)
