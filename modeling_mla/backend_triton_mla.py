@@ -8,7 +8,7 @@ import importlib.util
 import torch
 
 from .backend_base_mla import AbsorbedShape
-from .code_words_mla import segments_of
+from .code_words_mla import code_plan
 from .latent_code_mla import LatentCode
 from .latent_tiles_mla import CodedLatents
 from .masks_mla import VisibleKeys
@@ -77,7 +77,7 @@ def _why_not_coded(code: LatentCode) -> str | None:
     for name, part in (("latent", code.latent), ("rope", code.rope)):
         if len(part.groups) > 1:
             return f"it takes one scale a token, and the {name} code has {len(part.groups)}"
-    columns = sum(segment.columns for segment in segments_of(code.latent))
+    columns = code_plan(code.latent, alignment=1).columns
     if columns > _MAX_COLUMNS:
         return f"it takes latents of at most {_MAX_COLUMNS} channels in segments padded to powers of two, not {columns}"
     return None

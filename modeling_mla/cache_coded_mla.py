@@ -9,7 +9,7 @@ from typing_extensions import override
 from .cache_file_mla import SavedLayer
 from .cache_indexed_mla import IndexedLatentLayer
 from .cache_layers_mla import LatentLayer, SlidingLatentLayer
-from .coded_layer_mla import CodedLayer
+from .coded_layer_mla import CodedLayer, empty_rows
 from .coded_states_mla import CodedStates, LatentCodec
 from .first_tokens_mla import FirstTokens
 from .latent_code_mla import LatentCode, code_for
@@ -39,7 +39,7 @@ class CodedLatentLayer(CodedLayer, LatentLayer):
         self.code = code_for(self.wanted, self.kv_lora_rank, value_states.shape[-1])
         self.codec = LatentCodec(self.code, self.dtype, self.device)
         batch = key_states.shape[0]
-        self.buffer = torch.zeros(batch, self.capacity, self.code.nbytes, dtype=torch.uint8, device=self.device)
+        self.buffer = empty_rows(batch, self.capacity, self.code, self.device)
         self.first = FirstTokens(self.exact_tokens, batch, self.codec.width, self.dtype, self.device)
         self.is_initialized = True
 
@@ -52,7 +52,11 @@ class CodedLatentLayer(CodedLayer, LatentLayer):
     @override
     def nbytes(self) -> int:
         """Bytes that the rows occupy, free capacity included, with the first tokens."""
-        return super().nbytes + (self.first.rows.nbytes if self.is_initialized else 0)
+        return self.buffer.untyped_storage().nbytes() + self.first.rows.nbytes if self.is_initialized else 0
+
+    @override
+    def _empty(self, rows: torch.Tensor, capacity: int) -> torch.Tensor:
+        return empty_rows(len(rows), capacity, self.code, rows.device)
 
     @property
     @override
@@ -113,13 +117,19 @@ class CodedLatentLayer(CodedLayer, LatentLayer):
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
         if self.filled:
+            self._align()
             self.first.repeat(repeats)
 
     @override
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         super().batch_select_indices(indices)
         if self.filled:
+            self._align()
             self.first.select(indices)
+
+    def _align(self) -> None:
+        if self.device.type != "cpu":
+            self._move(self.buffer, self.filled)
 
 
 def _with_gradient(states: CodedStates, new: torch.Tensor) -> torch.Tensor:

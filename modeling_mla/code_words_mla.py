@@ -1,7 +1,7 @@
-"""How a kernel takes coded rows apart: words of a segment, which levels each holds, and where in a tile these come to lie.
+"""How a kernel takes coded rows apart: the words that it loads, and which levels it finds at one place of all of them.
 
-Words are loaded as they lie, and levels that share one come to stand side by side in the tile: its columns are the
-channels in another order, which queries and contexts follow.
+Levels at one place of the words of a run are a tile: neighbouring columns are channels a fixed step apart. Queries and
+contexts are cut into the same tiles, so no level ever moves to another channel's place.
 """
 
 from __future__ import annotations
@@ -10,64 +10,84 @@ import functools
 from typing import NamedTuple
 
 from .bit_packing_mla import Piece, packed_bytes, ranges_of_levels
-from .latent_code_mla import EXACT, PartCode
+from .latent_code_mla import EXACT, PartCode, middle
 
 _LEAST_COLUMNS = 16
 """Matrix units take no fewer channels."""
+_WANTED_COLUMNS = 32
+"""Words are as long as leaves so many of them to a tile."""
 
 
-class Segment(NamedTuple):
-    """Where the levels of a segment's channels lie in a token's bytes.
+class Words(NamedTuple):
+    """What is loaded of a segment: ``runs`` times ``count`` words of ``size`` bytes, from a byte behind the scales on.
 
-    Args:
-        bits: of a level; 16 are a number themselves.
-        channels: of the segment.
-        first: channel, of the part.
-        start: byte of the part's row.
-        run: channels of a range, which are the bytes of a run of levels.
-        ranges: the pieces of the levels in each range of channels.
-        word: bytes that are loaded at once.
-        block: words of a run, padded to a power of two.
+    ``block`` is ``count`` padded to a power of two.
     """
 
-    bits: int
-    channels: int
-    first: int
     start: int
-    run: int
-    ranges: tuple[tuple[Piece, ...], ...]
-    word: int
+    size: int
+    count: int
+    runs: int
     block: int
 
-    @property
-    def levels(self) -> int:
-        """Levels of one range in a word."""
-        return 1 if self.bits == EXACT else self.word
 
-    @property
-    def together(self) -> int:
-        """Levels that stand side by side, those of words at one place of their runs."""
-        return self.levels * len(self.ranges)
+class LevelTile(NamedTuple):
+    """Levels at one place of all words of the segment with this index.
+
+    ``pieces`` are those of a level by their place in the words of their runs. Column ``i`` is channel
+    ``first + i * step`` of the part, for the first ``columns`` of ``block``; 16 ``bits`` are a number themselves.
+    """
+
+    segment: int
+    bits: int
+    middle: float
+    pieces: tuple[Piece, ...]
+    first: int
+    step: int
+    columns: int
+    block: int
+
+
+class CodePlan(NamedTuple):
+    """How a part is read that has one scale a token, or none."""
+
+    words: tuple[Words, ...]
+    tiles: tuple[LevelTile, ...]
 
     @property
     def columns(self) -> int:
-        """Channels of the tile, padded ones included."""
-        return self.block * self.together
+        """Of all tiles, padded ones included."""
+        return sum(tile.block for tile in self.tiles)
 
 
 @functools.cache
-def segments_of(code: PartCode) -> tuple[Segment, ...]:
-    """All segments of a part that has one scale or none."""
-    found: list[Segment] = []
-    first, start = 0, code.scale_bytes
+def code_plan(code: PartCode, alignment: int) -> CodePlan:
+    """The plan for rows whose levels begin at multiples of ``alignment`` bytes, a power of two up to 16."""
+    words: list[Words] = []
+    tiles: list[LevelTile] = []
+    first, start = 0, 0
     for channels, bits in code.segments:
         if bits == EXACT:
-            run, ranges, word = channels, ((Piece(0, 0, 0, EXACT),),), 2
+            run, ranges, size, a_word = channels, ((Piece(0, 0, 0, EXACT),),), 2, 1
         else:
             run, ranges = ranges_of_levels(channels, bits)
-            word = 1 if start % 2 or run % 2 else 2
-        levels = 1 if bits == EXACT else word
-        block = max(1 << (run // levels - 1).bit_length(), _LEAST_COLUMNS // (levels * len(ranges)), 2)
-        found.append(Segment(bits, channels, first, start, run, ranges, word, block))
+            size = a_word = _word_size(start, run, alignment)
+        own = Words(start, size, run // a_word, 1 + max(p.run for pieces in ranges for p in pieces), 0)
+        own = own._replace(block=max(1 << (own.count - 1).bit_length(), _LEAST_COLUMNS))
+        for index, pieces in enumerate(ranges):
+            for place in range(a_word):
+                columns = -(-(min(run, channels - index * run) - place) // a_word)
+                if columns > 0:
+                    moved = tuple(piece._replace(in_byte=piece.in_byte + 8 * place) for piece in pieces)
+                    tile = LevelTile(
+                        len(words), bits, middle(bits), moved, first + index * run + place, a_word, columns, own.block
+                    )
+                    tiles.append(tile)
+        words.append(own)
         first, start = first + channels, start + (0 if bits == EXACT else packed_bytes(channels, bits))
-    return tuple(found)
+    return CodePlan(tuple(words), tuple(tiles))
+
+
+def _word_size(start: int, run: int, alignment: int) -> int:
+    sizes = [size for size in (4, 2) if size <= alignment and start % size == run % size == 0]
+    return next((size for size in sizes if run // size >= _WANTED_COLUMNS), 1)

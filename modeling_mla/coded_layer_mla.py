@@ -11,6 +11,23 @@ from .latent_code_mla import LatentCode
 from .transformers_seams_mla import CacheLayerMixin
 
 
+_ALIGNMENT = 16
+"""Bytes that a kernel loads at once, from multiples of as many."""
+
+
+def empty_rows(batch: int, capacity: int, code: LatentCode, device: torch.device) -> torch.Tensor:
+    """``[batch, capacity, code.nbytes]`` uint8, zeros.
+
+    On accelerators the latents' levels, which lie behind their scales, begin at multiples of 16 bytes.
+    """
+    size = (batch, capacity, code.nbytes)
+    if device.type == "cpu":
+        return torch.zeros(size, dtype=torch.uint8, device=device)
+    before, stride = -code.latent.scale_bytes % _ALIGNMENT, -(-code.nbytes // _ALIGNMENT) * _ALIGNMENT
+    room = torch.zeros(before + batch * capacity * stride, dtype=torch.uint8, device=device)
+    return room[before:].view(batch, capacity, stride)[..., : code.nbytes]
+
+
 class CodedLayer(CacheLayerMixin):
     """First base of a layer whose rows are bytes, ``[B, S, code.nbytes]`` uint8; it keeps a few first tokens besides.
 

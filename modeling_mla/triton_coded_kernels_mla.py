@@ -9,45 +9,44 @@ import triton
 import triton.language as tl
 
 from .triton_kernels_mla import divisor_and_lse, share_of_keys, softmax_step, visible_scores
-from .triton_segments_mla import channels_of, count, field, load_scales, load_words, unpacked
+from .triton_words_mla import channels_of, load_scales, load_words, tile, tile_count, unpacked
 
 _EXACT_KEYS = tl.constexpr(16)
 
 
 @triton.jit
-def _load_rows(rows, inside, SEGMENTS: tl.constexpr, DTYPE: tl.constexpr):
-    """Of every segment's columns ``[n, columns]``, from rows of channels that ``rows [n, 1]`` points to."""
+def _load_rows(rows, inside, PLAN: tl.constexpr, DTYPE: tl.constexpr):
+    """Of every tile ``[n, block]``, from rows of channels that ``rows [n, 1]`` points to."""
     loaded = ()
-    for s in tl.static_range(count(SEGMENTS)):
-        channel, channel_in = channels_of(SEGMENTS, s)
-        tile = tl.load(rows + channel[None, :], mask=inside[:, None] & channel_in[None, :], other=0.0)
-        loaded += (tile.to(DTYPE),)
+    for t in tl.static_range(tile_count(PLAN)):
+        channel, channel_in = channels_of(PLAN, t)
+        own = tl.load(rows + channel[None, :], mask=inside[:, None] & channel_in[None, :], other=0.0)
+        loaded += (own.to(DTYPE),)
     return loaded
 
 
 @triton.jit
-def _unpack(words, SEGMENTS: tl.constexpr, DTYPE: tl.constexpr, HALF: tl.constexpr):
+def _unpack(words, PLAN: tl.constexpr, DTYPE: tl.constexpr, HALF: tl.constexpr):
     tiles = ()
-    for s in tl.static_range(count(SEGMENTS)):
-        tiles += (unpacked(words[s], SEGMENTS, s, DTYPE, HALF),)
+    for t in tl.static_range(tile_count(PLAN)):
+        tiles += (unpacked(words, PLAN, t, DTYPE, HALF),)
     return tiles
 
 
 @triton.jit
-def _products(queries, tiles, shape_of, SEGMENTS: tl.constexpr):
-    """``[rows, keys]``, summed over the segments; of the shape of ``shape_of``."""
-    scores = tl.zeros(shape_of.shape, tl.float32)
-    for s in tl.static_range(count(SEGMENTS)):
-        scores = tl.dot(queries[s], tl.trans(tiles[s]), scores, input_precision="ieee")
+def _products(queries, tiles, scores, PLAN: tl.constexpr):
+    """``[rows, keys]``, summed over the tiles, beside what ``scores`` are already."""
+    for t in tl.static_range(tile_count(PLAN)):
+        scores = tl.dot(queries[t], tl.trans(tiles[t]), scores, input_precision="ieee")
     return scores
 
 
 @triton.jit
-def _add(contexts, weights, tiles, rescale, SEGMENTS: tl.constexpr):
+def _add(contexts, weights, tiles, rescale, PLAN: tl.constexpr):
     added = ()
-    for s in tl.static_range(count(SEGMENTS)):
-        context = contexts[s] * rescale[:, None]
-        added += (tl.dot(weights.to(tiles[s].dtype), tiles[s], context, input_precision="ieee"),)
+    for t in tl.static_range(tile_count(PLAN)):
+        context = contexts[t] * rescale[:, None]
+        added += (tl.dot(weights.to(tiles[t].dtype), tiles[t], context, input_precision="ieee"),)
     return added
 
 
@@ -77,7 +76,7 @@ def coded_partial_kernel(
     BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, MASK: tl.constexpr, ADDITIVE: tl.constexpr,
     RANGES: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """As `partial_kernel`, over codes: ``LATENT`` and ``ROPE`` are the segments of either part.
+    """As `partial_kernel`, over codes: ``LATENT`` and ``ROPE`` are the plans of either part.
 
     ``exact [B, EXACT, r]`` and ``exact_rope [B, EXACT, d_r]`` stand in the place of as many tokens of a sequence, from
     ``places [B]`` on. A token's scale multiplies its score and its weight.
@@ -98,8 +97,8 @@ def coded_partial_kernel(
     maximum = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_ROWS,), tl.float32)
     contexts = ()
-    for s in tl.static_range(count(LATENT)):
-        contexts += (tl.zeros((BLOCK_ROWS, field(LATENT, s, "columns")), tl.float32),)
+    for t in tl.static_range(tile_count(LATENT)):
+        contexts += (tl.zeros((BLOCK_ROWS, tile(LATENT, t, "block")), tl.float32),)
 
     place = tl.load(places + batch).to(tl.int32)
     if EXACT:
@@ -112,8 +111,8 @@ def coded_partial_kernel(
             key_in = (own < EXACT) & (key >= 0) & (key < keys)
             tiles = _load_rows(exact + own[:, None] * exact_k, key_in, LATENT, DTYPE)
             rotary = _load_rows(exact_rope + own[:, None] * exact_rope_k, key_in, ROPE, DTYPE)
-            shape_of = row_in[:, None] & key_in[None, :]
-            scores = _products(q, tiles, shape_of, LATENT) + _products(q_rope, rotary, shape_of, ROPE)
+            scores = _products(q, tiles, tl.zeros((BLOCK_ROWS, _EXACT_KEYS), tl.float32), LATENT)
+            scores = _products(q_rope, rotary, scores, ROPE)
             scores = visible_scores(
                 scores * scale, mask, mask_k, key, key_in, row_in, position, window, softcap,
                 MASK, ADDITIVE, CAUSAL, WINDOW, SOFTCAP,
@@ -137,9 +136,9 @@ def coded_partial_kernel(
         )  # fmt: skip
         key_in = key < end
         tiles, rotary = _unpack(words, LATENT, DTYPE, HALF), _unpack(rope_words, ROPE, DTYPE, HALF)
-        shape_of = row_in[:, None] & key_in[None, :]
-        scores = _products(q, tiles, shape_of, LATENT) * latent_scale[None, :]
-        scores += _products(q_rope, rotary, shape_of, ROPE) * rope_scale[None, :]
+        none = tl.zeros((BLOCK_ROWS, BLOCK_KEYS), tl.float32)
+        scores = _products(q, tiles, none, LATENT) * latent_scale[None, :]
+        scores += _products(q_rope, rotary, none, ROPE) * rope_scale[None, :]
         coded = key_in & ((key < place) | (key >= place + EXACT))
         scores = visible_scores(
             scores * scale, mask, mask_k, key, coded, row_in, position, window, softcap,
@@ -150,8 +149,8 @@ def coded_partial_kernel(
 
     divisor, lse = divisor_and_lse(maximum, total)
     out = (batch * tl.num_programs(1) + tl.program_id(1)) * rows + row
-    for s in tl.static_range(count(LATENT)):
-        channel, channel_in = channels_of(LATENT, s)
+    for t in tl.static_range(tile_count(LATENT)):
+        channel, channel_in = channels_of(LATENT, t)
         pointer = partial + out[:, None] * RANK + channel[None, :]
-        tl.store(pointer, contexts[s] / divisor[:, None], mask=row_in[:, None] & channel_in[None, :])
+        tl.store(pointer, contexts[t] / divisor[:, None], mask=row_in[:, None] & channel_in[None, :])
     tl.store(partial_lse + out, lse, mask=row_in)

@@ -6,6 +6,7 @@ It needs the package triton, so `backend_triton_mla` imports it only where it is
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -13,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from .code_words_mla import segments_of
+from .code_words_mla import code_plan
 from .latent_code_mla import PartCode
 from .triton_coded_kernels_mla import coded_partial_kernel
 from .triton_kernels_mla import INTERPRETED, merge_kernel, partial_kernel, visible_range_kernel
@@ -178,9 +179,10 @@ def coded_decode(
     """
     query = query.contiguous()
     latent_part, rope_part = part_code(latent_code), part_code(rope_code)
+    latent, rope = latent[..., latent_part.scale_bytes :], rope[..., rope_part.scale_bytes :]
     constants = {
         "RANK": latent_part.channels, "WIDTH": query.shape[-1],
-        "LATENT": segments_of(latent_part), "ROPE": segments_of(rope_part),
+        "LATENT": code_plan(latent_part, _alignment(latent)), "ROPE": code_plan(rope_part, _alignment(rope)),
         "LATENT_SCALED": not latent_part.is_exact, "ROPE_SCALED": not rope_part.is_exact,
         "HALF": query.dtype == torch.float16, "EXACT": exact.shape[1],
     }  # fmt: skip
@@ -195,6 +197,11 @@ def coded_decode(
     hidden = Keys(mask, first_query, window)
     tile = coded_tile_for(query.shape[1] * query.shape[2], query.dtype)
     return _attend(query, latent.shape[1], hidden, latent_part.channels, scale, softcap, tile, launch)
+
+
+def _alignment(levels: torch.Tensor) -> int:
+    """The largest power of two up to 16 of which the places of all tokens' levels are multiples."""
+    return math.gcd(16, levels.data_ptr(), *levels.stride()[:2])
 
 
 def code_numbers(code: PartCode) -> list[int]:
