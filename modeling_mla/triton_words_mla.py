@@ -66,18 +66,24 @@ def load_words(levels, key, key_in, stride, PLAN: tl.constexpr):
     """The words of some tokens: of every segment a tuple, for its runs, of ``[keys, block]``."""
     loaded = ()
     for s in tl.static_range(_word_count(PLAN)):
-        size: tl.constexpr = _word(PLAN, s, "size")
-        number: tl.constexpr = tl.int32 if size == 4 else tl.int16 if size == 2 else tl.uint8
-        # A pointer is cast before it is spread, or the compiler does not see that words are neighbours.
-        first = levels.to(tl.pointer_type(number), bitcast=True) + _word(PLAN, s, "start") // size
-        word = tl.arange(0, _word(PLAN, s, "block"))
-        inside = key_in[:, None] & (word < _word(PLAN, s, "count"))[None, :]
-        token = key.to(tl.int64)[:, None] * (stride // size) + word[None, :]
-        runs = ()
-        for run in tl.static_range(_word(PLAN, s, "runs")):
-            runs += (tl.load(first + run * _word(PLAN, s, "count") + token, mask=inside, other=0),)
-        loaded += (runs,)
+        loaded += (_load_runs(levels, key, key_in, stride, PLAN, s),)
     return loaded
+
+
+@triton.jit
+def _load_runs(levels, key, key_in, stride, PLAN: tl.constexpr, s: tl.constexpr):
+    size: tl.constexpr = _word(PLAN, s, "size")
+    count: tl.constexpr = _word(PLAN, s, "count")
+    number: tl.constexpr = tl.int32 if size == 4 else tl.int16 if size == 2 else tl.uint8
+    # A pointer is cast before it is spread, or the compiler does not see that words are neighbours.
+    first = levels.to(tl.pointer_type(number), bitcast=True) + _word(PLAN, s, "start") // size
+    word = tl.arange(0, _word(PLAN, s, "block"))
+    inside = key_in[:, None] & (word < count)[None, :]
+    token = key.to(tl.int64)[:, None] * (stride // size) + word[None, :]
+    runs = ()
+    for run in tl.static_range(_word(PLAN, s, "runs")):
+        runs += (tl.load(first + run * count + token, mask=inside, other=0),)
+    return runs
 
 
 @triton.jit
