@@ -9,7 +9,7 @@ import torch
 
 from .backend_base_mla import AbsorbedShape
 from .code_words_mla import code_plan
-from .latent_code_mla import LatentCode
+from .latent_code_mla import LatentCode, code_numbers
 from .latent_tiles_mla import CodedLatents
 from .masks_mla import VisibleKeys
 
@@ -57,7 +57,7 @@ class TritonBackend:
         softcap: float | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attends as `AbsorbedBackend.attend` says; sums are float32."""
-        from .triton_decode_mla import absorbed_coded_decode, absorbed_decode, code_numbers, coded_decode, decode
+        from .triton_decode_mla import absorbed_coded_decode, absorbed_decode, coded_decode, decode
 
         if isinstance(latents, CodedLatents):
             latent, rope = latents
@@ -71,6 +71,13 @@ class TritonBackend:
         return function(
             query, latents, visible.given(), visible.first_query, visible.window, kv_lora_rank, scale, softcap
         )
+
+
+def writes_codes(code: LatentCode, rotated: torch.Tensor) -> bool:
+    """Whether the kernel of `triton_append_mla` serves tokens ``rotated [B, n, r + d_r]``."""
+    if rotated.device.type != "cuda" or rotated.dtype not in _DTYPES or _why_not_coded(code) is not None:
+        return False
+    return _why_unavailable(rotated.device.index or 0) is None
 
 
 def _why_not_coded(code: LatentCode) -> str | None:

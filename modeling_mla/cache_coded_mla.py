@@ -74,8 +74,8 @@ class CodedLatentLayer(CodedLayer, LatentLayer):
         with torch.no_grad():
             rotated = self.codec.rotated(key_states[:, 0], value_states[:, 0])
             self._make_room(new_tokens)
-            self._keep_first(rotated)
-            self.buffer[:, self.filled : self.filled + new_tokens] = self.codec.encode(rotated)
+            self._skip_padding()
+            self._write(rotated, self.buffer, None, self.filled)
         self._count(new_tokens)
         states = self._states(self._visible())
         if torch.is_grad_enabled() and key_states.requires_grad:
@@ -86,12 +86,10 @@ class CodedLatentLayer(CodedLayer, LatentLayer):
             return _with_gradient(states[0], key_states), _with_gradient(states[1], value_states)
         return states
 
-    def _keep_first(self, rotated: torch.Tensor) -> None:
+    def _skip_padding(self) -> None:
         if self.padding is not None and self.exact_tokens:
             self.first.skip_padding(self.padding, self.filled)
         self.padding = None
-        if self.filled < self.first.end:
-            self.first.write(rotated, torch.arange(self.filled, self.filled + rotated.shape[1], device=self.device))
 
     @override
     def saved(self) -> SavedLayer:

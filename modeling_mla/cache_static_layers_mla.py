@@ -154,8 +154,7 @@ class CodedStaticLatentLayer(CodedLayer, StaticLatentLayer):
             self.first.skip_padding(self.padding, int(self.cumulative_length))
             self.padding = None
         positions = self._new_positions(key_states.shape[-2])
-        self.latents.index_copy_(1, positions, self.codec.encode(rotated))
-        self.first.write(rotated, positions)
+        self._write(rotated, self.latents, positions, 0)
         return self._states(self.latents)
 
     @override

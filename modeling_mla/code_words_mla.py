@@ -10,7 +10,7 @@ import functools
 from typing import NamedTuple
 
 from .bit_packing_mla import Piece, packed_bytes, ranges_of_levels
-from .latent_code_mla import EXACT, PartCode, middle
+from .latent_code_mla import EXACT, PartCode, largest, middle
 
 _LEAST_COLUMNS = 16
 """Matrix units take no fewer channels."""
@@ -46,6 +46,11 @@ class LevelTile(NamedTuple):
     step: int
     columns: int
     block: int
+
+    @property
+    def limit(self) -> float:
+        """The largest absolute value of a level less the middle."""
+        return largest(self.bits)
 
 
 class CodePlan(NamedTuple):

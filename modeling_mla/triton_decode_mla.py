@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from .code_words_mla import code_plan
-from .latent_code_mla import PartCode
+from .latent_code_mla import part_code
 from .triton_coded_kernels_mla import coded_partial_kernel
 from .triton_kernels_mla import INTERPRETED, merge_kernel, partial_kernel, visible_range_kernel
 
@@ -204,21 +204,6 @@ def _alignment(levels: torch.Tensor) -> int:
     return math.gcd(16, levels.data_ptr(), *levels.stride()[:2])
 
 
-def code_numbers(code: PartCode) -> list[int]:
-    """A part's segments as an operator takes them; `part_code` reads them."""
-    return [number for segment in code.segments for number in segment]
-
-
-def part_code(numbers: Sequence[int]) -> PartCode:
-    """The inverse of `code_numbers`, of a part with one scale a token; how it is rotated is not kept."""
-    return _part_code(tuple(numbers))
-
-
-@functools.cache
-def _part_code(numbers: tuple[int, ...]) -> PartCode:
-    return PartCode(tuple(zip(numbers[::2], numbers[1::2], strict=True)))
-
-
 class Work(NamedTuple):
     """What every kernel that reads a cache is given: mask, its ranges and where to write; sizes; strides of the mask."""
 
@@ -290,9 +275,9 @@ def _outputs(query: torch.Tensor, kv_lora_rank: int) -> tuple[torch.Tensor, torc
 
 
 # Every copy of this file, the package's and those of checkpoints, has an operator of its own.
-_NAMESPACE = re.sub(r"[^0-9a-zA-Z]", "_", __name__)
+NAMESPACE = re.sub(r"[^0-9a-zA-Z]", "_", __name__)
 absorbed_decode = torch.library.custom_op(
-    f"{_NAMESPACE}::absorbed_decode",
+    f"{NAMESPACE}::absorbed_decode",
     decode,
     mutates_args=(),
     schema="(Tensor query, Tensor latents, Tensor? mask, SymInt? first_query, SymInt? window, int kv_lora_rank, "
@@ -307,7 +292,7 @@ def _(query, latents, mask, first_query, window, kv_lora_rank, scale, softcap):
 
 
 absorbed_coded_decode = torch.library.custom_op(
-    f"{_NAMESPACE}::absorbed_coded_decode",
+    f"{NAMESPACE}::absorbed_coded_decode",
     coded_decode,
     mutates_args=(),
     schema="(Tensor query, Tensor latent, Tensor rope, Tensor exact, Tensor exact_rope, Tensor places, "

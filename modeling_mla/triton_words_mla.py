@@ -1,6 +1,6 @@
 """Codes in a Triton kernel: words are loaded, and taken apart in registers into tiles for matrix units.
 
-Imported only where it is used: by `triton_coded_kernels_mla`. A ``PLAN`` is a `CodePlan`.
+Imported only by the kernels that use it. A ``PLAN`` is a `CodePlan`.
 """
 
 from __future__ import annotations
@@ -22,22 +22,26 @@ def tile(PLAN, t, name):
 
 
 @triton.constexpr_function
-def _word_count(PLAN):
+def word_count(PLAN):
+    """Segments of a part."""
     return len(PLAN.words)
 
 
 @triton.constexpr_function
-def _word(PLAN, s, name):
+def word(PLAN, s, name):
+    """A number of the words of segment ``s``."""
     return getattr(PLAN.words[s], name)
 
 
 @triton.constexpr_function
-def _pieces(PLAN, t):
+def piece_count(PLAN, t):
+    """Pieces of a tile's levels."""
     return len(PLAN.tiles[t].pieces)
 
 
 @triton.constexpr_function
-def _piece_run(PLAN, t, index):
+def piece_run(PLAN, t, index):
+    """The run in which a piece lies."""
     return PLAN.tiles[t].pieces[index].run
 
 
@@ -49,9 +53,22 @@ def _piece_shift(PLAN, t, index, at):
 
 
 @triton.constexpr_function
-def _piece_mask(PLAN, t, index, at):
+def piece_mask(PLAN, t, index, at):
+    """A piece's bits of a level that begins at bit ``at``."""
     piece = PLAN.tiles[t].pieces[index]
     return ((1 << piece.width) - 1) << (piece.in_level + at)
+
+
+@triton.constexpr_function
+def piece_in_level(PLAN, t, index):
+    """A piece's first bit in its level."""
+    return PLAN.tiles[t].pieces[index].in_level
+
+
+@triton.constexpr_function
+def piece_in_byte(PLAN, t, index):
+    """A piece's first bit in its word."""
+    return PLAN.tiles[t].pieces[index].in_byte
 
 
 @triton.jit
@@ -65,23 +82,23 @@ def channels_of(PLAN: tl.constexpr, t: tl.constexpr):
 def load_words(levels, key, key_in, stride, PLAN: tl.constexpr):
     """The words of some tokens: of every segment a tuple, for its runs, of ``[keys, block]``."""
     loaded = ()
-    for s in tl.static_range(_word_count(PLAN)):
+    for s in tl.static_range(word_count(PLAN)):
         loaded += (_load_runs(levels, key, key_in, stride, PLAN, s),)
     return loaded
 
 
 @triton.jit
 def _load_runs(levels, key, key_in, stride, PLAN: tl.constexpr, s: tl.constexpr):
-    size: tl.constexpr = _word(PLAN, s, "size")
-    count: tl.constexpr = _word(PLAN, s, "count")
+    size: tl.constexpr = word(PLAN, s, "size")
+    count: tl.constexpr = word(PLAN, s, "count")
     number: tl.constexpr = tl.int32 if size == 4 else tl.int16 if size == 2 else tl.uint8
     # A pointer is cast before it is spread, or the compiler does not see that words are neighbours.
-    first = levels.to(tl.pointer_type(number), bitcast=True) + _word(PLAN, s, "start") // size
-    word = tl.arange(0, _word(PLAN, s, "block"))
+    first = levels.to(tl.pointer_type(number), bitcast=True) + word(PLAN, s, "start") // size
+    word = tl.arange(0, word(PLAN, s, "block"))
     inside = key_in[:, None] & (word < count)[None, :]
     token = key.to(tl.int64)[:, None] * (stride // size) + word[None, :]
     runs = ()
-    for run in tl.static_range(_word(PLAN, s, "runs")):
+    for run in tl.static_range(word(PLAN, s, "runs")):
         runs += (tl.load(first + run * count + token, mask=inside, other=0),)
     return runs
 
@@ -98,13 +115,13 @@ def load_scales(levels, key, key_in, stride):
 def _levels(runs, PLAN: tl.constexpr, t: tl.constexpr, AT: tl.constexpr):
     """The levels of a tile, int32, which begin at bit ``AT``."""
     level = tl.zeros(runs[0].shape, tl.int32)
-    for index in tl.static_range(_pieces(PLAN, t)):
-        words = runs[_piece_run(PLAN, t, index)].to(tl.int32)
+    for index in tl.static_range(piece_count(PLAN, t)):
+        words = runs[piece_run(PLAN, t, index)].to(tl.int32)
         if _piece_shift(PLAN, t, index, AT) >= 0:
             words = words >> _piece_shift(PLAN, t, index, AT)
         else:
             words = words << -_piece_shift(PLAN, t, index, AT)
-        level |= words & _piece_mask(PLAN, t, index, AT)
+        level |= words & piece_mask(PLAN, t, index, AT)
     return level
 
 
