@@ -52,7 +52,10 @@ class CodedLatentLayer(CodedLayer, LatentLayer):
     @override
     def nbytes(self) -> int:
         """Bytes that the rows occupy, free capacity included, with the first tokens."""
-        return self.buffer.untyped_storage().nbytes() + self.first.rows.nbytes if self.is_initialized else 0
+        if not self.is_initialized:
+            return 0
+        aligning = self.buffer.untyped_storage().nbytes() - self.buffer.nbytes
+        return super().nbytes + aligning + self.first.rows.nbytes
 
     @override
     def _empty(self, rows: torch.Tensor, capacity: int) -> torch.Tensor:

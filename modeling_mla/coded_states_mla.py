@@ -162,13 +162,22 @@ class CodedStates:
         first, stop = min(max(start, 0), length), min(max(start + count, 0), length)
         return slice(first, stop), slice(first - start, stop - start)
 
+    def rotated(self) -> torch.Tensor:
+        """``[B, S, n]`` as they are coded, in float32 or wider, the exact tokens in their places."""
+        states, count = self.codec.decode(self.rows), self.exact.shape[1]
+        first = max(min(self.starts, default=0), 0)
+        stop = min(max(self.starts, default=0) + count, states.shape[1])
+        if count and first < stop:
+            slots = torch.arange(first, stop, device=self.device) - self.places.unsqueeze(-1)
+            kept = ((slots >= 0) & (slots < count)).unsqueeze(-1)
+            slots = slots.clamp(0, count - 1).unsqueeze(-1).expand(-1, -1, states.shape[-1])
+            own = self.exact.gather(1, slots).to(states.dtype)
+            states[:, first:stop] = torch.where(kept, own, states[:, first:stop])
+        return states
+
     def decode(self) -> torch.Tensor:
         """The tensor ``[B, 1, S, n]``."""
-        states = self.codec.decode(self.rows)
-        for index in range(len(states)):
-            places, own = self.exact_places(index)
-            states[index, places] = self.exact[index, own].to(states.dtype)
-        return self.codec.rotate_back(states).to(self.dtype).unsqueeze(1)
+        return self.codec.rotate_back(self.rotated()).to(self.dtype).unsqueeze(1)
 
 
 class LatentCodec:

@@ -32,7 +32,7 @@ def block(request, monkeypatch) -> None:
     if request.param is not None:
         monkeypatch.setattr(backend_torch_mla, "_BLOCK_SCORES", 0)
         monkeypatch.setattr(backend_torch_mla, "_MIN_BLOCK", request.param)
-        monkeypatch.setattr(latent_tiles_mla, "_CPU_TOKENS", request.param)
+        monkeypatch.setattr(latent_tiles_mla, "_CODED_TOKENS", request.param)
         monkeypatch.setattr(backend_int8_mla, "_MIN_TOKENS", request.param)
         monkeypatch.setattr(backend_int8_mla, "_MAX_TOKENS", request.param)
 
