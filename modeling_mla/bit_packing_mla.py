@@ -71,9 +71,7 @@ def ranges_of_levels(channels: int, bits: int) -> tuple[int, tuple[tuple[Piece, 
         pieces of its levels. A channel's place in its range is its byte's in the run; the last ranges may be cut off.
     """
     layout = _layout(channels, bits)
-    whole = [
-        (Piece(run, 0, place * bits, bits),) for place in range(layout.whole) for run in range(layout.runs)
-    ]
+    whole = [(Piece(run, 0, place * bits, bits),) for place in range(layout.whole) for run in range(layout.runs)]
     further = [
         tuple(
             Piece(piece.run, piece.in_level, layout.whole * bits + piece.in_spare, piece.width)

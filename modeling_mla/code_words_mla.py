@@ -19,14 +19,14 @@ _WANTED_COLUMNS = 32
 
 
 class Words(NamedTuple):
-    """What is loaded of a segment: ``runs`` times ``count`` words of ``size`` bytes, from a byte behind the scales on.
+    """What is loaded of a segment: ``runs`` times ``words`` of ``size`` bytes, from a byte behind the scales on.
 
-    ``block`` is ``count`` padded to a power of two.
+    ``block`` is ``words`` padded to a power of two.
     """
 
     start: int
     size: int
-    count: int
+    words: int
     runs: int
     block: int
 
@@ -73,12 +73,12 @@ def code_plan(code: PartCode, alignment: int) -> CodePlan:
     first, start = 0, 0
     for channels, bits in code.segments:
         if bits == EXACT:
-            run, ranges, size, a_word = channels, ((Piece(0, 0, 0, EXACT),),), 2, 1
+            run, ranges, size, a_word = _whole_numbers(channels)
         else:
             run, ranges = ranges_of_levels(channels, bits)
             size = a_word = _word_size(start, run, alignment)
         own = Words(start, size, run // a_word, 1 + max(p.run for pieces in ranges for p in pieces), 0)
-        own = own._replace(block=max(1 << (own.count - 1).bit_length(), _LEAST_COLUMNS))
+        own = own._replace(block=max(1 << (own.words - 1).bit_length(), _LEAST_COLUMNS))
         for index, pieces in enumerate(ranges):
             for place in range(a_word):
                 columns = -(-(min(run, channels - index * run) - place) // a_word)
@@ -91,6 +91,11 @@ def code_plan(code: PartCode, alignment: int) -> CodePlan:
         words.append(own)
         first, start = first + channels, start + (0 if bits == EXACT else packed_bytes(channels, bits))
     return CodePlan(tuple(words), tuple(tiles))
+
+
+def _whole_numbers(channels: int) -> tuple[int, tuple[tuple[Piece, ...], ...], int, int]:
+    """A run of channels whose words of 16 bits are numbers themselves: its length, pieces, bytes and levels a word."""
+    return channels, ((Piece(0, 0, 0, EXACT),),), 2, 1
 
 
 def _word_size(start: int, run: int, alignment: int) -> int:

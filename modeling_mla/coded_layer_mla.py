@@ -11,7 +11,6 @@ from .first_tokens_mla import FirstTokens
 from .latent_code_mla import LatentCode, code_numbers
 from .transformers_seams_mla import CacheLayerMixin
 
-
 _ALIGNMENT = 16
 """Bytes that a kernel loads at once, from multiples of as many."""
 

@@ -29,7 +29,7 @@ from .triton_words_mla import (
 )
 
 _ROUNDER = tl.constexpr(12582912.0)
-"""1.5 * 2 ** 23: added to a float32 below 2 ** 22 and taken off again, it rounds to the nearest number, ties to even."""
+"""1.5 * 2 ** 23: added to a float32 below 2 ** 22 and taken off again, it rounds to the nearest, ties to even."""
 
 
 @triton.jit
@@ -42,7 +42,7 @@ def _load_tile(states, PLAN: tl.constexpr, t: tl.constexpr):
 @triton.jit
 def _scale(states, PLAN: tl.constexpr):
     """The least scale at which no state is beyond its channel's largest level, rounded up: bits of a bfloat16."""
-    scale = 0.0
+    scale = tl.zeros((), tl.float32)
     for t in tl.static_range(tile_count(PLAN)):
         own = tl.abs(_load_tile(states, PLAN, t))
         scale = tl.maximum(scale, tl.max(tl.div_rn(own, tl.full(own.shape, tile(PLAN, t, "limit"), tl.float32))))
@@ -70,8 +70,8 @@ def _store_run(states, row, step, PLAN: tl.constexpr, s: tl.constexpr, run: tl.c
                 if piece_run(PLAN, t, index) == run:
                     piece = _level(states, step, PLAN, t) & piece_mask(PLAN, t, index, 0)
                     packed |= piece >> piece_in_level(PLAN, t, index) << piece_in_byte(PLAN, t, index)
-    inside = byte < word(PLAN, s, "count")
-    place = row + (word(PLAN, s, "start") + run * word(PLAN, s, "count")) + byte
+    inside = byte < word(PLAN, s, "words")
+    place = row + (word(PLAN, s, "start") + run * word(PLAN, s, "words")) + byte
     tl.store(place, packed.to(tl.uint8), mask=inside)
 
 

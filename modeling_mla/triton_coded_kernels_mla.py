@@ -21,7 +21,7 @@ def _load_rows(rows, inside, PLAN: tl.constexpr, DTYPE: tl.constexpr):
     for t in tl.static_range(tile_count(PLAN)):
         channel, channel_in = channels_of(PLAN, t)
         own = tl.load(rows + channel[None, :], mask=inside[:, None] & channel_in[None, :], other=0.0)
-        loaded += (own.to(DTYPE),)
+        loaded += (own.to(DTYPE),)  # type: ignore[assignment]
     return loaded
 
 
@@ -29,7 +29,7 @@ def _load_rows(rows, inside, PLAN: tl.constexpr, DTYPE: tl.constexpr):
 def _unpack(words, PLAN: tl.constexpr, DTYPE: tl.constexpr, HALF: tl.constexpr):
     tiles = ()
     for t in tl.static_range(tile_count(PLAN)):
-        tiles += (unpacked(words, PLAN, t, DTYPE, HALF),)
+        tiles += (unpacked(words, PLAN, t, DTYPE, HALF),)  # type: ignore[assignment]
     return tiles
 
 
@@ -46,7 +46,7 @@ def _add(contexts, weights, tiles, rescale, PLAN: tl.constexpr):
     added = ()
     for t in tl.static_range(tile_count(PLAN)):
         context = contexts[t] * rescale[:, None]
-        added += (tl.dot(weights.to(tiles[t].dtype), tiles[t], context, input_precision="ieee"),)
+        added += (tl.dot(weights.to(tiles[t].dtype), tiles[t], context, input_precision="ieee"),)  # type: ignore[assignment]
     return added
 
 
@@ -98,7 +98,7 @@ def coded_partial_kernel(
     total = tl.zeros((BLOCK_ROWS,), tl.float32)
     contexts = ()
     for t in tl.static_range(tile_count(LATENT)):
-        contexts += (tl.zeros((BLOCK_ROWS, tile(LATENT, t, "block")), tl.float32),)
+        contexts += (tl.zeros((BLOCK_ROWS, tile(LATENT, t, "block")), tl.float32),)  # type: ignore[assignment]
 
     place = tl.load(places + batch).to(tl.int32)
     if EXACT:

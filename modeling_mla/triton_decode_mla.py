@@ -205,7 +205,7 @@ def _alignment(levels: torch.Tensor) -> int:
 
 
 class Work(NamedTuple):
-    """What every kernel that reads a cache is given: mask, its ranges and where to write; sizes; strides of the mask."""
+    """What every kernel that reads a cache is given: mask, its ranges, where to write; sizes; strides of the mask."""
 
     tensors: tuple[torch.Tensor | None, ...]
     numbers: tuple[float, ...]
@@ -303,5 +303,7 @@ absorbed_coded_decode = torch.library.custom_op(
 
 
 @absorbed_coded_decode.register_fake
-def _(query, latent, rope, exact, exact_rope, places, latent_code, rope_code, mask, first_query, window, scale, softcap):
+def _(
+    query, latent, rope, exact, exact_rope, places, latent_code, rope_code, mask, first_query, window, scale, softcap
+):
     return _outputs(query, part_code(latent_code).channels)

@@ -83,23 +83,23 @@ def load_words(levels, key, key_in, stride, PLAN: tl.constexpr):
     """The words of some tokens: of every segment a tuple, for its runs, of ``[keys, block]``."""
     loaded = ()
     for s in tl.static_range(word_count(PLAN)):
-        loaded += (_load_runs(levels, key, key_in, stride, PLAN, s),)
+        loaded += (_load_runs(levels, key, key_in, stride, PLAN, s),)  # type: ignore[assignment]
     return loaded
 
 
 @triton.jit
 def _load_runs(levels, key, key_in, stride, PLAN: tl.constexpr, s: tl.constexpr):
     size: tl.constexpr = word(PLAN, s, "size")
-    count: tl.constexpr = word(PLAN, s, "count")
+    count: tl.constexpr = word(PLAN, s, "words")
     number: tl.constexpr = tl.int32 if size == 4 else tl.int16 if size == 2 else tl.uint8
     # A pointer is cast before it is spread, or the compiler does not see that words are neighbours.
     first = levels.to(tl.pointer_type(number), bitcast=True) + word(PLAN, s, "start") // size
-    word = tl.arange(0, word(PLAN, s, "block"))
-    inside = key_in[:, None] & (word < count)[None, :]
-    token = key.to(tl.int64)[:, None] * (stride // size) + word[None, :]
+    column = tl.arange(0, word(PLAN, s, "block"))
+    inside = key_in[:, None] & (column < count)[None, :]
+    token = key.to(tl.int64)[:, None] * (stride // size) + column[None, :]
     runs = ()
     for run in tl.static_range(word(PLAN, s, "runs")):
-        runs += (tl.load(first + run * count + token, mask=inside, other=0),)
+        runs += (tl.load(first + run * count + token, mask=inside, other=0),)  # type: ignore[assignment]
     return runs
 
 
@@ -139,10 +139,10 @@ def unpacked(loaded, PLAN: tl.constexpr, t: tl.constexpr, DTYPE: tl.constexpr, H
     elif bits == 8:
         numbers = (runs[0].to(tl.int32) >> _piece_shift(PLAN, t, 0, 0)).to(tl.int8).to(DTYPE)
     # A level among the bits of a mantissa is a number without a conversion, and its middle is exact there as well.
-    elif DTYPE == tl.bfloat16:
+    elif tl.bfloat16 == DTYPE:
         level = _levels(runs, PLAN, t, 7 - bits) | ((127 + bits) << 7)
         numbers = level.to(tl.int16).to(tl.bfloat16, bitcast=True) - (2**bits + middle)
-    elif DTYPE == tl.float16:
+    elif tl.float16 == DTYPE:
         level = _levels(runs, PLAN, t, 10 - bits) | ((15 + bits) << 10)
         numbers = level.to(tl.int16).to(tl.float16, bitcast=True) - (2**bits + middle)
     else:

@@ -1,4 +1,4 @@
-"""Attention for accelerators, which have no kernel of ours: right, and as few launches for many sequences as for one."""
+"""Attention for accelerators that have no kernel: right, and as few launches for many sequences as for one."""
 
 import coded_cases
 import pytest
