@@ -57,9 +57,9 @@ class TritonBackend:
         softcap: float | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attends as `AbsorbedBackend.attend` says; sums are float32."""
-        from .triton_decode_mla import absorbed_coded_decode, absorbed_decode, coded_decode, decode
-
         if isinstance(latents, CodedLatents):
+            from .triton_coded_decode_mla import absorbed_coded_decode, coded_decode
+
             latent, rope = latents
             attend_coded = absorbed_coded_decode if torch.compiler.is_compiling() else coded_decode
             return attend_coded(
@@ -67,6 +67,8 @@ class TritonBackend:
                 code_numbers(latent.codec.code), code_numbers(rope.codec.code),
                 visible.given(), visible.first_query, visible.window, scale, softcap,
             )  # fmt: skip
+        from .triton_decode_mla import absorbed_decode, decode
+
         function = absorbed_decode if torch.compiler.is_compiling() else decode
         return function(
             query, latents, visible.given(), visible.first_query, visible.window, kv_lora_rank, scale, softcap

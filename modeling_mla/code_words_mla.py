@@ -34,23 +34,20 @@ class Words(NamedTuple):
 class LevelTile(NamedTuple):
     """Levels at one place of all words of the segment with this index.
 
-    ``pieces`` are those of a level by their place in the words of their runs. Column ``i`` is channel
-    ``first + i * step`` of the part, for the first ``columns`` of ``block``; 16 ``bits`` are a number themselves.
+    A level less the ``middle`` is at most ``limit``; 16 ``bits`` are a number themselves. ``pieces`` are those of a
+    level by their place in the words of their runs. Column ``i`` is channel ``first + i * step`` of the part, for the
+    first ``columns`` of ``block``.
     """
 
     segment: int
     bits: int
     middle: float
+    limit: float
     pieces: tuple[Piece, ...]
     first: int
     step: int
     columns: int
     block: int
-
-    @property
-    def limit(self) -> float:
-        """The largest absolute value of a level less the middle."""
-        return largest(self.bits)
 
 
 class CodePlan(NamedTuple):
@@ -85,7 +82,15 @@ def code_plan(code: PartCode, alignment: int) -> CodePlan:
                 if columns > 0:
                     moved = tuple(piece._replace(in_byte=piece.in_byte + 8 * place) for piece in pieces)
                     tile = LevelTile(
-                        len(words), bits, middle(bits), moved, first + index * run + place, a_word, columns, own.block
+                        len(words),
+                        bits,
+                        middle(bits),
+                        largest(bits),
+                        moved,
+                        first + index * run + place,
+                        a_word,
+                        columns,
+                        own.block,
                     )
                     tiles.append(tile)
         words.append(own)

@@ -7,7 +7,6 @@ package triton, so `coded_layer_mla` imports it only where it is used.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import torch
 import triton
@@ -15,7 +14,7 @@ import triton.language as tl
 
 from .code_words_mla import code_plan
 from .latent_code_mla import part_code
-from .triton_decode_mla import NAMESPACE
+from .triton_decode_mla import NAMESPACE, on_device_of
 from .triton_words_mla import (
     piece_count,
     piece_in_byte,
@@ -146,7 +145,7 @@ def append_codes(
     latent_part, rope_part = part_code(latent_code), part_code(rope_code)
     latent = rows[..., latent_part.scale_bytes :]
     rope = rows[..., latent_part.nbytes + rope_part.scale_bytes :]
-    with torch.cuda.device(rotated.device) if rotated.is_cuda else nullcontext():
+    with on_device_of(rotated):
         append_kernel[(tokens, batch)](
             rotated, latent, rope, exact, starts, positions, filled,
             tokens, *latent.stride()[:2], *rope.stride()[:2], *exact.stride()[:2],

@@ -6,17 +6,13 @@ It needs the package triton, so `backend_triton_mla` imports it only where it is
 from __future__ import annotations
 
 import functools
-import math
 import re
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 
-from .code_words_mla import code_plan
-from .latent_code_mla import part_code
-from .triton_coded_kernels_mla import coded_partial_kernel
 from .triton_kernels_mla import INTERPRETED, merge_kernel, partial_kernel, visible_range_kernel
 
 _RANGE_BLOCK = 1024
@@ -52,17 +48,6 @@ def tile_for(rows: int, dtype: torch.dtype, capability: tuple[int, int], additiv
     if rows <= 16 or small:
         return Tile(16, 32, 4, 3)
     return Tile(64, 64, 8, 2) if rows > 32 and capability[0] == 9 and not additive else Tile(32, 32, 4, 3)
-
-
-def coded_tile_for(rows: int, dtype: torch.dtype) -> Tile:
-    """The tile for a sequence of ``rows`` queries of all heads over codes.
-
-    Words are loaded into registers one tile ahead, so there is no pipeline of loads, and shared memory holds one
-    unpacked tile. The figures were tuned on an H100.
-    """
-    if dtype == torch.float32:
-        return Tile(16, 16, 8, 1)
-    return Tile(16, 64, 4, 1) if rows <= 16 else Tile(32, 64, 8, 1)
 
 
 def split_count(programs: int, keys: int, block_keys: int, multiprocessors: int) -> int:
@@ -141,67 +126,8 @@ def decode(
         )
 
     hidden = Keys(mask, first_query, window)
-    tile = tile_for(query.shape[1] * query.shape[2], query.dtype, _device(query.device)[1], _is_additive(mask))
-    return _attend(query, latents.shape[1], hidden, kv_lora_rank, scale, softcap, tile, launch)
-
-
-def coded_decode(
-    query: torch.Tensor,
-    latent: torch.Tensor,
-    rope: torch.Tensor,
-    exact: torch.Tensor,
-    exact_rope: torch.Tensor,
-    places: torch.Tensor,
-    latent_code: Sequence[int],
-    rope_code: Sequence[int],
-    mask: torch.Tensor | None,
-    first_query: int | None,
-    window: int | None,
-    scale: float,
-    softcap: float | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `decode`, over codes with one scale a token.
-
-    Args:
-        query: ``[B, H, n, r + d_r]``, rotated as what is in the codes.
-        latent: ``[B, S, bytes]`` uint8, dense bytes at even places.
-        rope: ``[B, S, bytes]``, likewise.
-        exact: ``[B, e, r]`` of the query's type: tokens as they are.
-        exact_rope: ``[B, e, d_r]``, likewise.
-        places: ``[B]`` int64, where in the sequence the first of these is.
-        latent_code: channels and bits of every segment, one after another.
-        rope_code: likewise.
-        mask: as of `Keys`, like the next two.
-        first_query: see there.
-        window: see there.
-        scale: of the scores.
-        softcap: see `decode`.
-    """
-    query = query.contiguous()
-    latent_part, rope_part = part_code(latent_code), part_code(rope_code)
-    latent, rope = latent[..., latent_part.scale_bytes :], rope[..., rope_part.scale_bytes :]
-    constants = {
-        "RANK": latent_part.channels, "WIDTH": query.shape[-1],
-        "LATENT": code_plan(latent_part, _alignment(latent)), "ROPE": code_plan(rope_part, _alignment(rope)),
-        "LATENT_SCALED": not latent_part.is_exact, "ROPE_SCALED": not rope_part.is_exact,
-        "HALF": query.dtype == torch.float16, "EXACT": exact.shape[1],
-    }  # fmt: skip
-
-    def launch(grid: tuple[int, ...], work: Work, **shared) -> None:
-        strides = (stride for tensor in (latent, rope, exact, exact_rope) for stride in tensor.stride()[:2])
-        coded_partial_kernel[grid](
-            query, latent, rope, exact, exact_rope, places, *work.tensors, *work.numbers, *strides, *work.strides,
-            **constants, **shared,
-        )  # fmt: skip
-
-    hidden = Keys(mask, first_query, window)
-    tile = coded_tile_for(query.shape[1] * query.shape[2], query.dtype)
-    return _attend(query, latent.shape[1], hidden, latent_part.channels, scale, softcap, tile, launch)
-
-
-def _alignment(levels: torch.Tensor) -> int:
-    """The largest power of two up to 16 of which the places of all tokens' levels are multiples."""
-    return math.gcd(16, levels.data_ptr(), *levels.stride()[:2])
+    tile = tile_for(query.shape[1] * query.shape[2], query.dtype, _device(query.device)[1], is_additive(mask))
+    return attend_in_splits(query, latents.shape[1], hidden, kv_lora_rank, scale, softcap, tile, launch)
 
 
 class Work(NamedTuple):
@@ -212,7 +138,7 @@ class Work(NamedTuple):
     strides: Sequence[int]
 
 
-def _attend(
+def attend_in_splits(
     query: torch.Tensor,
     keys: int,
     hidden: Keys,
@@ -224,16 +150,16 @@ def _attend(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention to splits of the keys by the kernel that ``launch`` starts, and the merge of the splits."""
     batch, heads, queries, _ = query.shape
-    rows, mask, additive = heads * queries, hidden.mask, _is_additive(hidden.mask)
+    rows, mask, additive = heads * queries, hidden.mask, is_additive(hidden.mask)
     row_blocks = -(-rows // tile.rows)
     splits = split_count(batch * row_blocks, keys, tile.keys, _device(query.device)[0])
     partial = query.new_empty(batch, splits, rows, kv_lora_rank, dtype=torch.float32)
     partial_lse = query.new_empty(batch, splits, rows, dtype=torch.float32)
-    context, lse = _outputs(query, kv_lora_rank)
+    context, lse = outputs(query, kv_lora_rank)
 
     ranges = None
     strides: Sequence[int] = (0, 0, 0, 0)
-    with torch.cuda.device(query.device) if query.is_cuda else nullcontext():
+    with on_device_of(query):
         if mask is not None:
             mask = mask if additive else mask.view(torch.uint8)
             strides = [0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True)]
@@ -256,7 +182,15 @@ def _attend(
     return context, lse
 
 
-def _is_additive(mask: torch.Tensor | None) -> bool:
+def on_device_of(tensor: torch.Tensor) -> AbstractContextManager[object]:
+    """Where kernels for ``tensor`` are launched; entering a device costs microseconds, so only if it is another one."""
+    if not tensor.is_cuda or torch.cuda.current_device() == tensor.device.index:
+        return nullcontext()
+    return torch.cuda.device(tensor.device)
+
+
+def is_additive(mask: torch.Tensor | None) -> bool:
+    """Whether a mask is added to the scores, not a choice among them."""
     return mask is not None and mask.dtype != torch.bool
 
 
@@ -269,7 +203,8 @@ def _power_of_two(least: int) -> int:
     return 1 << max(least - 1, 0).bit_length()
 
 
-def _outputs(query: torch.Tensor, kv_lora_rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+def outputs(query: torch.Tensor, kv_lora_rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Room for the context ``[B, H, n, r]`` and the log-sum-exp ``[B, H, n]``."""
     context = query.new_empty(*query.shape[:3], kv_lora_rank)
     return context, query.new_empty(*query.shape[:3], dtype=torch.float32)
 
@@ -288,22 +223,4 @@ absorbed_decode = torch.library.custom_op(
 
 @absorbed_decode.register_fake
 def _(query, latents, mask, first_query, window, kv_lora_rank, scale, softcap):
-    return _outputs(query, kv_lora_rank)
-
-
-absorbed_coded_decode = torch.library.custom_op(
-    f"{NAMESPACE}::absorbed_coded_decode",
-    coded_decode,
-    mutates_args=(),
-    schema="(Tensor query, Tensor latent, Tensor rope, Tensor exact, Tensor exact_rope, Tensor places, "
-    "int[] latent_code, int[] rope_code, Tensor? mask, SymInt? first_query, SymInt? window, float scale, "
-    "float? softcap) -> (Tensor, Tensor)",
-)
-"""`coded_decode` as one operator of a compiled graph."""
-
-
-@absorbed_coded_decode.register_fake
-def _(
-    query, latent, rope, exact, exact_rope, places, latent_code, rope_code, mask, first_query, window, scale, softcap
-):
-    return _outputs(query, part_code(latent_code).channels)
+    return outputs(query, kv_lora_rank)

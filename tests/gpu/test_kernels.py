@@ -73,6 +73,14 @@ def test_every_way_to_hide_codes(kind, dtype):
         coded_cases.check(case, code, attend, CUDA, (0, 5, 700), aligned=True)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("positions", [None, (9, 2, 3, 7, 4)])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_new_tokens_are_coded_as_in_pytorch(bits, positions, dtype):
+    for rank, rope in ((512, 64), (96, 24), (64, 0)):
+        coded_cases.check_append(uniform_code(bits, rank, rope), dtype, CUDA, positions)
+
+
 def test_more_elements_than_32_bits_address():
     keys, width = 1 << 20, 576
     latents = torch.empty(4, keys, width, dtype=torch.bfloat16, device=CUDA).normal_()

@@ -9,7 +9,7 @@ from decode_cases import FREE_ROWS, TOLERANCES, Case, expected, random_tensors, 
 
 from modeling_mla.coded_layer_mla import empty_rows
 from modeling_mla.coded_states_mla import LatentCodec
-from modeling_mla.latent_code_mla import LatentCode, PartCode, uniform_code
+from modeling_mla.latent_code_mla import LatentCode, PartCode, code_numbers, uniform_code
 from modeling_mla.latent_tiles_mla import CodedLatents
 
 ROPE = PartCode(((8, 6),))
@@ -83,3 +83,33 @@ def check(
     assert error <= 2 * TOLERANCES[case.dtype], f"{case}: {error:.2g}"
     tolerance = 1e-4 if case.dtype == torch.float32 else 3e-2
     torch.testing.assert_close(lse, wanted_lse, rtol=1e-3, atol=tolerance)
+
+
+def check_append(code: LatentCode, dtype: torch.dtype, device: torch.device, positions: tuple[int, ...] | None) -> None:
+    """Compares the kernel that codes new tokens with the codec, byte for byte, and asserts that it writes nothing else.
+
+    Five tokens of two sequences, one of them zeros, are written at ``positions``, or from the third place on.
+    """
+    from modeling_mla.triton_append_mla import append_codes
+
+    torch.manual_seed(0)
+    codec, kept = LatentCodec(code, dtype, device), 4
+    states = torch.randn(2, 5, codec.width, dtype=dtype, device=device)
+    states[1, 3] = 0
+    rotated = codec.rotated(*states.split(codec.widths, dim=-1))
+    places = torch.tensor(positions or range(3, 8), device=device)
+    starts = torch.tensor([0, 2], device=device)
+    wanted = torch.full((2, 12, code.nbytes), 0, dtype=torch.uint8, device=device)
+    wanted[:, places] = codec.encode(rotated)
+    wanted_exact = torch.zeros(2, kept + 1, codec.width, dtype=dtype, device=device)
+    for index, start in enumerate(starts.tolist()):
+        for token, place in enumerate(places.tolist()):
+            if 0 <= place - start < kept:
+                wanted_exact[index, place - start] = rotated[index, token].to(dtype)
+    rows, exact = torch.zeros_like(wanted), torch.zeros_like(wanted_exact)
+    numbers = code_numbers(code.latent), code_numbers(code.rope)
+    append_codes(rotated, rows, exact, starts, None if positions is None else places, 3, kept, *numbers)
+    assert torch.equal(rows, wanted)
+    # The interpreter rounds to bfloat16 by cutting off.
+    tolerance = 2**-7 if device.type == "cpu" and dtype == torch.bfloat16 else 0
+    torch.testing.assert_close(exact, wanted_exact, rtol=tolerance, atol=0)
