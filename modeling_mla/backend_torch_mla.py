@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .backend_base_mla import AbsorbedShape
+from .batched_attention_mla import attend_batched
 from .latent_tiles_mla import CodedLatents, latent_tiles
 from .masks_mla import VisibleKeys
 from .tiled_attention_mla import attend_tiled
@@ -17,8 +18,9 @@ _MIN_BLOCK = 1024
 class TorchBackend:
     """Runs everywhere, at every shape and precision, over plain and coded latents.
 
-    All heads read one latent head, so they are rows of one query matrix, and a sequence is two matrix products over
-    its latents where they lie: batched products and attention with repeated heads would copy the cache.
+    All heads read one latent head, so they are rows of one query matrix. On a CPU a sequence is two matrix products
+    over its latents where they lie: batched products and attention with repeated heads would copy the cache.
+    Accelerators take all sequences at once.
     """
 
     name = "torch"
@@ -42,9 +44,11 @@ class TorchBackend:
         softcap: float | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attends as `AbsorbedBackend.attend` says; scores and softmax are float32, or float64 where the query is."""
+        if query.device.type != "cpu":
+            return attend_batched(query, latents, kv_lora_rank, scale, visible, softcap)
         # Few processors multiply in float16, and PyTorch's loop for the others is several times slower than with a
         # copy of the latents.
-        widens = query.dtype == torch.float16 and query.device.type == "cpu"
+        widens = query.dtype == torch.float16
         tokens = _MIN_BLOCK if widens else max(_BLOCK_SCORES // (query.shape[1] * query.shape[2]), _MIN_BLOCK)
 
         def tiles(index: int, rows: torch.Tensor):

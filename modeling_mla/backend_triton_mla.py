@@ -8,11 +8,14 @@ import importlib.util
 import torch
 
 from .backend_base_mla import AbsorbedShape
+from .code_words_mla import code_plan
+from .latent_code_mla import LatentCode, code_numbers
 from .latent_tiles_mla import CodedLatents
 from .masks_mla import VisibleKeys
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MAX_RANK = 512
+_MAX_COLUMNS = 768
 _MAX_ROPE = 128
 _MAX_QUERIES = 64
 _RANK_STEP = 16
@@ -35,14 +38,16 @@ class TritonBackend:
         return _why_unavailable(device.index or 0)
 
     def supports(self, shape: AbsorbedShape) -> str | None:
-        """None for few queries over plain latents on an NVIDIA GPU, else the reason why not."""
+        """None for few queries over plain latents or codes on an NVIDIA GPU, else the reason why not."""
         if shape.device.type != "cuda":
             return f"it takes tensors on an NVIDIA GPU, not on {shape.device.type}"
         if shape.dtype not in _DTYPES:
             return f"it takes bfloat16, float16 and float32, not {shape.dtype}"
         if shape.code is not None:
-            return "it takes no coded latents"
-        if shape.kv_lora_rank % _RANK_STEP or not 0 < shape.kv_lora_rank <= _MAX_RANK:
+            reason = _why_not_coded(shape.code)
+            if reason is not None:
+                return reason
+        elif shape.kv_lora_rank % _RANK_STEP or not 0 < shape.kv_lora_rank <= _MAX_RANK:
             return f"it takes ranks up to {_MAX_RANK} that {_RANK_STEP} divides, not {shape.kv_lora_rank}"
         if shape.qk_rope_head_dim > _MAX_ROPE:
             return f"it takes rotary keys of at most {_MAX_ROPE} channels, not {shape.qk_rope_head_dim}"
@@ -61,14 +66,40 @@ class TritonBackend:
         visible: VisibleKeys,
         softcap: float | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attends to plain latents, as `AbsorbedBackend.attend` says; sums are float32."""
-        assert isinstance(latents, torch.Tensor)
+        """Attends as `AbsorbedBackend.attend` says; sums are float32."""
+        if isinstance(latents, CodedLatents):
+            from .triton_coded_decode_mla import absorbed_coded_decode, coded_decode
+
+            latent, rope = latents
+            attend_coded = absorbed_coded_decode if torch.compiler.is_compiling() else coded_decode
+            return attend_coded(
+                query, latent.rows, rope.rows, latent.exact, rope.exact, latent.places,
+                code_numbers(latent.codec.code), code_numbers(rope.codec.code),
+                visible.given(), visible.first_query, visible.window, scale, softcap,
+            )  # fmt: skip
         from .triton_decode_mla import absorbed_decode, decode
 
         function = absorbed_decode if torch.compiler.is_compiling() else decode
         return function(
             query, latents, visible.given(), visible.first_query, visible.window, kv_lora_rank, scale, softcap
         )
+
+
+def writes_codes(code: LatentCode, rotated: torch.Tensor) -> bool:
+    """Whether the kernel of `triton_append_mla` serves tokens ``rotated [B, n, r + d_r]``."""
+    if rotated.device.type != "cuda" or rotated.dtype not in _DTYPES or _why_not_coded(code) is not None:
+        return False
+    return _why_unavailable(rotated.device.index or 0) is None
+
+
+def _why_not_coded(code: LatentCode) -> str | None:
+    for name, part in (("latent", code.latent), ("rope", code.rope)):
+        if len(part.groups) > 1:
+            return f"it takes one scale a token, and the {name} code has {len(part.groups)}"
+    columns = code_plan(code.latent, alignment=1).columns
+    if columns > _MAX_COLUMNS:
+        return f"it takes latents of at most {_MAX_COLUMNS} channels in segments padded to powers of two, not {columns}"
+    return None
 
 
 @torch.compiler.assume_constant_result

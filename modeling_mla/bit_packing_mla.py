@@ -30,6 +30,15 @@ class _Layout(NamedTuple):
     length: int
 
 
+class Piece(NamedTuple):
+    """``width`` bits of a level, from ``in_level`` on, which lie in a run's bytes from ``in_byte`` on."""
+
+    run: int
+    in_level: int
+    in_byte: int
+    width: int
+
+
 class _Piece(NamedTuple):
     """``width`` bits of a further level, from ``in_level`` on, which lie in a run's spare bits from ``in_spare`` on."""
 
@@ -52,6 +61,25 @@ def _pieces(layout: _Layout, bits: int, level: int) -> Iterator[_Piece]:
         first, last = max(level * bits, run * layout.spare), min((level + 1) * bits, (run + 1) * layout.spare)
         if first < last:
             yield _Piece(run, first - level * bits, first - run * layout.spare, last - first)
+
+
+def ranges_of_levels(channels: int, bits: int) -> tuple[int, tuple[tuple[Piece, ...], ...]]:
+    """Where levels lie, for readers that take bytes apart themselves.
+
+    Returns:
+        Bytes of a run, which are also the channels of a range; and for every range, in the order of the channels, the
+        pieces of its levels. A channel's place in its range is its byte's in the run; the last ranges may be cut off.
+    """
+    layout = _layout(channels, bits)
+    whole = [(Piece(run, 0, place * bits, bits),) for place in range(layout.whole) for run in range(layout.runs)]
+    further = [
+        tuple(
+            Piece(piece.run, piece.in_level, layout.whole * bits + piece.in_spare, piece.width)
+            for piece in _pieces(layout, bits, level)
+        )
+        for level in range(layout.further)
+    ]
+    return layout.length, tuple(whole + further)
 
 
 def packed_bytes(channels: int, bits: int) -> int:

@@ -9,7 +9,7 @@ from typing_extensions import override
 from .cache_file_mla import SavedLayer
 from .cache_indexed_mla import IndexedLatentLayer
 from .cache_layers_mla import LatentLayer, SlidingLatentLayer
-from .coded_layer_mla import CodedLayer
+from .coded_layer_mla import CodedLayer, empty_rows
 from .coded_states_mla import CodedStates, LatentCodec
 from .first_tokens_mla import FirstTokens
 from .latent_code_mla import LatentCode, code_for
@@ -39,7 +39,7 @@ class CodedLatentLayer(CodedLayer, LatentLayer):
         self.code = code_for(self.wanted, self.kv_lora_rank, value_states.shape[-1])
         self.codec = LatentCodec(self.code, self.dtype, self.device)
         batch = key_states.shape[0]
-        self.buffer = torch.zeros(batch, self.capacity, self.code.nbytes, dtype=torch.uint8, device=self.device)
+        self.buffer = empty_rows(batch, self.capacity, self.code, self.device)
         self.first = FirstTokens(self.exact_tokens, batch, self.codec.width, self.dtype, self.device)
         self.is_initialized = True
 
@@ -52,7 +52,14 @@ class CodedLatentLayer(CodedLayer, LatentLayer):
     @override
     def nbytes(self) -> int:
         """Bytes that the rows occupy, free capacity included, with the first tokens."""
-        return super().nbytes + (self.first.rows.nbytes if self.is_initialized else 0)
+        if not self.is_initialized:
+            return 0
+        aligning = self.buffer.untyped_storage().nbytes() - self.buffer.nbytes
+        return super().nbytes + aligning + self.first.rows.nbytes
+
+    @override
+    def _empty(self, rows: torch.Tensor, capacity: int) -> torch.Tensor:
+        return empty_rows(len(rows), capacity, self.code, rows.device)
 
     @property
     @override
@@ -70,8 +77,8 @@ class CodedLatentLayer(CodedLayer, LatentLayer):
         with torch.no_grad():
             rotated = self.codec.rotated(key_states[:, 0], value_states[:, 0])
             self._make_room(new_tokens)
-            self._keep_first(rotated)
-            self.buffer[:, self.filled : self.filled + new_tokens] = self.codec.encode(rotated)
+            self._skip_padding()
+            self._write(rotated, self.buffer, None, self.filled)
         self._count(new_tokens)
         states = self._states(self._visible())
         if torch.is_grad_enabled() and key_states.requires_grad:
@@ -82,12 +89,10 @@ class CodedLatentLayer(CodedLayer, LatentLayer):
             return _with_gradient(states[0], key_states), _with_gradient(states[1], value_states)
         return states
 
-    def _keep_first(self, rotated: torch.Tensor) -> None:
+    def _skip_padding(self) -> None:
         if self.padding is not None and self.exact_tokens:
             self.first.skip_padding(self.padding, self.filled)
         self.padding = None
-        if self.filled < self.first.end:
-            self.first.write(rotated, torch.arange(self.filled, self.filled + rotated.shape[1], device=self.device))
 
     @override
     def saved(self) -> SavedLayer:
@@ -113,13 +118,19 @@ class CodedLatentLayer(CodedLayer, LatentLayer):
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
         if self.filled:
+            self._align()
             self.first.repeat(repeats)
 
     @override
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         super().batch_select_indices(indices)
         if self.filled:
+            self._align()
             self.first.select(indices)
+
+    def _align(self) -> None:
+        if self.device.type != "cpu":
+            self._move(self.buffer, self.filled)
 
 
 def _with_gradient(states: CodedStates, new: torch.Tensor) -> torch.Tensor:

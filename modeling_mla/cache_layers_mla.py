@@ -80,9 +80,13 @@ class LatentLayer(DynamicLayer):
     def _move(self, rows: torch.Tensor, needed: int) -> None:
         wanted = max(needed, int(rows.shape[1] * _GROWTH))
         capacity = -(-wanted // _ALIGNMENT) * _ALIGNMENT
-        grown = rows.new_zeros(rows.shape[0], capacity, rows.shape[2])
+        grown = self._empty(rows, capacity)
         grown[:, : rows.shape[1]] = rows
         self.buffer = grown
+
+    def _empty(self, rows: torch.Tensor, capacity: int) -> torch.Tensor:
+        """Zeros for so many tokens of the sequences of ``rows``."""
+        return rows.new_zeros(rows.shape[0], capacity, rows.shape[2])
 
     @override
     def update(

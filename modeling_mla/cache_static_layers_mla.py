@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from typing_extensions import override
 
-from .coded_layer_mla import CodedLayer
+from .coded_layer_mla import CodedLayer, empty_rows
 from .coded_states_mla import CodedStates, LatentCodec
 from .first_tokens_mla import FirstTokens
 from .latent_code_mla import LatentCode, code_for
@@ -51,7 +51,7 @@ class StaticLatentLayer(StaticLayer):
     @property
     def nbytes(self) -> int:
         """Bytes that are allocated."""
-        return sum(tensor.nbytes for tensor in self._tensors()) if self.is_initialized else 0
+        return sum(tensor.untyped_storage().nbytes() for tensor in self._tensors()) if self.is_initialized else 0
 
     @override
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -129,8 +129,7 @@ class CodedStaticLatentLayer(CodedLayer, StaticLatentLayer):
     @override
     def _allocate(self) -> None:
         self.codec = LatentCodec(self.code, self.dtype, self.device)
-        size = (self.batch_size, self.max_cache_len, self.code.nbytes)
-        self.latents = torch.zeros(size, dtype=torch.uint8, device=self.device)
+        self.latents = empty_rows(self.batch_size, self.max_cache_len, self.code, self.device)
         count = self.code.exact_tokens
         self.first = FirstTokens(count, self.batch_size, self.codec.width, self.dtype, self.device)
 
@@ -155,8 +154,7 @@ class CodedStaticLatentLayer(CodedLayer, StaticLatentLayer):
             self.first.skip_padding(self.padding, int(self.cumulative_length))
             self.padding = None
         positions = self._new_positions(key_states.shape[-2])
-        self.latents.index_copy_(1, positions, self.codec.encode(rotated))
-        self.first.write(rotated, positions)
+        self._write(rotated, self.latents, positions, 0)
         return self._states(self.latents)
 
     @override

@@ -114,10 +114,25 @@ class CodedStates:
         rows: ``[B, S, code.nbytes]`` uint8, strided views of a cache.
         exact: ``[B, e, n]``, rotated, which stand in the place of as many rows.
         starts: of every sequence, the place of the first of these rows; before the first place they are left out.
+        places: the same ``[B]`` int64 on the device, where it is there already.
     """
 
-    def __init__(self, codec: Codec, rows: torch.Tensor, exact: torch.Tensor, starts: tuple[int, ...]) -> None:
-        self.codec, self.rows, self.exact, self.starts = codec, rows, exact, starts
+    def __init__(
+        self,
+        codec: Codec,
+        rows: torch.Tensor,
+        exact: torch.Tensor,
+        starts: tuple[int, ...],
+        places: torch.Tensor | None = None,
+    ) -> None:
+        self.codec, self.rows, self.exact, self.starts, self._places = codec, rows, exact, starts, places
+
+    @property
+    def places(self) -> torch.Tensor:
+        """``starts`` on the device, ``[B]`` int64."""
+        if self._places is None:
+            self._places = torch.tensor(self.starts, dtype=torch.long, device=self.device)
+        return self._places
 
     @property
     def shape(self) -> torch.Size:
@@ -139,7 +154,8 @@ class CodedStates:
         if dim != 2:
             raise ValueError(f"coded states are cut along their tokens, dimension 2, not {dim}; decode them first.")
         starts = tuple(own - start for own in self.starts)
-        return CodedStates(self.codec, self.rows[:, start : start + length], self.exact, starts)
+        places = self._places - start if self._places is not None and start else self._places
+        return CodedStates(self.codec, self.rows[:, start : start + length], self.exact, starts, places)
 
     def exact_places(self, index: int) -> tuple[slice, slice]:
         """The places of a sequence's exact tokens among its rows, and among ``exact``."""
@@ -147,13 +163,22 @@ class CodedStates:
         first, stop = min(max(start, 0), length), min(max(start + count, 0), length)
         return slice(first, stop), slice(first - start, stop - start)
 
+    def rotated(self) -> torch.Tensor:
+        """``[B, S, n]`` as they are coded, in float32 or wider, the exact tokens in their places."""
+        states, count = self.codec.decode(self.rows), self.exact.shape[1]
+        first = max(min(self.starts, default=0), 0)
+        stop = min(max(self.starts, default=0) + count, states.shape[1])
+        if count and first < stop:
+            slots = torch.arange(first, stop, device=self.device) - self.places.unsqueeze(-1)
+            kept = ((slots >= 0) & (slots < count)).unsqueeze(-1)
+            slots = slots.clamp(0, count - 1).unsqueeze(-1).expand(-1, -1, states.shape[-1])
+            own = self.exact.gather(1, slots).to(states.dtype)
+            states[:, first:stop] = torch.where(kept, own, states[:, first:stop])
+        return states
+
     def decode(self) -> torch.Tensor:
         """The tensor ``[B, 1, S, n]``."""
-        states = self.codec.decode(self.rows)
-        for index in range(len(states)):
-            places, own = self.exact_places(index)
-            states[index, places] = self.exact[index, own].to(states.dtype)
-        return self.codec.rotate_back(states).to(self.dtype).unsqueeze(1)
+        return self.codec.rotate_back(self.rotated()).to(self.dtype).unsqueeze(1)
 
 
 class LatentCodec:
@@ -179,7 +204,7 @@ class LatentCodec:
         return torch.cat((self.latent.decode(latent), self.rope.decode(rope)), dim=-1)
 
     def states(
-        self, rows: torch.Tensor, exact: torch.Tensor, starts: tuple[int, ...]
+        self, rows: torch.Tensor, exact: torch.Tensor, starts: tuple[int, ...], places: torch.Tensor | None = None
     ) -> tuple[CodedStates, CodedStates]:
         """What stands for latents and rotary keys.
 
@@ -187,12 +212,13 @@ class LatentCodec:
             rows: ``[B, S, code.nbytes]`` uint8.
             exact: ``[B, e, r + d_r]``, rotated, tokens of the rows as they are.
             starts: as of `CodedStates`.
+            places: likewise.
         """
         own, rope = rows.split([self.latent.code.nbytes, self.rope.code.nbytes], dim=-1)
         exact_latent, exact_rope = exact.split(self.widths, dim=-1)
         return (
-            CodedStates(self.latent, own, exact_latent, starts),
-            CodedStates(self.rope, rope, exact_rope, starts),
+            CodedStates(self.latent, own, exact_latent, starts, places),
+            CodedStates(self.rope, rope, exact_rope, starts, places),
         )
 
 

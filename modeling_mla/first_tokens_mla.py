@@ -22,6 +22,7 @@ class FirstTokens:
     Attributes:
         rows: ``[B, count + 1, r + d_r]``, rotated; all other tokens are written to the last one.
         starts: where in the cache each sequence begins; known to Python, for reading cuts rows by them.
+        places: the same ``[B]`` int64 on the device, where kernels read them.
     """
 
     def __init__(self, count: int, batch: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -32,7 +33,7 @@ class FirstTokens:
     def start_at(self, starts: tuple[int, ...]) -> None:
         """Sets ``starts``, on the device as well: writing must copy nothing to it."""
         self.starts = starts
-        self._offsets = torch.tensor(starts, dtype=torch.long, device=self.rows.device).unsqueeze(-1)
+        self.places = torch.tensor(starts, dtype=torch.long, device=self.rows.device)
 
     @property
     def end(self) -> int:
@@ -49,7 +50,7 @@ class FirstTokens:
 
     def write(self, rotated: torch.Tensor, places: torch.Tensor) -> None:
         """Keeps what there is to keep of new tokens ``[B, n, r + d_r]``, which are cached at ``places [n]``."""
-        slots = places - self._offsets
+        slots = places - self.places.unsqueeze(-1)
         slots = slots.where((slots >= 0) & (slots < self.count), self.count)
         self.rows.scatter_(1, slots.unsqueeze(-1).expand_as(rotated), rotated.to(self.rows.dtype))
 

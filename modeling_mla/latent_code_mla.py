@@ -8,7 +8,8 @@ says ``rotated``, and a fixed orthogonal matrix is applied when a token is cache
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,6 +102,21 @@ class PartCode:
     def to_dict(self) -> dict[str, Any]:
         """As it stands in ``config.json``, within what `LatentCode.to_dict` gives."""
         return {"segments": [list(segment) for segment in self.segments], "group": self.group, "rotated": self.rotated}
+
+
+def code_numbers(code: PartCode) -> list[int]:
+    """A part's segments as an operator of PyTorch takes them; `part_code` reads them."""
+    return [number for segment in code.segments for number in segment]
+
+
+def part_code(numbers: Sequence[int]) -> PartCode:
+    """The inverse of `code_numbers`, of a part with one scale a token; whether it is rotated is not kept."""
+    return _part_code(tuple(numbers))
+
+
+@functools.cache
+def _part_code(numbers: tuple[int, ...]) -> PartCode:
+    return PartCode(tuple(zip(numbers[::2], numbers[1::2], strict=True)))
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,8 @@ from .latent_code_mla import LatentCode
 from .scores_mla import float32_products
 from .tiled_attention_mla import Tile
 
-_CPU_TOKENS = 1024
+_CODED_TOKENS = 1024
 """Codes that are decoded at once: what they decode to must stay in a processor's cache until it is used."""
-_ACCELERATOR_TOKENS = 1 << 15
-"""An accelerator has memory for more, and a call costs it more than the work of a thousand tokens."""
 
 
 class CodedLatents(NamedTuple):
@@ -49,6 +47,11 @@ class CodedLatents(NamedTuple):
         """Where a sequence's exact tokens are, and ``[e, r + d_r]``."""
         places, own = self.latent.exact_places(index)
         return places, torch.cat((self.latent.exact[index, own], self.rope.exact[index, own]), dim=-1)
+
+    def dense(self, start: int, length: int) -> torch.Tensor:
+        """Some tokens of all sequences, ``[B, length, r + d_r]``, still rotated."""
+        parts = (part.narrow(2, start, length).rotated() for part in self)
+        return torch.cat([part.to(self.latent.dtype) for part in parts], dim=-1)
 
     def pieces(self, index: int, tokens: int) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
         """The other tokens, at most so many at once: their place, their rows of the latents and of the rotary keys."""
@@ -125,6 +128,5 @@ def latent_tiles(
     if len(exact):
         yield places, PlainTile(rows, exact.to(rows.dtype), kv_lora_rank)
     codecs = latents.latent.codec, latents.rope.codec
-    most = _CPU_TOKENS if rows.device.type == "cpu" else _ACCELERATOR_TOKENS
-    for part, latent, rope in latents.pieces(index, min(tokens, most)):
+    for part, latent, rope in latents.pieces(index, min(tokens, _CODED_TOKENS)):
         yield part, CodedTile(rows, *codecs[0].tile(latent, rows.dtype), *codecs[1].tile(rope, rows.dtype))

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -80,6 +80,18 @@ def _visible_ranges(mask: torch.Tensor, strides: Sequence[int], batch: int, keys
     return ranges
 
 
+class Keys(NamedTuple):
+    """What hides keys, as `VisibleKeys` gives it.
+
+    ``mask [B or 1, H or 1, n or 1, S]`` is bool (True attends) or additive; ``first_query`` is the key at which the
+    first query stands where attention is causal beside it; ``window`` counts the keys that a query sees.
+    """
+
+    mask: torch.Tensor | None
+    first_query: int | None
+    window: int | None
+
+
 def decode(
     query: torch.Tensor,
     latents: torch.Tensor,
@@ -95,43 +107,71 @@ def decode(
     Args:
         query: ``[B, H, n, r + d_r]``, float32, bfloat16 or float16.
         latents: ``[B, S, r + d_r]`` of the same type, dense channels.
-        mask: ``[B or 1, H or 1, n or 1, S]``, bool (True attends) or additive.
-        first_query: key at which the first query stands, where attention is causal beside the mask; else None.
-        window: keys that a query sees, itself included.
+        mask: as of `Keys`, like the next two.
+        first_query: see there.
+        window: see there.
         kv_lora_rank: r, how many of the channels are the value as well.
         scale: of the scores.
         softcap: scores become ``softcap * tanh(scores / softcap)`` before the mask.
     """
-    batch, heads, queries, width = query.shape
-    rows, keys = heads * queries, latents.shape[1]
     query = query.contiguous()
-    multiprocessors, capability = _device(query.device)
-    additive = mask is not None and mask.dtype != torch.bool
-    tile = tile_for(rows, query.dtype, capability, additive)
+    rope = query.shape[-1] - kv_lora_rank
+    constants = {
+        "RANK": kv_lora_rank, "ROPE": rope, "BLOCK_R": _padded(kv_lora_rank), "BLOCK_P": _padded(rope)
+    }  # fmt: skip
+
+    def launch(grid: tuple[int, ...], work: Work, **shared) -> None:
+        partial_kernel[grid](
+            query, latents, *work.tensors, *work.numbers, *latents.stride()[:2], *work.strides, **constants, **shared
+        )
+
+    hidden = Keys(mask, first_query, window)
+    tile = tile_for(query.shape[1] * query.shape[2], query.dtype, _device(query.device)[1], is_additive(mask))
+    return attend_in_splits(query, latents.shape[1], hidden, kv_lora_rank, scale, softcap, tile, launch)
+
+
+class Work(NamedTuple):
+    """What every kernel that reads a cache is given: mask, its ranges, where to write; sizes; strides of the mask."""
+
+    tensors: tuple[torch.Tensor | None, ...]
+    numbers: tuple[float, ...]
+    strides: Sequence[int]
+
+
+def attend_in_splits(
+    query: torch.Tensor,
+    keys: int,
+    hidden: Keys,
+    kv_lora_rank: int,
+    scale: float,
+    softcap: float | None,
+    tile: Tile,
+    launch: Callable[..., None],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention to splits of the keys by the kernel that ``launch`` starts, and the merge of the splits."""
+    batch, heads, queries, _ = query.shape
+    rows, mask, additive = heads * queries, hidden.mask, is_additive(hidden.mask)
     row_blocks = -(-rows // tile.rows)
-    splits = split_count(batch * row_blocks, keys, tile.keys, multiprocessors)
+    splits = split_count(batch * row_blocks, keys, tile.keys, _device(query.device)[0])
     partial = query.new_empty(batch, splits, rows, kv_lora_rank, dtype=torch.float32)
     partial_lse = query.new_empty(batch, splits, rows, dtype=torch.float32)
-    context, lse = _outputs(query, kv_lora_rank)
+    context, lse = outputs(query, kv_lora_rank)
 
     ranges = None
     strides: Sequence[int] = (0, 0, 0, 0)
-    with torch.cuda.device(query.device) if query.is_cuda else nullcontext():
+    with on_device_of(query):
         if mask is not None:
             mask = mask if additive else mask.view(torch.uint8)
             strides = [0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True)]
             if not additive and mask.shape[1] == 1:
                 ranges = _visible_ranges(mask, strides, batch, keys)
         blocks = 0 if ranges is None else ranges.shape[1]
-        partial_kernel[(row_blocks, splits, batch)](
-            query, latents, mask, ranges, partial, partial_lse,
-            rows, queries, keys, blocks, first_query or 0, window or 0, scale, softcap or 0.0,
-            *latents.stride()[:2], *strides,
-            RANK=kv_lora_rank, ROPE=width - kv_lora_rank,
-            BLOCK_R=_padded(kv_lora_rank), BLOCK_P=_padded(width - kv_lora_rank),
+        numbers = (rows, queries, keys, blocks, hidden.first_query or 0, hidden.window or 0, scale, softcap or 0.0)
+        launch(
+            (row_blocks, splits, batch), Work((mask, ranges, partial, partial_lse), numbers, strides),
             BLOCK_ROWS=tile.rows, BLOCK_KEYS=tile.keys,
             MASK=mask is not None, ADDITIVE=additive, RANGES=_power_of_two(blocks) if blocks else 0,
-            CAUSAL=first_query is not None, WINDOW=window is not None, SOFTCAP=softcap is not None,
+            CAUSAL=hidden.first_query is not None, WINDOW=hidden.window is not None, SOFTCAP=softcap is not None,
             UPCAST=INTERPRETED and query.dtype == torch.bfloat16,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
@@ -140,6 +180,18 @@ def decode(
             RANK=kv_lora_rank, BLOCK_R=_MERGED_CHANNELS, BLOCK_SPLITS=_MERGED_SPLITS, num_warps=4,
         )  # fmt: skip
     return context, lse
+
+
+def on_device_of(tensor: torch.Tensor) -> AbstractContextManager[object]:
+    """Where kernels for ``tensor`` are launched; entering a device costs microseconds, so only if it is another one."""
+    if not tensor.is_cuda or torch.cuda.current_device() == tensor.device.index:
+        return nullcontext()
+    return torch.cuda.device(tensor.device)
+
+
+def is_additive(mask: torch.Tensor | None) -> bool:
+    """Whether a mask is added to the scores, not a choice among them."""
+    return mask is not None and mask.dtype != torch.bool
 
 
 def _padded(width: int) -> int:
@@ -151,14 +203,16 @@ def _power_of_two(least: int) -> int:
     return 1 << max(least - 1, 0).bit_length()
 
 
-def _outputs(query: torch.Tensor, kv_lora_rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+def outputs(query: torch.Tensor, kv_lora_rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Room for the context ``[B, H, n, r]`` and the log-sum-exp ``[B, H, n]``."""
     context = query.new_empty(*query.shape[:3], kv_lora_rank)
     return context, query.new_empty(*query.shape[:3], dtype=torch.float32)
 
 
 # Every copy of this file, the package's and those of checkpoints, has an operator of its own.
+NAMESPACE = re.sub(r"[^0-9a-zA-Z]", "_", __name__)
 absorbed_decode = torch.library.custom_op(
-    f"{re.sub(r'[^0-9a-zA-Z]', '_', __name__)}::absorbed_decode",
+    f"{NAMESPACE}::absorbed_decode",
     decode,
     mutates_args=(),
     schema="(Tensor query, Tensor latents, Tensor? mask, SymInt? first_query, SymInt? window, int kv_lora_rank, "
@@ -169,4 +223,4 @@ absorbed_decode = torch.library.custom_op(
 
 @absorbed_decode.register_fake
 def _(query, latents, mask, first_query, window, kv_lora_rank, scale, softcap):
-    return _outputs(query, kv_lora_rank)
+    return outputs(query, kv_lora_rank)

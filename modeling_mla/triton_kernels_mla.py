@@ -1,4 +1,4 @@
-"""The Triton kernels of absorbed decode: what keys are visible, attention to a split of them, the merge of the splits.
+"""The Triton kernels of absorbed decode over plain latents, and what those over codes have in common with them.
 
 Imported only where they are used: by `triton_decode_mla`.
 """
@@ -31,23 +31,13 @@ def visible_range_kernel(
     tl.store(out + 1, tl.max(tl.where(seen != 0, key + 1, 0)))
 
 
-@triton.jit(do_not_specialize=["keys", "blocks", "first_query", "window"])
-def partial_kernel(
-    query, latents, mask, ranges, partial, partial_lse,
-    rows, queries, keys, blocks, first_query, window, scale, softcap,
-    latents_b, latents_k, mask_b, mask_h, mask_q, mask_k,
-    RANK: tl.constexpr, ROPE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, MASK: tl.constexpr, ADDITIVE: tl.constexpr,
-    RANGES: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, UPCAST: tl.constexpr,
+@triton.jit
+def share_of_keys(
+    ranges, batch, blocks, queries, keys, first_query, window,
+    BLOCK_KEYS: tl.constexpr, RANGES: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """Attention from some query rows to one split of the keys: normalised output and log-sum-exp, in float32."""
+    """Where the keys of this program's split begin and end, among those that any query may see."""
     split, splits = tl.program_id(1), tl.num_programs(1)
-    batch = tl.program_id(2).to(tl.int64)
-    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    channel, rotary = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_P)
-    row_in, channel_in, rotary_in = row < rows, channel < RANK, rotary < ROPE
-    position = first_query + row % queries
-
     start, end = 0, keys
     if RANGES:
         block = tl.arange(0, RANGES)
@@ -60,7 +50,70 @@ def partial_kernel(
         start = tl.maximum(start, first_query - window + 1)
     share = tl.cdiv(tl.cdiv(tl.maximum(end - start, 0), splits), BLOCK_KEYS) * BLOCK_KEYS
     start += split * share
-    end = tl.minimum(start + share, end)
+    return start, tl.minimum(start + share, end)
+
+
+@triton.jit
+def visible_scores(
+    scores, mask, mask_k, key, key_in, row_in, position, window, softcap,
+    MASK: tl.constexpr, ADDITIVE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """Scores ``[rows, keys]`` under their cap, ``-inf`` where a row does not see a key; ``mask`` points to its rows."""
+    if SOFTCAP:
+        # tanh by the exponential of a negative number, which cannot overflow.
+        turned = tl.exp2(tl.minimum(scores, -scores) * (2 * _LOG2E / softcap))
+        scores = tl.where(scores < 0, -softcap, softcap) * (1 - turned) / (1 + turned)
+    visible = row_in[:, None] & key_in[None, :]
+    if CAUSAL:
+        visible &= key[None, :] <= position[:, None]
+    if WINDOW:
+        visible &= key[None, :] > position[:, None] - window
+    if MASK:
+        given = tl.load(mask[:, None] + key.to(tl.int64)[None, :] * mask_k, mask=visible, other=0)
+        if ADDITIVE:
+            scores += given.to(tl.float32)
+        else:
+            visible &= given != 0
+    return tl.where(visible, scores, float("-inf"))
+
+
+@triton.jit
+def softmax_step(scores, maximum, total):
+    """Weights of some more keys, what all before them is to be multiplied with, and the new maximum and total."""
+    largest = tl.maximum(maximum, tl.max(scores, 1))
+    # A row that has seen nothing yet has no maximum.
+    finite = tl.where(largest == float("-inf"), 0.0, largest)
+    weights = tl.exp2((scores - finite[:, None]) * _LOG2E)
+    rescale = tl.exp2((maximum - finite) * _LOG2E)
+    return weights, rescale, largest, total * rescale + tl.sum(weights, 1)
+
+
+@triton.jit
+def divisor_and_lse(maximum, total):
+    """What a row's context is to be divided by, and its log-sum-exp."""
+    seen = total > 0
+    divisor = tl.where(seen, total, 1.0)
+    return divisor, tl.where(seen, maximum + tl.log2(divisor) / _LOG2E, float("-inf"))
+
+
+@triton.jit(do_not_specialize=["keys", "blocks", "first_query", "window"])
+def partial_kernel(
+    query, latents, mask, ranges, partial, partial_lse,
+    rows, queries, keys, blocks, first_query, window, scale, softcap,
+    latents_b, latents_k, mask_b, mask_h, mask_q, mask_k,
+    RANK: tl.constexpr, ROPE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, MASK: tl.constexpr, ADDITIVE: tl.constexpr,
+    RANGES: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Attention from some query rows to one split of the keys: normalised output and log-sum-exp, in float32."""
+    batch = tl.program_id(2).to(tl.int64)
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    channel, rotary = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_P)
+    row_in, channel_in, rotary_in = row < rows, channel < RANK, rotary < ROPE
+    position = first_query + row % queries
+    start, end = share_of_keys(
+        ranges, batch, blocks, queries, keys, first_query, window, BLOCK_KEYS, RANGES, CAUSAL, WINDOW
+    )
 
     query += (batch * rows + row)[:, None] * (RANK + ROPE)
     q = tl.load(query + channel[None, :], mask=row_in[:, None] & channel_in[None, :], other=0.0)
@@ -91,37 +144,17 @@ def partial_kernel(
             if UPCAST:
                 k = k.to(tl.float32)
             scores = tl.dot(q_rope, tl.trans(k), scores, input_precision="ieee")
-        scores *= scale
-        if SOFTCAP:
-            # tanh by the exponential of a negative number, which cannot overflow.
-            turned = tl.exp2(tl.minimum(scores, -scores) * (2 * _LOG2E / softcap))
-            scores = tl.where(scores < 0, -softcap, softcap) * (1 - turned) / (1 + turned)
-        visible = row_in[:, None] & key_in[None, :]
-        if CAUSAL:
-            visible &= key[None, :] <= position[:, None]
-        if WINDOW:
-            visible &= key[None, :] > position[:, None] - window
-        if MASK:
-            given = tl.load(mask[:, None] + key.to(tl.int64)[None, :] * mask_k, mask=visible, other=0)
-            if ADDITIVE:
-                scores += given.to(tl.float32)
-            else:
-                visible &= given != 0
-        scores = tl.where(visible, scores, float("-inf"))
-        largest = tl.maximum(maximum, tl.max(scores, 1))
-        # A row that has seen nothing yet has no maximum.
-        finite = tl.where(largest == float("-inf"), 0.0, largest)
-        weights = tl.exp2((scores - finite[:, None]) * _LOG2E)
-        rescale = tl.exp2((maximum - finite) * _LOG2E)
-        total = total * rescale + tl.sum(weights, 1)
+        scores = visible_scores(
+            scores * scale, mask, mask_k, key, key_in, row_in, position, window, softcap,
+            MASK, ADDITIVE, CAUSAL, WINDOW, SOFTCAP,
+        )  # fmt: skip
+        weights, rescale, maximum, total = softmax_step(scores, maximum, total)
         context = tl.dot(weights.to(c.dtype), c, context * rescale[:, None], input_precision="ieee")
-        maximum = largest
 
-    seen = total > 0
-    context /= tl.where(seen, total, 1.0)[:, None]
-    lse = tl.where(seen, maximum + tl.log2(tl.where(seen, total, 1.0)) / _LOG2E, float("-inf"))
-    out = (batch * splits + split) * rows + row
-    tl.store(partial + out[:, None] * RANK + channel[None, :], context, mask=row_in[:, None] & channel_in[None, :])
+    divisor, lse = divisor_and_lse(maximum, total)
+    out = (batch * tl.num_programs(1) + tl.program_id(1)) * rows + row
+    place = partial + out[:, None] * RANK + channel[None, :]
+    tl.store(place, context / divisor[:, None], mask=row_in[:, None] & channel_in[None, :])
     tl.store(partial_lse + out, lse, mask=row_in)
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 
+import coded_cases
 import pytest
 import torch
 from decode_cases import KINDS, Case, check
@@ -10,6 +11,7 @@ from decode_cases import KINDS, Case, check
 from modeling_mla.backend_base_mla import AbsorbedShape
 from modeling_mla.backend_triton_mla import TritonBackend
 from modeling_mla.backends_mla import select_backend
+from modeling_mla.latent_code_mla import LatentCode, PartCode, uniform_code
 from modeling_mla.masks_mla import VisibleKeys
 
 CUDA = torch.device("cuda", 0)
@@ -47,6 +49,36 @@ def test_equals_the_reference(rank, rope, dtype):
 def test_every_way_to_hide_keys(kind, softcap, dtype):
     for heads, queries in ((16, 1), (20, 1), (16, 4)):
         check(Case(kind, 3, heads, queries, 700, 512, 64, dtype, softcap, window=130), attend, CUDA)
+
+
+@pytest.mark.usefixtures("poisoned_outputs")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_codes_equal_what_they_decode_to(bits, aligned, dtype):
+    shapes = ((16, 1, 1000), (33, 1, 65), (5, 7, 333), (128, 1, 1025), (2, 64, 90))
+    for seed, (heads, queries, keys) in enumerate(shapes):
+        for rank, rope in ((512, 64), (96, 24)) if queries == 1 else ((144, 48),):
+            case = Case("causal", 2, heads, queries, keys, rank, rope, dtype)
+            coded_cases.check(case, uniform_code(bits, rank, rope), attend, CUDA, (0, 3), aligned, seed)
+
+
+@pytest.mark.usefixtures("poisoned_outputs")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_way_to_hide_codes(kind, dtype):
+    code = LatentCode(PartCode(((96, 5), (48, 3))), PartCode(((64, 16),)), exact_tokens=20)
+    for softcap in (None, 0.7):
+        case = Case(kind, 3, 16, 2, 700, 144, 64, dtype, softcap, window=130)
+        coded_cases.check(case, code, attend, CUDA, (0, 5, 700), aligned=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("positions", [None, (9, 2, 3, 7, 4)])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_new_tokens_are_coded_as_in_pytorch(bits, positions, dtype):
+    for rank, rope in ((512, 64), (96, 24), (64, 0)):
+        coded_cases.check_append(uniform_code(bits, rank, rope), dtype, CUDA, positions)
 
 
 def test_more_elements_than_32_bits_address():

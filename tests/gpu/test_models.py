@@ -71,8 +71,7 @@ def test_generates_as_on_a_cpu(models, way, implementation, served):
     mask = None if mask is None else mask.cuda()
     assert torch.equal(generate(gpu, ids, attention_mask=mask, **options), expected)
     if way != "compiled":
-        # No kernel reads codes yet.
-        assert set(served) == ({"torch"} if way == "quantized" else {"triton"})
+        assert set(served) == {"triton"}
 
 
 @torch.no_grad()
@@ -124,8 +123,7 @@ def test_native(way, name, served):
     served.clear()
     assert torch.equal(generate(gpu, ids, **WAYS[way]), expected)
     if way != "compiled":
-        # No kernel reads codes yet.
-        assert set(served) == ({"torch"} if way == "quantized" else {"triton"})
+        assert set(served) == {"triton"}
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager", "flex_attention"])

@@ -2,63 +2,27 @@
 
 import math
 
+import coded_cases
 import pytest
 import torch
-from decode_cases import KINDS, TOLERANCES, Case, expected, random_tensors, visible_keys
+from coded_cases import CODES
+from decode_cases import KINDS, Case
 
 from modeling_mla import backend_int8_mla, backend_torch_mla, latent_tiles_mla
 from modeling_mla.backend_base_mla import AbsorbedShape
 from modeling_mla.backend_int8_mla import Int8Backend
 from modeling_mla.backend_torch_mla import TorchBackend
 from modeling_mla.backends_mla import BACKENDS, forget_availability, select_backend, why_unavailable
-from modeling_mla.coded_states_mla import LatentCodec
 from modeling_mla.fixed_point_mla import FixedPoint
-from modeling_mla.latent_code_mla import LatentCode, PartCode, uniform_code
-from modeling_mla.latent_tiles_mla import CodedLatents
+from modeling_mla.latent_code_mla import LatentCode, uniform_code
 
 CPU = torch.device("cpu")
-ROPE = PartCode(((8, 6),))
-CODES = {
-    "4 bits": uniform_code(4, 32, 8),
-    "8 bits": uniform_code(8, 32, 8),
-    "segments": LatentCode(PartCode(((16, 6), (9, 5), (4, 8), (3, 2))), ROPE, exact_tokens=0),
-    "groups": LatentCode(PartCode(((20, 4), (12, 3)), group=8), PartCode(((8, 5),), group=3)),
-    "latents in 16": LatentCode(PartCode(((32, 16),)), ROPE),
-}
-BYTES = ("4 bits", "8 bits", "segments")
+BYTES = ("4 bits", "8 bits", "segments", "two segments")
 """The codes that products of bytes serve."""
 
 
-def coded(code: LatentCode, latents: torch.Tensor) -> CodedLatents:
-    """``latents [B, S, r + d_r]`` as a cache holds them: rows of a larger buffer."""
-    codec = LatentCodec(code, latents.dtype, CPU)
-    rotated = codec.rotated(*latents.split(codec.widths, dim=-1))
-    rows = codec.encode(rotated)
-    buffer = torch.full((len(rows), rows.shape[1] + 5, rows.shape[2]), 255, dtype=torch.uint8)
-    buffer[:, : rows.shape[1]] = rows
-    exact = rotated[:, : code.exact_tokens].to(latents.dtype)
-    return CodedLatents(*codec.states(buffer[:, : rows.shape[1]], exact, (0,) * len(rows)))
-
-
 def check(case: Case, code: LatentCode, backend) -> None:
-    torch.manual_seed(0)
-    query, latents = random_tensors(case, CPU)
-    visible, bias = visible_keys(case, CPU)
-    scale = 2 / math.sqrt(case.rank + case.rope)
-    held = coded(code, latents)
-    decoded = torch.cat([part.codec.rotate_back(part.codec.decode(part.rows)) for part in held], dim=-1)
-    first = latents[:, : code.exact_tokens].to(decoded.dtype)
-    decoded[:, : first.shape[1]] = first
-    with torch.no_grad():
-        context, lse = backend.attend(held.rotated_query(query), held, case.rank, scale, visible, case.softcap)
-    context = held.context(context)
-    assert context.dtype == case.dtype
-    wanted, wanted_lse = expected(case, query, decoded, scale, bias)
-    error = (context.double() - wanted).norm() / wanted.norm().clamp(min=1e-30)
-    # The query is rounded once more behind its rotation.
-    assert error <= 2 * TOLERANCES[case.dtype], f"{case}: {error:.2g}"
-    tolerance = 1e-4 if case.dtype == torch.float32 else 3e-2
-    torch.testing.assert_close(lse.double(), wanted_lse, rtol=1e-3, atol=tolerance)
+    coded_cases.check(case, code, backend.attend, CPU)
 
 
 @pytest.fixture(params=[None, 7])
@@ -67,7 +31,7 @@ def block(request, monkeypatch) -> None:
     if request.param is not None:
         monkeypatch.setattr(backend_torch_mla, "_BLOCK_SCORES", 0)
         monkeypatch.setattr(backend_torch_mla, "_MIN_BLOCK", request.param)
-        monkeypatch.setattr(latent_tiles_mla, "_CPU_TOKENS", request.param)
+        monkeypatch.setattr(latent_tiles_mla, "_CODED_TOKENS", request.param)
         monkeypatch.setattr(backend_int8_mla, "_MIN_TOKENS", request.param)
         monkeypatch.setattr(backend_int8_mla, "_MAX_TOKENS", request.param)
 
