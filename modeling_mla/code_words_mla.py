@@ -55,6 +55,7 @@ class CodePlan(NamedTuple):
 
     words: tuple[Words, ...]
     tiles: tuple[LevelTile, ...]
+    scale_shares: tuple[float, ...]
 
     @property
     def columns(self) -> int:
@@ -95,7 +96,7 @@ def code_plan(code: PartCode, alignment: int) -> CodePlan:
                     tiles.append(tile)
         words.append(own)
         first, start = first + channels, start + (0 if bits == EXACT else packed_bytes(channels, bits))
-    return CodePlan(tuple(words), tuple(tiles))
+    return CodePlan(tuple(words), tuple(tiles), code.scale_shares)
 
 
 def _whole_numbers(channels: int) -> tuple[int, tuple[tuple[Piece, ...], ...], int, int]:

@@ -51,17 +51,34 @@ class Codec:
         if code.is_exact:
             return rotated.to(self.exact_dtype).contiguous().view(torch.uint8)
         states = rotated.float()
-        shares = (states.abs() / self.limits).split(code.groups, dim=-1)
-        scales = _rounded_up(torch.stack([share.amax(-1) for share in shares], dim=-1))
-        # Where a scale is zero all its states are.
-        steps = self._by_channel(scales.float()).clamp(min=torch.finfo(torch.float32).tiny)
-        levels = (states / steps + self.middles).round()
-        levels = levels.clamp(self.middles - self.limits, self.middles + self.limits).to(torch.int8).view(torch.uint8)
+        largest = torch.stack([share.amax(-1) for share in (states.abs() / self.limits).split(code.groups, -1)], -1)
+        (scales, levels), *others = (self._rounded(states, largest * share) for share in code.scale_shares)
+        if others:
+            error = self._error(states, scales, levels)
+            for other_scales, other_levels in others:
+                other_error = self._error(states, other_scales, other_levels)
+                less = other_error < error
+                error, scales = torch.where(less, other_error, error), torch.where(less, other_scales, scales)
+                levels = torch.where(self._by_channel(less), other_levels, levels)
         parts = [scales.view(torch.uint8)]
+        levels = levels.to(torch.int8).view(torch.uint8)
         for part, (_, bits) in zip(levels.split([n for n, _ in code.segments], dim=-1), code.segments, strict=True):
             parts.append(pack_levels(part, bits))
         rows = torch.cat(parts, dim=-1)
         return torch.nn.functional.pad(rows, (0, code.nbytes - rows.shape[-1]))
+
+    def _rounded(self, states: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scales ``[..., groups]`` in bfloat16, and the nearest levels ``[..., n]`` that there are, in float32."""
+        scales = _rounded_up(scales)
+        # Where a scale is zero all its states are.
+        steps = self._by_channel(scales.float()).clamp(min=torch.finfo(torch.float32).tiny)
+        levels = (states / steps + self.middles).round()
+        return scales, levels.clamp(self.middles - self.limits, self.middles + self.limits)
+
+    def _error(self, states: torch.Tensor, scales: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+        """The squared error ``[..., groups]`` of what levels stand for."""
+        squares = (states - (levels - self.middles) * self._by_channel(scales.float())).square()
+        return torch.stack([square.sum(-1) for square in squares.split(self.code.groups, -1)], -1)
 
     def _by_channel(self, scales: torch.Tensor) -> torch.Tensor:
         """``[..., groups]`` spread over the channels, or, of one scale, as it is."""

@@ -19,6 +19,7 @@ EXACT = 16
 """Bits of what is not coded: bfloat16, or float16 in a float16 model."""
 BITS = (2, 3, 4, 5, 6, 8, EXACT)
 _SCALE_BYTES = 2
+_SCALE_SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 _EXACT_TOKENS = 4
 """Attention sinks stand at the first few tokens, with latents many times larger than all others."""
 
@@ -85,6 +86,15 @@ class PartCode:
             whole, rest = divmod(channels, self.group)
             sizes += [self.group] * whole + [rest] * (rest > 0)
         return tuple(sizes)
+
+    @property
+    def scale_shares(self) -> tuple[float, ...]:
+        """Of the largest state of a group, what its scale may be made for; that of the least squared error is taken.
+
+        With few levels a smaller scale rounds most states better than the few that it cuts off lose. With 8 bits none
+        does.
+        """
+        return (1.0,) if any(bits == 8 for _, bits in self.segments) else _SCALE_SHARES
 
     @property
     def scale_bytes(self) -> int:

@@ -21,6 +21,8 @@ from .triton_words_mla import (
     piece_in_level,
     piece_mask,
     piece_run,
+    scale_share,
+    share_count,
     tile,
     tile_count,
     word,
@@ -39,13 +41,45 @@ def _load_tile(states, PLAN: tl.constexpr, t: tl.constexpr):
 
 
 @triton.jit
+def _rounded_up(scale):
+    """The bits of the next bfloat16 that is not below a positive float32."""
+    return (scale.to(tl.int32, bitcast=True) + 0xFFFF) >> 16
+
+
+@triton.jit
+def _step(scale):
+    """The scale of these bits; where it is zero, all its states are."""
+    return tl.maximum((scale << 16).to(tl.float32, bitcast=True), 1.1754943508222875e-38)
+
+
+@triton.jit
 def _scale(states, PLAN: tl.constexpr):
-    """The least scale at which no state is beyond its channel's largest level, rounded up: bits of a bfloat16."""
-    scale = tl.zeros((), tl.float32)
+    """The scale of the least squared error, bits of a bfloat16: shares are tried of the one that cuts off no state."""
+    largest = tl.zeros((), tl.float32)
     for t in tl.static_range(tile_count(PLAN)):
         own = tl.abs(_load_tile(states, PLAN, t))
-        scale = tl.maximum(scale, tl.max(tl.div_rn(own, tl.full(own.shape, tile(PLAN, t, "limit"), tl.float32))))
-    return (scale.to(tl.int32, bitcast=True) + 0xFFFF) >> 16
+        largest = tl.maximum(largest, tl.max(tl.div_rn(own, tl.full(own.shape, tile(PLAN, t, "limit"), tl.float32))))
+    scale = _rounded_up(largest)
+    if share_count(PLAN) > 1:
+        error = _error(states, scale, PLAN)
+        for index in tl.static_range(1, share_count(PLAN)):
+            other = _rounded_up(largest * scale_share(PLAN, index))
+            other_error = _error(states, other, PLAN)
+            scale = tl.where(other_error < error, other, scale)
+            error = tl.minimum(other_error, error)
+    return scale
+
+
+@triton.jit
+def _error(states, scale, PLAN: tl.constexpr):
+    """The squared error of the levels at a scale."""
+    step, error = _step(scale), tl.zeros((), tl.float32)
+    for t in tl.static_range(tile_count(PLAN)):
+        own = _load_tile(states, PLAN, t)
+        off = own - (_level(states, step, PLAN, t).to(tl.float32) - tile(PLAN, t, "middle")) * step
+        inside = tl.arange(0, tile(PLAN, t, "block")) < tile(PLAN, t, "columns")
+        error += tl.sum(tl.where(inside, off * off, 0.0))
+    return error
 
 
 @triton.jit
@@ -80,8 +114,7 @@ def _store_part(states, row, PLAN: tl.constexpr, SCALED: tl.constexpr, HALF: tl.
     if SCALED:
         scale = _scale(states, PLAN)
         tl.store(row.to(tl.pointer_type(tl.int16), bitcast=True) - 1, scale.to(tl.int16))
-        # Where a scale is zero all its states are.
-        step = tl.maximum((scale << 16).to(tl.float32, bitcast=True), 1.1754943508222875e-38)
+        step = _step(scale)
         for s in tl.static_range(word_count(PLAN)):
             for run in tl.static_range(word(PLAN, s, "runs")):
                 _store_run(states, row, step, PLAN, s, run)

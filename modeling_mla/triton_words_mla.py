@@ -22,6 +22,18 @@ def tile(PLAN, t, name):
 
 
 @triton.constexpr_function
+def share_count(PLAN):
+    """How many scales are tried."""
+    return len(PLAN.scale_shares)
+
+
+@triton.constexpr_function
+def scale_share(PLAN, index):
+    """One of them, as a share of the largest."""
+    return PLAN.scale_shares[index]
+
+
+@triton.constexpr_function
 def word_count(PLAN):
     """Segments of a part."""
     return len(PLAN.words)

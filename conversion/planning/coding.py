@@ -17,6 +17,7 @@ from modeling_mla.latent_code_mla import BITS, EXACT, LatentCode
 from ..errors import BudgetError
 from ..layers import AttentionGeometry, LayerBudget
 from ..methods import METHODS, Method
+from ..methods.preparation import rounding_power
 from ..recipe import Recipe
 
 UNCODED_FROM = Fraction(1, 2)
@@ -28,8 +29,8 @@ _TOKENS = 1024
 _FIRST_TOKENS = LatentCode.exact_tokens + 1
 """That are kept as they are, with a row to spare."""
 _RANK_LOSS = 0.21
-_LATENT_ROUNDING = 2.2
-_ROPE_ROUNDING = 12.0
+_LATENT_ROUNDING = 0.8
+_ROPE_ROUNDING = 6.0
 """Of `expected_loss`, in nats a token, as a model of 135 million parameters has them: uncoded at shares of 1/8 to 3/4;
 at half of its values with latents of 2 to 6 bits, and with rotary keys of 5 and 6."""
 
@@ -45,13 +46,8 @@ def expected_loss(share: float, latent_bits: int, rope_bits: int) -> float:
         rope_bits: of a value of the rotary key.
     """
     cut = max(0.0, 1 - share)
-    rounded = _LATENT_ROUNDING * _rounding(latent_bits) + _ROPE_ROUNDING * _rounding(rope_bits)
+    rounded = _LATENT_ROUNDING * rounding_power(latent_bits, 128) + _ROPE_ROUNDING * rounding_power(rope_bits, 48)
     return _RANK_LOSS * cut**2 / share + rounded
-
-
-def _rounding(bits: int) -> float:
-    """The mean square of rounding errors, in units of the largest value's."""
-    return 0.0 if bits == EXACT else (2**bits - 1) ** -2
 
 
 def candidate_bits(latent_bits: int | None) -> list[tuple[int, int]]:

@@ -110,7 +110,7 @@ def test_pinned_ranks(pins: dict[str, Any], budget: LayerBudget, source: Path) -
 
 @pytest.mark.parametrize(
     ("cache", "bits"),
-    [("40%", (5, 8)), ("31%", (5, 6)), ("22%", (4, 6)), ("15%", (3, 5)), ("12.5%", (3, 5)), ("8%", (3, 5))],
+    [("40%", (5, 8)), ("31%", (5, 6)), ("22%", (4, 6)), ("15%", (3, 5)), ("12.5%", (3, 5)), ("8%", (2, 5))],
 )
 def test_bytes_below_half_are_spent_on_values_and_bits(cache: str, bits: tuple[int, int], wide: Path) -> None:
     plan = planned(wide, cache=cache)
@@ -162,7 +162,7 @@ def test_what_is_not_coded(options: dict[str, Any], wide: Path) -> None:
         ({"kv_lora_rank": 50, "qk_rope_head_dim": 16, "latent_bits": 5}, LayerBudget(50, 16, 5, 8)),
         ({"cache": "12.5%", "latent_bits": 6}, LayerBudget(56, 20, 6, 6)),
         ({"cache": "12.5%", "kv_lora_rank": 100}, LayerBudget(100, 24, 3, 6)),
-        ({"cache": "12.5%", "qk_rope_head_dim": 20}, LayerBudget(112, 20, 3, 6)),
+        ({"cache": "12.5%", "qk_rope_head_dim": 20}, LayerBudget(168, 20, 2, 6)),
         ({"cache": "12.5%", "kv_lora_rank": 50, "qk_rope_head_dim": 20}, LayerBudget(50, 20, 5, 8)),
     ],
     ids=str,

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import modeling_mla
 from conversion.forward.attention import converted_output
 from conversion.layers import AttentionGeometry, AttentionWeights, LayerBudget, MLAWeights
-from conversion.methods.attention_aware.coded_channels import latent_rounding, rounding_power
+from conversion.methods.attention_aware.coded_channels import latent_rounding
 from conversion.methods.attention_aware.method import AttentionAwareMethod
-from conversion.methods.preparation import best_scales, rounding_loss
+from conversion.methods.preparation import best_scales, rounding_loss, rounding_power
 from conversion.sources import SourceModel, open_source
 from modeling_mla import LatentCache
 from modeling_mla.coded_states_mla import Codec
@@ -152,12 +152,12 @@ def test_scales_are_the_best_ones() -> None:
     assert best_scales(torch.tensor([1.0, 0.0]), torch.ones(2)).isfinite().all()
 
 
-@pytest.mark.parametrize("bits", [3, 4, 6, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
 def test_rounding_is_as_large_as_modelled(bits: int) -> None:
     states = torch.randn(2000, 64, generator=torch.Generator().manual_seed(0))
     codec = Codec(PartCode(((64, bits),)), torch.float32, states.device)
     error = (codec.decode(codec.encode(states)) - states).square().mean()
-    assert float(error) == pytest.approx(rounding_power(bits, 64), rel=0.1)
+    assert float(error) == pytest.approx(rounding_power(bits, 64), rel=0.15)
 
 
 def test_a_wider_latent_is_rounded_more() -> None:

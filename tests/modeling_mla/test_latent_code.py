@@ -3,6 +3,7 @@
 import math
 import struct
 
+import numpy as np
 import pytest
 import torch
 
@@ -34,6 +35,13 @@ def ceil_bfloat16(value: float) -> float:
     return result
 
 
+def rounded_by(step: float, state: float, bits: int) -> float:
+    """The nearest value of a channel at a step."""
+    top, half = (127.0, 0.0) if bits == 8 else ((2**bits - 1) / 2, 0.5)
+    level = 0.0 if step == 0 else math.floor(state / step + (0.5 - half)) + half
+    return step * min(max(level, -top), top)
+
+
 def oracle(state: list[float], code: PartCode) -> tuple[list[float], list[float]]:
     """What a vector is decoded to, and the step of each channel, number by number in float64."""
     channels = [bits for count, bits in code.segments for _ in range(count)]
@@ -43,16 +51,23 @@ def oracle(state: list[float], code: PartCode) -> tuple[list[float], list[float]
         starts = channel == 0 if code.group is None else place % code.group == 0
         group += starts
         owner.append(group)
-    values, steps = [], []
-    for channel, bits in enumerate(channels):
-        top = 127.0 if bits == 8 else (2**bits - 1) / 2
-        fellows = [i for i in range(len(channels)) if owner[i] == owner[channel]]
+    values, steps = [0.0] * len(channels), [0.0] * len(channels)
+    for one in range(group + 1):
+        fellows = [i for i in range(len(channels)) if owner[i] == one]
         tops = {i: 127.0 if channels[i] == 8 else (2 ** channels[i] - 1) / 2 for i in fellows}
-        step = ceil_bfloat16(max(struct.unpack("f", struct.pack("f", abs(state[i]) / tops[i]))[0] for i in fellows))
-        half = 0.0 if bits == 8 else 0.5
-        level = 0.0 if step == 0 else math.floor(state[channel] / step + (0.5 - half)) + half
-        values.append(step * min(max(level, -top), top))
-        steps.append(step)
+        largest = max(float(np.float32(abs(state[i]) / tops[i])) for i in fellows)
+        # Some states may be cut off where that rounds the others better.
+        shares = (1.0,) if 8 in channels else (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
+        found = []
+        for share in shares:
+            step = ceil_bfloat16(float(np.float32(largest) * np.float32(share)))
+            rounded = [rounded_by(step, state[i], channels[i]) for i in fellows]
+            found.append(
+                (sum((state[i] - value) ** 2 for i, value in zip(fellows, rounded, strict=True)), step, rounded)
+            )
+        _, step, rounded = min(found, key=lambda candidate: candidate[0])
+        for i, value in zip(fellows, rounded, strict=True):
+            values[i], steps[i] = value, step
     return values, steps
 
 
@@ -71,7 +86,11 @@ def test_values_are_those_of_the_oracle(name, magnitude):
     tied = ((states - expected).abs() / steps - 0.5).abs() < 1e-4
     assert tied.double().mean() < 0.05
     torch.testing.assert_close(decoded[~tied], expected[~tied], rtol=1e-12, atol=0.0)
-    assert ((decoded - states).abs() <= 0.5001 * steps).all(), "no value is clipped"
+    inside = (decoded - states).abs() <= 0.5001 * steps
+    if any(bits == 8 for _, bits in code.segments):
+        assert inside.all(), "no value is cut off"
+    else:
+        assert inside.double().mean() > 0.85
 
 
 @pytest.mark.parametrize("name", CODES)

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from statistics import NormalDist
 
 import torch
 from torch import Tensor
 
-from modeling_mla.latent_code_mla import EXACT
-
 from ...layers import AttentionGeometry, LayerBudget, MLAWeights
-from ..preparation import ChannelStatistics, prepare_latent, prepare_rotary_key, rounding_loss
+from ..preparation import ChannelStatistics, prepare_latent, prepare_rotary_key, rounding_loss, rounding_power
 from ..rotary_pca import RotaryKey
 
 
@@ -23,15 +20,6 @@ def latent_variances(rows: Tensor, moment: Tensor) -> Tensor:
         moment: ``[D+1, D+1]`` of what the latent must hold; the first tokens, which are not coded, hardly tell in it.
     """
     return ((rows @ moment) * rows).sum(-1).clamp_min(0)
-
-
-def rounding_power(bits: int, channels: int) -> float:
-    """The mean square of rounding errors, relative to that of the normal variables that one step codes.
-
-    The step divides the largest of ``channels`` of them, by its median, into levels of so many bits.
-    """
-    largest = NormalDist().inv_cdf((1 + 2 ** (-1 / channels)) / 2)
-    return 0.0 if bits == EXACT else (largest / (2**bits - 1)) ** 2 / 3
 
 
 def latent_rounding(variances: Tensor, bits: int) -> Tensor:
