@@ -63,7 +63,7 @@ class AbsorbedWeights(NamedTuple):
 
 
 def derived_rows(layer: nn.Module, in_features: int) -> int | None:
-    """Rows of the identity that ``layer`` is given to show its matrix: 0 where its weight is read, None without one."""
+    """Rows of the identity that show the matrix of ``layer``: 0 where its weight is read, None if it has no matrix."""
     if is_plain(layer):
         return 0
     if why_no_matrix(layer) is not None:

@@ -1,4 +1,4 @@
-"""Absorbed attention by PyTorch's fused kernel for CPUs: float32 decode over long contexts, one pass over the cache."""
+"""Absorbed attention by PyTorch's fused kernel for CPUs: float32, and 16 bits over short contexts, in one pass."""
 
 from __future__ import annotations
 
