@@ -27,24 +27,29 @@ def chosen_device(name: str) -> torch.device:
         ConversionError: there is none.
     """
     accelerator = torch.accelerator.current_accelerator(check_available=True)
+    count = 0 if accelerator is None else torch.accelerator.device_count()
     # The first state decides how processes talk; without being told it takes none for several on the CPU.
     state = PartialState(cpu=accelerator is None or name == CPU.type, timeout=_PATIENCE)
-    if name == AUTO:
-        device = state.device
-        return CPU if device.type == CPU.type else torch.device(device.type, device.index or 0)
-    if name == CPU.type:
+    device = _named(str(state.device) if name == AUTO else name, state.local_process_index)
+    if device is not None and device.type == CPU.type:
         return CPU
-    count = 0 if accelerator is None else torch.accelerator.device_count()
-    kind, _, number = name.partition(":")
-    if accelerator is not None and kind == accelerator.type and (not number or number.isdecimal()):
-        index = int(number) if number else state.local_process_index
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
-        if here > (1 if number else count):
-            raise ConversionError(f"{here} processes share {1 if number else count} of {kind}; start one for each.")
-        if index < count:
-            return torch.device(kind, index)
-    there = [CPU.type, *(f"{accelerator}:{index}" for index in range(count))]
-    raise ConversionError(f"there is no device {name!r}, only {', '.join(there)}; name one of these, or {AUTO}.")
+    there = [torch.device(accelerator.type, index) for index in range(count)] if accelerator is not None else []
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
+    if there and processes > (1 if ":" in name else count):
+        raise ConversionError(f"{processes} processes would share {name}, and {count} are there; start one for each.")
+    if device not in there:
+        known = ", ".join(map(str, (CPU, *there)))
+        raise ConversionError(f"there is no device {name!r}, only {known}; name one of these, or {AUTO}.")
+    return device
+
+
+def _named(name: str, own: int) -> torch.device | None:
+    """The device of that name, with this process's number where it has none; None where PyTorch knows no such kind."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        return None
+    return device if device.index is not None else torch.device(device.type, own)
 
 
 def has_float64(device: torch.device) -> bool:

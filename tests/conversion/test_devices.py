@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from tiny_families import save_family
 from tiny_source import convert, save_source, write_text
 
-from conversion.devices.choice import CPU
+from conversion.devices.choice import CPU, chosen_device
 from conversion.devices.running_sums import RunningSums
+from conversion.errors import ConversionError
 from conversion.methods import METHODS
 
 COMPRESSING = [name for name in METHODS if name != "exact"]
@@ -131,3 +132,25 @@ def test_a_conversion_without_float64_is_the_same_but_for_rounding(
     found = load_file(convert(source, tmp_path / "found", **recipe).output / "model.safetensors")
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As PyTorch counts them; nothing is computed on them."""
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_devices_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [str(chosen_device(name)) for name in ("cpu", "cuda", "cuda:1")] == ["cpu", "cuda:0", "cuda:1"]
+    with pytest.raises(ConversionError, match="no device 'cuda:2', only cpu, cuda:0, cuda:1"):
+        chosen_device("cuda:2")
+    with pytest.raises(ConversionError, match="no device 'mps'"):
+        chosen_device("mps")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert str(chosen_device("cuda")) == "cuda:0"
+    for count, name in (("2", "cuda:1"), ("3", "cuda")):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", count)
+        with pytest.raises(ConversionError, match=f"{count} processes would share {name}, and 2 are there"):
+            chosen_device(name)

@@ -42,6 +42,10 @@ def on_meta(model: nn.Module) -> bool:
     return all(parameter.is_meta for parameter in model.parameters())
 
 
+def shapes(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_those_of_the_whole_models(family: str, tied: bool, tmp_path: Path) -> None:
@@ -53,12 +57,14 @@ def test_logits_are_those_of_the_whole_models(family: str, tied: bool, tmp_path:
         (folder, source.meta_model, source.held_tensors),
         (converted, empty, as_held(SafetensorsReader(converted), empty)),
     ):
+        before = shapes(meta)
         streamed = StreamedModel(source, meta, weights)
         with torch.inference_mode():
             whole = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
             expected = whole(windows()).logits
         torch.testing.assert_close(streamed_logits(streamed, windows()), expected, rtol=1e-4, atol=1e-4)
         assert on_meta(meta)
+        assert shapes(meta) == before
 
 
 @pytest.fixture(scope="module")
