@@ -88,13 +88,14 @@ def kept_bytes(source: SourceModel, text: TextUse) -> int:
 def layer_in_memory(source: SourceModel, dtype: torch.dtype, text: TextUse) -> int:
     """Two layers in float32, one of either model or one and what it is made from, and what is greater beside them.
 
-    That is some blocks of the text with the moments of a refit, or the heads of both models as they are stored.
+    That is some blocks of the text with the moments of a refit, or the head as Transformers loads it to be compared: in
+    its file, as it is stored, and in float32. That is more than the heads of both models as they are stored.
     """
     geometry = source.geometry(0)
     contexts = geometry.num_heads * geometry.head_dim + 1
     moments = 3 * torch.float64.itemsize * contexts * (contexts + geometry.hidden_size) if text.windows else 0
-    heads = 2 * dtype.itemsize * _head(source)
-    return 2 * torch.float32.itemsize * _layer(source) + max(4 * block_bytes(source, text) + moments, heads)
+    head = (2 * dtype.itemsize + torch.float32.itemsize) * _head(source)
+    return 2 * torch.float32.itemsize * _layer(source) + max(4 * block_bytes(source, text) + moments, head)
 
 
 def _whole_model(source: SourceModel) -> int:
