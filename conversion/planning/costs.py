@@ -12,7 +12,7 @@ from ..forward.hidden_states import BLOCK
 from ..forward.residual_stream import stream_dtype
 from ..sources import SourceModel
 from .probe import Speed, measure_speed
-from .text_use import VERIFIED_WINDOWS, WEIGHED_LENGTH, WEIGHED_WINDOWS, TextUse
+from .text_use import WEIGHED_LENGTH, WEIGHED_WINDOWS, TextUse
 
 PROCESS_BYTES = 1100 * 10**6
 """The interpreter with PyTorch and Transformers, and what its allocator holds back."""
@@ -26,6 +26,10 @@ _WEIGHED = 2
 """How often more a layer's keys and values are decomposed, to be weighed and to be given a rank."""
 _RIDGE = 0.15
 """Time of a refit's linear equations, in units of the eigenvalues of a matrix as large [measured]."""
+_WORK_OF_LOGITS = 1.5
+"""Time of a token's logits in either model and of comparing them, in units of the products [measured]."""
+_VERIFIED_WINDOWS = 10
+"""Two of each of five texts are the least that are as many as the stage asks for."""
 _READINGS = 10
 """How often weights are read or written: to be checked, by each stage that runs layers, and to be verified."""
 _FIXED_SECONDS = 20.0
@@ -86,13 +90,14 @@ def kept_bytes(source: SourceModel, text: TextUse) -> int:
 def layer_in_memory(source: SourceModel, dtype: torch.dtype, text: TextUse) -> int:
     """Two layers in float32, one of either model or one and what it is made from, and what is greater beside them.
 
-    That is some blocks of the text with the moments of a refit, or the heads of both models as they are stored.
+    That is some blocks of the text with the moments of a refit, or the head as Transformers loads it to be compared: in
+    its file, as it is stored, and in float32. That is more than the heads of both models as they are stored.
     """
     geometry = source.geometry(0)
     contexts = geometry.num_heads * geometry.head_dim + 1
     moments = 3 * torch.float64.itemsize * contexts * (contexts + geometry.hidden_size) if text.windows else 0
-    heads = 2 * dtype.itemsize * _head(source)
-    return 2 * torch.float32.itemsize * _layer(source) + max(4 * block_bytes(source, text) + moments, heads)
+    head = (2 * dtype.itemsize + torch.float32.itemsize) * _head(source)
+    return 2 * torch.float32.itemsize * _layer(source) + max(4 * block_bytes(source, text) + moments, head)
 
 
 def _whole_model(source: SourceModel) -> int:
@@ -117,7 +122,8 @@ def _computing(source: SourceModel, text: TextUse, speed: Speed, *, weighed: boo
     contexts = geometry.num_heads * geometry.head_dim
     of_token = 2 * layer + 2 * text.window * contexts
     calibrated = _WORK_OF_MEASURING * text.passes * text.windows + _WORK_OF_REFITTING * text.refitted
-    work = text.window * (calibrated * layers * of_token + 2 * VERIFIED_WINDOWS * (layers * of_token + 2 * head))
+    verified = 2 * _VERIFIED_WINDOWS * (layers * of_token + _WORK_OF_LOGITS * 2 * head)
+    work = text.window * (calibrated * layers * of_token + verified)
     if not text.windows:
         return work / speed.products
     decompositions = 1
