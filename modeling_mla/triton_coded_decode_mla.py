@@ -15,7 +15,6 @@ from .latent_code_mla import part_code
 from .triton_coded_kernels_mla import coded_partial_kernel
 from .triton_decode_mla import NAMESPACE, Keys, Tile, Work, attend_in_splits, outputs
 
-
 _SHORT_ROW = 320
 """Bytes of a token's latent up to which the words of 64 tokens fit into registers beside what they are added to."""
 
