@@ -28,7 +28,7 @@ class TritonBackend:
     name = "triton"
     serves = (
         f"NVIDIA GPUs from sm80; bfloat16, float16, float32; ranks up to {_MAX_RANK} that {_RANK_STEP} divides, rotary "
-        f"keys up to {_MAX_ROPE}, at most {_MAX_QUERIES} queries, any mask, no codes, no gradient"
+        f"keys up to {_MAX_ROPE}, at most {_MAX_QUERIES} queries, any mask, codes of one scale a token, no gradient"
     )
 
     def why_unavailable(self, device: torch.device) -> str | None:
