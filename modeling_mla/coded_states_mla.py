@@ -131,7 +131,7 @@ class CodedStates:
         rows: ``[B, S, code.nbytes]`` uint8, strided views of a cache.
         exact: ``[B, e, n]``, rotated, which stand in the place of as many rows.
         starts: of every sequence, the place of the first of these rows; before the first place they are left out.
-        places: the same ``[B]`` int64 on the device, where it is there already.
+        places: the same ``[B]`` int64 on the device.
     """
 
     def __init__(
@@ -140,16 +140,9 @@ class CodedStates:
         rows: torch.Tensor,
         exact: torch.Tensor,
         starts: tuple[int, ...],
-        places: torch.Tensor | None = None,
+        places: torch.Tensor,
     ) -> None:
-        self.codec, self.rows, self.exact, self.starts, self._places = codec, rows, exact, starts, places
-
-    @property
-    def places(self) -> torch.Tensor:
-        """``starts`` on the device, ``[B]`` int64."""
-        if self._places is None:
-            self._places = torch.tensor(self.starts, dtype=torch.long, device=self.device)
-        return self._places
+        self.codec, self.rows, self.exact, self.starts, self.places = codec, rows, exact, starts, places
 
     @property
     def shape(self) -> torch.Size:
@@ -171,7 +164,7 @@ class CodedStates:
         if dim != 2:
             raise ValueError(f"coded states are cut along their tokens, dimension 2, not {dim}; decode them first.")
         starts = tuple(own - start for own in self.starts)
-        places = self._places - start if self._places is not None and start else self._places
+        places = self.places - start if start else self.places
         return CodedStates(self.codec, self.rows[:, start : start + length], self.exact, starts, places)
 
     def exact_places(self, index: int) -> tuple[slice, slice]:
@@ -229,8 +222,10 @@ class LatentCodec:
             rows: ``[B, S, code.nbytes]`` uint8.
             exact: ``[B, e, r + d_r]``, rotated, tokens of the rows as they are.
             starts: as of `CodedStates`.
-            places: likewise.
+            places: likewise; made of ``starts`` where it is not there yet.
         """
+        if places is None:
+            places = torch.tensor(starts, dtype=torch.long, device=rows.device)
         own, rope = rows.split([self.latent.code.nbytes, self.rope.code.nbytes], dim=-1)
         exact_latent, exact_rope = exact.split(self.widths, dim=-1)
         return (

@@ -10,26 +10,25 @@ from collections.abc import Sequence
 
 import torch
 
-from .code_words_mla import code_plan
+from .code_words_mla import CodePlan, code_plan
 from .latent_code_mla import part_code
 from .triton_coded_kernels_mla import coded_partial_kernel
 from .triton_decode_mla import NAMESPACE, Keys, Tile, Work, attend_in_splits, outputs
 
-_SHORT_ROW = 320
-"""Bytes of a token's latent up to which the words of 64 tokens fit into registers beside what they are added to."""
 
-
-def coded_tile_for(rows: int, dtype: torch.dtype, latent_bytes: int) -> Tile:
-    """The tile for a sequence of ``rows`` queries of all heads, over latents of so many bytes a token.
+def coded_tile_for(rows: int, dtype: torch.dtype, latent: CodePlan) -> Tile:
+    """The tile for a sequence of ``rows`` queries of all heads, over latents of this plan.
 
     Words are loaded into registers one tile ahead, so there is no pipeline of loads, and shared memory holds one
-    unpacked tile. The figures were tuned on an H100.
+    unpacked tile. The words of 64 tokens fit beside what they are added to where they are long and their levels short.
+    The figures were tuned on an H100.
     """
     if dtype == torch.float32:
         return Tile(16, 16, 8, 1)
     if rows > 16:
         return Tile(32, 32, 4, 1)
-    return Tile(16, 64, 4, 1) if latent_bytes <= _SHORT_ROW else Tile(16, 32, 4, 1)
+    short = all(words.size == 4 for words in latent.words) and all(tile.bits <= 4 for tile in latent.tiles)
+    return Tile(16, 64, 4, 1) if short else Tile(16, 32, 4, 1)
 
 
 def coded_decode(
@@ -82,7 +81,7 @@ def coded_decode(
         )  # fmt: skip
 
     hidden = Keys(mask, first_query, window)
-    tile = coded_tile_for(query.shape[1] * query.shape[2], query.dtype, latent_part.nbytes)
+    tile = coded_tile_for(query.shape[1] * query.shape[2], query.dtype, code_plan(latent_part, _alignment(latent)))
     return attend_in_splits(query, latent.shape[1], hidden, latent_part.channels, scale, softcap, tile, launch)
 
 

@@ -133,9 +133,6 @@ def ways(device: torch.device, dtype: torch.dtype, layers: int | None) -> Iterat
     yield LLAMA_8B, "source, grouped heads", source, stock_caches(source)
     del source
     model = random_model(converted, device, dtype)
-    model.set_attention_route("expanded")
-    yield LLAMA_8B, "expanded", model, latent_caches(model, None)
-    model.set_attention_route("auto")
     for way, bits in (("absorbed", None), ("absorbed, 4 bits", 4)):
         yield LLAMA_8B, way, model, latent_caches(model, bits)
 

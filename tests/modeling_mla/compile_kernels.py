@@ -107,7 +107,7 @@ def coded_kernels() -> Iterator[tuple[dict, ASTSource, Tile]]:
     """The kernel over codes, with every tile that is used."""
     for dtype, name in TYPES.items():
         for own, code in CODES.items():
-            for tile in sorted({coded_tile_for(rows, dtype, code.latent.nbytes) for rows, _ in FORMS}):
+            for tile in sorted({coded_tile_for(rows, dtype, code_plan(code.latent, 16)) for rows, _ in FORMS}):
                 constants, pointers = masked(tile, additive=False)
                 constants |= part_constants(code, 16)
                 pointers |= dict.fromkeys(("query", "exact", "exact_rope"), name)
