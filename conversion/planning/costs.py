@@ -17,7 +17,7 @@ from .text_use import WEIGHED_LENGTH, WEIGHED_WINDOWS, TextUse
 PROCESS_BYTES = 1100 * 10**6
 """The interpreter with PyTorch and Transformers, and what its allocator holds back."""
 WHOLE_MODEL_BYTES = 2 * 10**9
-"""A model that is no larger in float32 is loaded whole by the verification."""
+"""A model that takes no more in float32 is loaded whole by the verification."""
 _WORK_OF_MEASURING = 2.1
 """Time of statistics and forward pass of a token, in units of the forward pass's products [measured]."""
 _WORK_OF_REFITTING = 2.9
@@ -101,7 +101,8 @@ def layer_in_memory(source: SourceModel, dtype: torch.dtype, text: TextUse) -> i
 
 
 def _whole_model(source: SourceModel) -> int:
-    size = torch.float32.itemsize * count_parameters(source)
+    # The heads of what it becomes have more channels than its own.
+    size = 3 * torch.float32.itemsize * count_parameters(source) // 2
     return size if size <= WHOLE_MODEL_BYTES else 0
 
 
