@@ -84,12 +84,13 @@ def _error(states, scale, PLAN: tl.constexpr):
 
 @triton.jit
 def _level(states, step, PLAN: tl.constexpr, t: tl.constexpr):
-    """A tile's levels, int32."""
+    """A tile's levels, int32; 0 beside them, as bytes that are not filled have it."""
     limit: tl.constexpr = tile(PLAN, t, "limit")
     middle: tl.constexpr = tile(PLAN, t, "middle")
     own = _load_tile(states, PLAN, t)
     level = (tl.div_rn(own, tl.zeros(own.shape, tl.float32) + step) + middle + _ROUNDER) - _ROUNDER
-    return tl.minimum(tl.maximum(level, middle - limit), middle + limit).to(tl.int32)
+    inside = tl.arange(0, tile(PLAN, t, "block")) < tile(PLAN, t, "columns")
+    return tl.where(inside, tl.minimum(tl.maximum(level, middle - limit), middle + limit), 0.0).to(tl.int32)
 
 
 @triton.jit
