@@ -57,7 +57,8 @@ def rounding_power(bits: int, channels: int) -> float:
     """The mean square of rounding errors, relative to that of the normal variables that one step codes.
 
     The step divides the largest of ``channels`` of them, by its median, into levels of so many bits, or a share of it
-    that errs less: within the levels by a twelfth of the step's square, beyond them by what is cut off.
+    that errs less: within the levels by a twelfth of the step's square, beyond them by what is cut off, of the largest
+    and of the others that are below it.
     """
     if bits == EXACT:
         return 0.0
@@ -69,8 +70,8 @@ def rounding_power(bits: int, channels: int) -> float:
         return (1 + limit**2) * (1 - normal.cdf(start)) + (start - 2 * limit) * normal.pdf(start)
 
     def power(limit: float) -> float:
-        cut_off = beyond(limit, limit) - beyond(largest, limit)
-        return (limit / (2**bits - 1)) ** 2 / 3 + 2 * cut_off
+        cut_off = 2 * (beyond(limit, limit) - beyond(largest, limit)) + (largest - limit) ** 2 / channels
+        return (limit / (2**bits - 1)) ** 2 / 3 + cut_off
 
     return min(power(share * largest) for share in PartCode(((channels, bits),)).scale_shares)
 
