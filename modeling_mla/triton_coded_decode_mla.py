@@ -13,22 +13,22 @@ import torch
 from .code_words_mla import CodePlan, code_plan
 from .latent_code_mla import part_code
 from .triton_coded_kernels_mla import coded_partial_kernel
-from .triton_decode_mla import NAMESPACE, Keys, Tile, Work, attend_in_splits, outputs
+from .triton_decode_mla import NAMESPACE, Keys, Tile, Work, attend_in_splits, device_properties, outputs
 
 
-def coded_tile_for(rows: int, dtype: torch.dtype, latent: CodePlan) -> Tile:
+def coded_tile_for(rows: int, dtype: torch.dtype, latent: CodePlan, capability: tuple[int, int]) -> Tile:
     """The tile for a sequence of ``rows`` queries of all heads, over latents of this plan.
 
     Words are loaded into registers one tile ahead, so there is no pipeline of loads, and shared memory holds one
-    unpacked tile. The words of 64 tokens fit beside what they are added to where they are long and their levels short.
-    The figures were tuned on an H100.
+    unpacked tile. The words of 64 tokens fit beside what they are added to where they are long and their levels short,
+    from compute capability 9 on. The figures were tuned on an H100.
     """
     if dtype == torch.float32:
         return Tile(16, 16, 8, 1)
     if rows > 16:
         return Tile(32, 32, 4, 1)
     short = all(words.size == 4 for words in latent.words) and all(tile.bits <= 4 for tile in latent.tiles)
-    return Tile(16, 64, 4, 1) if short else Tile(16, 32, 4, 1)
+    return Tile(16, 64, 4, 1) if short and capability >= (9, 0) else Tile(16, 32, 4, 1)
 
 
 def coded_decode(
@@ -81,7 +81,8 @@ def coded_decode(
         )  # fmt: skip
 
     hidden = Keys(mask, first_query, window)
-    tile = coded_tile_for(query.shape[1] * query.shape[2], query.dtype, code_plan(latent_part, _alignment(latent)))
+    plan, capability = code_plan(latent_part, _alignment(latent)), device_properties(query.device)[1]
+    tile = coded_tile_for(query.shape[1] * query.shape[2], query.dtype, plan, capability)
     return attend_in_splits(query, latent.shape[1], hidden, latent_part.channels, scale, softcap, tile, launch)
 
 

@@ -61,7 +61,7 @@ def split_count(programs: int, keys: int, block_keys: int, multiprocessors: int)
 
 
 @functools.cache
-def _device(device: torch.device) -> tuple[int, tuple[int, int]]:
+def device_properties(device: torch.device) -> tuple[int, tuple[int, int]]:
     """Multiprocessors and compute capability."""
     if INTERPRETED:
         # Any device gives the same result; this one gives every number of splits.
@@ -126,7 +126,7 @@ def decode(
         )
 
     hidden = Keys(mask, first_query, window)
-    tile = tile_for(query.shape[1] * query.shape[2], query.dtype, _device(query.device)[1], is_additive(mask))
+    tile = tile_for(query.shape[1] * query.shape[2], query.dtype, device_properties(query.device)[1], is_additive(mask))
     return attend_in_splits(query, latents.shape[1], hidden, kv_lora_rank, scale, softcap, tile, launch)
 
 
@@ -152,7 +152,7 @@ def attend_in_splits(
     batch, heads, queries, _ = query.shape
     rows, mask, additive = heads * queries, hidden.mask, is_additive(hidden.mask)
     row_blocks = -(-rows // tile.rows)
-    splits = split_count(batch * row_blocks, keys, tile.keys, _device(query.device)[0])
+    splits = split_count(batch * row_blocks, keys, tile.keys, device_properties(query.device)[0])
     partial = query.new_empty(batch, splits, rows, kv_lora_rank, dtype=torch.float32)
     partial_lse = query.new_empty(batch, splits, rows, dtype=torch.float32)
     context, lse = outputs(query, kv_lora_rank)

@@ -103,11 +103,12 @@ def part_constants(code: LatentCode, alignment: int) -> dict[str, Any]:
     }
 
 
-def coded_kernels() -> Iterator[tuple[dict, ASTSource, Tile]]:
+def coded_kernels(device: tuple[int, int]) -> Iterator[tuple[dict, ASTSource, Tile]]:
     """The kernel over codes, with every tile that is used."""
     for dtype, name in TYPES.items():
         for own, code in CODES.items():
-            for tile in sorted({coded_tile_for(rows, dtype, code_plan(code.latent, 16)) for rows, _ in FORMS}):
+            plan = code_plan(code.latent, 16)
+            for tile in sorted({coded_tile_for(rows, dtype, plan, device) for rows, _ in FORMS}):
                 constants, pointers = masked(tile, additive=False)
                 constants |= part_constants(code, 16)
                 pointers |= dict.fromkeys(("query", "exact", "exact_rope"), name)
@@ -140,7 +141,8 @@ def resources(kernel: CompiledKernel) -> tuple[int, int]:
 
 def main(capability: int) -> None:
     target = GPUTarget("cuda", capability, 32)
-    for row, own, tile in (*plain_kernels(divmod(capability, 10)), *coded_kernels(), *append_kernels()):
+    device = divmod(capability, 10)
+    for row, own, tile in (*plain_kernels(device), *coded_kernels(device), *append_kernels()):
         options = {"num_warps": tile.warps, "num_stages": tile.stages}
         compiled = triton.compile(own, target=target, options=options)
         registers, spilled = resources(compiled)

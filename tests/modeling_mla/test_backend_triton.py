@@ -252,7 +252,7 @@ LIMITS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 specifications)."""
 
 
-SPILLED = {"plain": {16: 0, 32: 256, 64: 320}, "coded": {16: 288, 32: 512}, "append": {1: 0}}
+SPILLED = {"plain": {16: 0, 32: 256, 64: 320}, "coded": {16: 256, 32: 512}, "append": {1: 0}}
 """Bytes of registers that a thread may spill, by the rows of its tile. Large tiles fill the register file; Triton 3.6,
 with which they were tuned, spills little of it or nothing, 3.9 more."""
 
