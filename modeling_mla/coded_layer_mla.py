@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
 from typing_extensions import override
 
@@ -45,9 +47,9 @@ class CodedLayer(CacheLayerMixin):
     first: FirstTokens
 
     @property
+    @abstractmethod
     def coded_rows(self) -> torch.Tensor:
         """The rows that the layer holds."""
-        raise NotImplementedError
 
     @property
     @override
