@@ -27,6 +27,8 @@ _SIZES = {
 }
 """Fields that are sizes, and their smallest values."""
 _LARGEST = 2**31 - 1
+_LARGEST_WHOLE = 2**63 - 1
+"""That PyTorch has."""
 _MOST_LAYERS = 2**10
 
 _NOT_PASSED_ON = {
@@ -102,6 +104,9 @@ def check_sizes(where: str, fields: Mapping[str, Any]) -> None:
         value, largest = fields.get(name), _MOST_LAYERS if name == "num_hidden_layers" else _LARGEST
         if isinstance(value, int) and not smallest <= value <= largest:
             raise SourceError(f"{name} in {where} is {value}; it must be {smallest} to {largest}.")
+    for name, value in fields.items():
+        if isinstance(value, int) and not -_LARGEST_WHOLE <= value <= _LARGEST_WHOLE:
+            raise SourceError(f"{name} in {where} is {value}; whole numbers end at {_LARGEST_WHOLE}.")
 
 
 def check_tokenizer_config(path: Path) -> None:

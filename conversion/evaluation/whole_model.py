@@ -124,7 +124,8 @@ def check_routes(model: PreTrainedModel, window: Tensor) -> tuple[float, float]:
 
 
 def _logits(model: PreTrainedModel, ids: Tensor, cache: LatentCache) -> Tensor:
-    return model(ids, **cache_argument(cache), use_cache=True).logits
+    # A configuration that asks for attention weights would rule the absorbed route out.
+    return model(ids, **cache_argument(cache), use_cache=True, output_attentions=False).logits
 
 
 def _decoded(model: PreTrainedModel, ids: Tensor, prefix: int, cache: LatentCache) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Any, ClassVar, Self
 
 import torch
@@ -167,18 +167,21 @@ class SourceModel(StoredModel):
         return sum(self.geometry(layer).cache_elements for layer in range(self.num_layers)) * dtype.itemsize
 
     def attention(self, layer: int, dtype: torch.dtype | None = None) -> AttentionWeights:
-        """One layer's attention weights in ``dtype``; by default float32, or float64 where they are stored so."""
+        """One layer's attention weights in ``dtype``; by default float32, or float64 where one of them is stored so."""
         weights = self.attention_maps(layer, dtype)
         return half_split(self.geometry(layer), weights) if self.interleaved else weights
 
     def attention_maps(self, layer: int, dtype: torch.dtype | None) -> AttentionWeights:
         """As `attention`, rotary pairs where the source has them."""
         prefix = self.layer_prefix.format(layer=layer) + self.attention_prefix
-        names = set(self.held_tensors.names)
+        inputs = ("q_proj", "k_proj", "v_proj") if self.fused_projection is None else (self.fused_projection,)
+        projections = (*inputs, self.output_projection)
+        wanted = {f"{prefix}{name}.{kind}" for name in projections for kind in ("weight", "bias")}
+        names = wanted & set(self.held_tensors.names)
+        common = dtype or reduce(torch.promote_types, map(self.held_tensors.dtype, names), torch.float32)
 
         def read(name: str) -> Tensor:
-            stored = self.held_tensors.tensor(prefix + name)
-            return stored.to(self.device, dtype or torch.promote_types(stored.dtype, torch.float32))
+            return self.held_tensors.tensor(prefix + name).to(self.device, common)
 
         def parts(kind: str) -> dict[str, Tensor | None]:
             found = [read(f"{name}.{kind}") if f"{prefix}{name}.{kind}" in names else None for name in projections]
@@ -187,8 +190,6 @@ class SourceModel(StoredModel):
                 found = [None, None, None] if found[0] is None else list(self.split_fused(found[0]))
             return dict(zip("qkvo", (*found, output), strict=True))
 
-        inputs = ("q_proj", "k_proj", "v_proj") if self.fused_projection is None else (self.fused_projection,)
-        projections = (*inputs, self.output_projection)
         weights: dict[str, Any] = {**parts("weight"), **{f"{name}_bias": bias for name, bias in parts("bias").items()}}
         return AttentionWeights(**weights)
 

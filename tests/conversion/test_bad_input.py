@@ -53,8 +53,9 @@ def test_model_type_that_transformers_does_not_know(source: Path, output: Path) 
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, ("'dynamic'", "yarn")),
         ({"pretraining_tp": 2}, ("pretraining_tp 2", "set it to 1")),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, ("gptq", "bfloat16")),
+        ({"sliding_window": 2**64}, ("sliding_window", str(2**64), str(2**63 - 1))),
     ],
-    ids=["dynamic", "pretraining_tp", "quantised"],
+    ids=["dynamic", "pretraining_tp", "quantised", "beyond 64 bits"],
 )
 def test_unsupported_feature_is_refused_by_name(
     fields: dict, fragments: tuple[str, ...], source: Path, output: Path

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import edit_json, edit_tensors
 from safetensors.torch import load_file, save_file
+from tiny_families import save_family
 from tiny_source import CONTEXT, convert, save_source
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -138,3 +140,20 @@ def test_stored_frequencies_of_old_checkpoints_are_left_out(tmp_path: Path) -> N
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     output = convert(source, tmp_path / "out", method="exact").output
     assert not [name for name in load_file(output / "model.safetensors") if "inv_freq" in name]
+
+
+def test_one_weight_may_be_wider_than_the_others(tmp_path: Path) -> None:
+    source = save_family(tmp_path / "source", "gpt_neox", dtype=torch.float32)
+    edit_tensors(source, lambda tensors: widen(tensors, "gpt_neox.layers.2.attention.dense.weight"))
+    assert convert(source, tmp_path / "out", method="exact").report.verification.kl < 1e-6
+
+
+def widen(tensors: dict[str, torch.Tensor], name: str) -> None:
+    tensors[name] = tensors[name].double()
+
+
+def test_a_source_that_asks_for_attention_weights_is_checked_on_both_routes(tmp_path: Path) -> None:
+    source = save_source(tmp_path / "source", torch.float32)
+    edit_json(source / "config.json", output_attentions=True, attn_implementation="eager")
+    found = convert(source, tmp_path / "out", method="exact").report.verification
+    assert found.whole_model.route_error < 1e-4
