@@ -20,15 +20,17 @@ def coded_tile_for(rows: int, dtype: torch.dtype, latent: CodePlan, capability: 
     """The tile for a sequence of ``rows`` queries of all heads, over latents of this plan.
 
     Words are loaded into registers one tile ahead, so there is no pipeline of loads, and shared memory holds one
-    unpacked tile. The words of 64 tokens fit beside what they are added to where they are long and their levels short,
-    from compute capability 9 on. The figures were tuned on an H100.
+    unpacked tile. The words of 64 tokens fit beside what they are added to where they are long and their levels short.
+    Before compute capability 9 those of 32 do not fit either. The figures were tuned on an H100.
     """
     if dtype == torch.float32:
         return Tile(16, 16, 8, 1)
     if rows > 16:
         return Tile(32, 32, 4, 1)
+    if capability < (9, 0):
+        return Tile(16, 16, 4, 1)
     short = all(words.size == 4 for words in latent.words) and all(tile.bits <= 4 for tile in latent.tiles)
-    return Tile(16, 64, 4, 1) if short and capability >= (9, 0) else Tile(16, 32, 4, 1)
+    return Tile(16, 64, 4, 1) if short else Tile(16, 32, 4, 1)
 
 
 def coded_decode(
