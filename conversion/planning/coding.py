@@ -117,8 +117,10 @@ class ByteBudget:
     cache: str
     itemsize: int
 
-    def spent(self, geometries: Sequence[AttentionGeometry], limits: Sequence[int]) -> list[LayerBudget]:
+    def spent(self, geometries: Sequence[AttentionGeometry], limits: Sequence[Fraction]) -> list[LayerBudget]:
         """What is bought for every source layer: the bits of least `expected_loss`, equal in all, and what they leave.
+
+        Of the bytes that are too few to widen all layers, as many layers as can be have more rank than the others.
 
         Args:
             geometries: of the layers.
@@ -127,9 +129,10 @@ class ByteBudget:
         Raises:
             BudgetError: they are too few for the method, or for what is pinned.
         """
+        whole = [int(limit) for limit in limits]
         found: list[tuple[float, list[LayerBudget]]] = []
         for bits in candidate_bits(self.recipe.latent_bits):
-            widest = [self._widest(*layer, bits) for layer in zip(geometries, limits, strict=True)]
+            widest = [self._widest(*layer, bits) for layer in zip(geometries, whole, strict=True)]
             budgets = [budget for budget in widest if budget is not None]
             if len(budgets) == len(geometries):
                 shares = (
@@ -137,8 +140,8 @@ class ByteBudget:
                 )
                 found.append((sum(expected_loss(share, *bits) for share in shares), budgets))
         if not found:
-            raise BudgetError(self._too_few(geometries, limits))
-        return min(found, key=lambda candidate: candidate[0])[1]
+            raise BudgetError(self._too_few(geometries, whole))
+        return self._filled(geometries, min(found, key=lambda candidate: candidate[0])[1], float(sum(limits)))
 
     def _widest(self, geometry: AttentionGeometry, limit: int, bits: tuple[int, int]) -> LayerBudget | None:
         """The widest budget of these bits within ``limit`` bytes of a token; None where the method has none."""
@@ -161,6 +164,23 @@ class ByteBudget:
         rotary = min(rotary, self.method.largest(geometry).qk_rope_head_dim)
         budget = LayerBudget(elements - rotary if rank is None else rank, rotary, *bits)
         return budget if rank is not None else whole_bytes(budget)
+
+    def _filled(
+        self, geometries: Sequence[AttentionGeometry], budgets: list[LayerBudget], limit: float
+    ) -> list[LayerBudget]:
+        """``budgets`` with ranks raised layer by layer while ``limit``, the bytes of a token in all layers, allows."""
+        if self.recipe.kv_lora_rank is not None:
+            return budgets
+        filled, left = list(budgets), limit - sum(map(self._held, budgets))
+        while True:
+            for layer, (geometry, budget) in enumerate(zip(geometries, filled, strict=True)):
+                wider = replace(budget, kv_lora_rank=budget.kv_lora_rank + budget.rank_step)
+                cost = self._held(wider) - self._held(budget)
+                if cost <= left and wider.cache_elements <= self.method.largest(geometry).cache_elements:
+                    filled[layer], left = wider, left - cost
+            if filled == budgets:
+                return filled
+            budgets = list(filled)
 
     def _held(self, budget: LayerBudget) -> float:
         """Bytes of a token, its share of the first tokens included."""

@@ -134,7 +134,7 @@ def _budgets(
         if share > 1:
             raise BudgetError(f"a cache of {cache} is more than the source's; ask for 100% or less.")
         bytes_a_value = share * source.cache_bytes_per_token() / sum(geometry.cache_elements for geometry in geometries)
-        limits = [int(bytes_a_value * geometry.cache_elements) for geometry in geometries]
+        limits = [bytes_a_value * geometry.cache_elements for geometry in geometries]
         budgets = ByteBudget(recipe, method, cache, dtype.itemsize).spent(geometries, limits)
     elif rank is not None and rotary is not None and recipe.cache is None:
         budgets = [LayerBudget(rank, rotary)] * len(geometries)
