@@ -24,7 +24,7 @@ DtypeName = Literal["float32", "float16", "bfloat16"]
 _BUDGET = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>%|B|KB|KiB|)")
 _SHARD_SIZE = re.compile(r"(?=.*[1-9])\d{1,9}(\.\d+)?(KB|MB|GB|TB)")
 _BYTES = {"B": 1, "KB": 1000, "KiB": 1024}
-DEFAULT_TOKENS = 32768
+DEFAULT_TOKENS = 65536
 SELF_WRITTEN = "self"
 """The calibration text that the source writes itself."""
 _MOST_TOKENS = 2**31

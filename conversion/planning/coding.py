@@ -17,8 +17,8 @@ from modeling_mla.latent_code_mla import BITS, EXACT, LatentCode
 from ..errors import BudgetError
 from ..layers import AttentionGeometry, LayerBudget
 from ..methods import METHODS, Method
-from ..methods.preparation import rounding_power
 from ..recipe import Recipe
+from .expected_loss import expected_loss
 
 UNCODED_FROM = Fraction(1, 2)
 """Of the source's bytes."""
@@ -28,26 +28,6 @@ _TOKENS = 1024
 """Within which a budget holds for all that a cache holds."""
 _FIRST_TOKENS = LatentCode.exact_tokens + 1
 """That are kept as they are, with a row to spare."""
-_RANK_LOSS = 0.21
-_LATENT_ROUNDING = 0.8
-_ROPE_ROUNDING = 6.0
-"""Of `expected_loss`, in nats a token, as a model of 135 million parameters has them: uncoded at shares of 1/8 to 3/4;
-at half of its values with latents of 2 to 6 bits, and with rotary keys of 5 and 6."""
-
-
-def expected_loss(share: float, latent_bits: int, rope_bits: int) -> float:
-    """What a layer's budget is expected to cost, in nats a token of the model: what is cut off, and what is rounded.
-
-    It is for choosing before anything is measured.
-
-    Args:
-        share: of the source's values that are cached, above 0.
-        latent_bits: of a latent's value.
-        rope_bits: of a value of the rotary key.
-    """
-    cut = max(0.0, 1 - share)
-    rounded = _LATENT_ROUNDING * rounding_power(latent_bits, 128) + _ROPE_ROUNDING * rounding_power(rope_bits, 48)
-    return _RANK_LOSS * cut**2 / share + rounded
 
 
 def candidate_bits(latent_bits: int | None) -> list[tuple[int, int]]:

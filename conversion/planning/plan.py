@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
+from statistics import mean
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from ..recipe import Recipe, cache_elements, cache_share
 from ..sources import SourceModel
 from .coding import ByteBudget, coded, is_coded, whole_bytes
 from .costs import Costs, count_parameters, estimate_costs
+from .expected_loss import saved_by_twice_the_text
 from .text_use import TextUse
 
 DEFAULT_COMPRESSION = "50%"
@@ -31,7 +34,7 @@ class ConversionPlan:
     A coded cache is compared with the source's in the type that the source keeps its own in.
 
     ``layers`` are the budgets by layer; a method that measures the text may move ranks between layers at an equal
-    total. ``costs`` are estimates.
+    total. ``costs`` are estimates, and so is ``saved_by_twice_the_text``, nats a token; 0 is not known.
     """
 
     recipe: Recipe
@@ -43,6 +46,7 @@ class ConversionPlan:
     parameters: int
     source_cache_bytes: int
     cache_bytes: int
+    saved_by_twice_the_text: float
     costs: Costs
 
     def as_json(self) -> dict[str, Any]:
@@ -54,6 +58,7 @@ class ConversionPlan:
             "layers": [asdict(layer) for layer in self.layers],
             "calibration_windows": self.windows,
             "calibration_window": self.window,
+            "expected_nats_saved_by_twice_the_text": round(self.saved_by_twice_the_text, 4),
             "parameters": self.parameters,
             "cache_bytes_per_token_source": self.source_cache_bytes,
             "cache_bytes_per_token": self.cache_bytes,
@@ -76,6 +81,8 @@ class ConversionPlan:
             "weights written as": str(self.dtype).removeprefix("torch."),
             "calibration": f"{self.windows} windows of {self.window} tokens" if self.windows else "none needed",
         }
+        if self.saved_by_twice_the_text:
+            rows["twice the text"] = f"about {-math.expm1(-self.saved_by_twice_the_text):.1%} less perplexity"
         if costs:
             rows["expected"] = str(self.costs)
         for name, value in rows.items():
@@ -115,10 +122,16 @@ def make_plan(recipe: Recipe, source: SourceModel) -> ConversionPlan:
         parameters=count_parameters(source),
         source_cache_bytes=source.cache_bytes_per_token(dtype if budgets[0].code is None else None),
         cache_bytes=sum(budget.cache_bytes(dtype.itemsize) for budget in budgets),
+        saved_by_twice_the_text=_saved(budgets, geometries, text) if method.allocates else 0.0,
         costs=estimate_costs(
             source, dtype, text, recipe.torch_device, weighed=method.allocates and recipe.leaves_ranks
         ),
     )
+
+
+def _saved(budgets: list[LayerBudget], geometries: list[AttentionGeometry], text: TextUse) -> float:
+    shares = (budget.cache_elements / of.cache_elements for budget, of in zip(budgets, geometries, strict=True))
+    return mean(saved_by_twice_the_text(share, text.windows * text.window) for share in shares)
 
 
 def _budgets(

@@ -15,7 +15,8 @@ from tiny_source import LAYERS, save_source
 
 from conversion.errors import BudgetError
 from conversion.layers import AttentionGeometry, LayerBudget
-from conversion.planning.coding import candidate_bits, expected_loss
+from conversion.planning.coding import candidate_bits
+from conversion.planning.expected_loss import expected_loss
 from conversion.planning.plan import ConversionPlan, make_plan
 from conversion.recipe import cache_elements, make_recipe
 from conversion.sources import open_source
@@ -183,6 +184,14 @@ def test_coded_bytes_are_of_the_sources_own_type(wide: Path) -> None:
     half, full = planned(wide, cache="12.5%"), planned(wide, cache="12.5%", dtype="float32")
     assert half.source_cache_bytes == full.source_cache_bytes == LAYERS * WIDE_ELEMENTS * 2
     assert 0.9 * half.cache_bytes <= full.cache_bytes <= half.cache_bytes
+
+
+def test_a_plan_says_what_more_text_would_buy(wide: Path) -> None:
+    little, more = (planned(wide, cache="25%", tokens=tokens) for tokens in (32768, 65536))
+    assert 0 < more.saved_by_twice_the_text == pytest.approx(little.saved_by_twice_the_text / 2)
+    assert planned(wide, cache="12.5%", tokens=32768).saved_by_twice_the_text > little.saved_by_twice_the_text
+    assert "less perplexity" in shown(little)
+    assert "less perplexity" not in shown(planned(wide, method="exact")) + shown(planned(wide, method="transmla"))
 
 
 def test_losses_that_a_plan_expects_fall_with_bytes_and_bits() -> None:
