@@ -18,7 +18,7 @@ from modeling_mla.configuration_mla import identity_norm_weight
 from modeling_mla.vllm_mla import why_no_mla_attention
 
 from ..errors import BudgetError, SourceError
-from .base import Exporter
+from .base import CheckpointExporter
 
 KV_LORA_RANK = 512
 QK_ROPE_HEAD_DIM = 64
@@ -28,7 +28,7 @@ HEAD_DIMS = ((64, 128), (128, 128), (192, 256))
 _ATTENTION = re.compile(r"\w+\.layers\.(\d+)\.(?:self_attn|attention)\.(\w+)\.(weight|bias)")
 
 
-class VllmExporter(Exporter):
+class VllmExporter(CheckpointExporter):
     """Rank 512 and rotary key 64 in every layer, head sizes from `HEAD_DIMS`."""
 
     name = "vllm"
@@ -94,7 +94,12 @@ class VllmExporter(Exporter):
             )
 
     @override
-    def tensor(self, name: str, tensor: Tensor, before: PreTrainedConfig, after: PreTrainedConfig) -> Tensor:
+    def tensors(
+        self, name: str, tensor: Tensor, before: PreTrainedConfig, after: PreTrainedConfig
+    ) -> dict[str, Tensor]:
+        return {name: self._padded(name, tensor, before, after)}
+
+    def _padded(self, name: str, tensor: Tensor, before: PreTrainedConfig, after: PreTrainedConfig) -> Tensor:
         match = _ATTENTION.fullmatch(name)
         if match is None:
             return tensor
