@@ -16,10 +16,13 @@ from ..checkpoint.atomic import publishing
 from ..checkpoint.location import locate
 from ..errors import ConversionError, SourceError
 from .base import Exporter
+from .deepseek_v3 import DeepseekV3Exporter
+from .gguf_file import GgufExporter
 from .mlx import MlxExporter
 from .vllm import VllmExporter
 
-EXPORTERS: dict[str, Exporter] = {exporter.name: exporter for exporter in (VllmExporter(), MlxExporter())}
+_ALL: tuple[Exporter, ...] = (DeepseekV3Exporter(), GgufExporter(), MlxExporter(), VllmExporter())
+EXPORTERS = {exporter.name: exporter for exporter in _ALL}
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ class ConversionJournal(StagedJournal):
 
     measured: NonNegativeInt = 0
     sensitivity: list[float] = []
-    budgets: list[tuple[int, int, int, int]] = []
+    budgets: list[tuple[int, int, int, int, bool]] = []
     converted: NonNegativeInt = 0
     errors: list[float | None] = []
     shards: list[str] = []
