@@ -9,6 +9,7 @@ FLOOR := .venvs/floor
 NEWEST := .venvs/newest
 VLLM := .venvs/vllm
 MLX := .venvs/mlx
+LLAMACPP := .venvs/llamacpp
 FLOOR_RELEASE := $(shell sed -n 's/.*"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 TEST = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 # Models, caches, generation, remote code and native models: what a release of Transformers breaks first.
@@ -24,7 +25,7 @@ OUT ?= out/demo
 MUTANTS ?= 1000
 SEED ?= 0
 
-.PHONY: install demo test test-floor test-floor-fast test-newest test-kernels fuzz lint bench vllm-check mlx-check clean
+.PHONY: install demo test test-floor test-floor-fast test-newest test-kernels fuzz lint bench vllm-check mlx-check llamacpp-check clean
 
 # An environment $(1) under the constraints $(2); without any, torch alone keeps its own: a newer one may bring CUDA.
 define environment
@@ -105,6 +106,16 @@ $(MLX)/.installed:
 mlx-check: install $(MLX)/.installed
 	$(BIN)/python tests/engines/prepare_mlx.py "$(MODEL)" out/mlx
 	$(BIN)/python tests/engines/check_mlx.py out/mlx $(MLX)/bin/python
+
+# There is no wheel: it is compiled, which takes a core about half an hour.
+$(LLAMACPP)/.installed:
+	$(PYTHON) -m venv $(LLAMACPP)
+	$(LLAMACPP)/bin/python -m pip install --quiet --no-binary llama-cpp-python "llama-cpp-python[server]==0.3.36"
+	touch $@
+
+llamacpp-check: install $(LLAMACPP)/.installed
+	$(BIN)/python tests/engines/prepare_llamacpp.py "$(MODEL)" out/llamacpp
+	$(BIN)/python tests/engines/check_llamacpp.py out/llamacpp $(LLAMACPP)/bin/python
 
 clean:
 	rm -rf out .pytest_cache .mypy_cache .ruff_cache

@@ -37,6 +37,7 @@ from .transformers_seams_mla import (
     get_checkpoint_conversion_mapping,
     init,
     is_checkpoint_code,
+    make_known_by_name,
     names_used,
     register_checkpoint_conversion_mapping,
     with_globals,
@@ -252,6 +253,7 @@ def register_family(config_class: type[PreTrainedConfig], *model_classes: Any) -
         config_class.model_auto_map[auto_class.__name__] = f"{file}.{model_class.__name__}"
         auto_class.register(config_class, model_class, exist_ok=True)
         model_class.register_for_auto_class(auto_class.__name__)
+        make_known_by_name(model_class)
         _store_as(model_class.__name__, [base.__name__ for base in model_class.__mro__[1:]])
 
 

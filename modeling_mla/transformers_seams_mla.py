@@ -8,6 +8,7 @@ code runs under whatever is installed.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
 from types import CellType, CodeType, FunctionType
 from typing import Any
@@ -76,6 +77,17 @@ def is_checkpoint_code(module_name: str) -> bool:
     For: leaving every checkpoint its own code. Moved: a second checkpoint in a process runs the first one's.
     """
     return module_name.partition(".")[0] == TRANSFORMERS_DYNAMIC_MODULE_NAME
+
+
+def make_known_by_name(model_class: type) -> None:
+    """Puts a model's class where Transformers looks for what ``architectures`` of a configuration names.
+
+    For: ``transformers serve``, which asks Transformers itself, whatever ``auto_map`` says. Moved: it ends at start,
+    for there is no such attribute.
+    """
+    # Transformers may put another object in its own place while it is imported.
+    for module in (transformers, sys.modules[transformers.__name__]):
+        setattr(module, model_class.__name__, model_class)
 
 
 def tells_rows_apart(position_ids: Any, batch: int) -> bool:

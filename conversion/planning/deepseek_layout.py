@@ -30,20 +30,23 @@ def engine_rank(rank: int) -> int | None:
 
 def refuse_unfit(source: SourceModel) -> None:
     """Raises `SourceError`, by name and with what serves it instead, for attention that the layout cannot hold."""
+    reason = why_unfit(source)
+    if reason is not None:
+        raise SourceError(
+            f"{source.location.model} {reason}, which DeepSeek's form cannot hold; convert it without --layout, and "
+            "serve it with Transformers or mlx-lm (mla export --to mlx)."
+        )
+
+
+def why_unfit(source: SourceModel) -> str | None:
+    """What a source's attention has that the layout cannot hold; None for nothing."""
     for layer in range(source.num_layers):
         weights = source.without_weights().attention(layer) if layer == 0 else None
         reason = _why_unfit(source.geometry(layer), weights)
         if reason is not None:
-            raise SourceError(
-                f"{source.location.model} has {reason}, which DeepSeek's form cannot hold; convert it without "
-                "--layout, and serve it with Transformers or mlx-lm (mla export --to mlx)."
-            )
-    for rope in source.rope_parameters:
-        if rope["rope_type"] not in _SCALINGS:
-            raise SourceError(
-                f"{source.location.model} scales its frequencies by {rope['rope_type']!r}, and DeepSeek's form holds "
-                f"{', '.join(_SCALINGS)}; convert it without --layout, and serve it with Transformers or mlx-lm."
-            )
+            return f"has {reason}"
+    scalings = {rope["rope_type"] for rope in source.rope_parameters} - set(_SCALINGS)
+    return f"scales its frequencies by {scalings.pop()!r}" if scalings else None
 
 
 def _why_unfit(geometry: AttentionGeometry, weights: AttentionWeights | None) -> str | None:
