@@ -3,10 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Environments beside it: the oldest Transformers that pyproject.toml admits, the newest of everything, vLLM's own.
+# Environments beside it: the oldest Transformers that pyproject.toml admits, the newest of everything, those of
+# the engines.
 FLOOR := .venvs/floor
 NEWEST := .venvs/newest
 VLLM := .venvs/vllm
+MLX := .venvs/mlx
+LLAMACPP := .venvs/llamacpp
 FLOOR_RELEASE := $(shell sed -n 's/.*"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 TEST = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 # Models, caches, generation, remote code and native models: what a release of Transformers breaks first.
@@ -22,7 +25,8 @@ OUT ?= out/demo
 MUTANTS ?= 1000
 SEED ?= 0
 
-.PHONY: install demo test coverage test-floor test-floor-fast test-newest test-kernels fuzz lint bench vllm-check clean
+.PHONY: install demo test coverage test-floor test-floor-fast test-newest test-kernels fuzz lint bench vllm-check mlx-check \
+	llamacpp-check clean
 
 # An environment $(1) under the constraints $(2); without any, torch alone keeps its own: a newer one may bring CUDA.
 define environment
@@ -95,8 +99,28 @@ $(VLLM)/.installed: pyproject.toml
 	touch $@
 
 vllm-check: install $(VLLM)/.installed
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/vllm/prepare.py "$(MODEL)" out/vllm
-	$(BIN)/python tests/vllm/check.py out/vllm $(VLLM)/bin/python
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/engines/prepare_vllm.py "$(MODEL)" out/vllm
+	$(BIN)/python tests/engines/check_vllm.py out/vllm $(VLLM)/bin/python
+
+# mlx-lm runs the folder that `mla export --to mlx` writes; nothing of this package is installed there.
+$(MLX)/.installed:
+	$(PYTHON) -m venv $(MLX)
+	$(MLX)/bin/python -m pip install --quiet "mlx[cpu]==0.32.4" mlx-lm==0.32.2
+	touch $@
+
+mlx-check: install $(MLX)/.installed
+	$(BIN)/python tests/engines/prepare_mlx.py "$(MODEL)" out/mlx
+	$(BIN)/python tests/engines/check_mlx.py out/mlx $(MLX)/bin/python
+
+# There is no wheel: it is compiled, which takes a core about half an hour.
+$(LLAMACPP)/.installed:
+	$(PYTHON) -m venv $(LLAMACPP)
+	$(LLAMACPP)/bin/python -m pip install --quiet --no-binary llama-cpp-python "llama-cpp-python[server]==0.3.36"
+	touch $@
+
+llamacpp-check: install $(LLAMACPP)/.installed
+	$(BIN)/python tests/engines/prepare_llamacpp.py "$(MODEL)" out/llamacpp
+	$(BIN)/python tests/engines/check_llamacpp.py out/llamacpp $(LLAMACPP)/bin/python
 
 clean:
 	rm -rf out .pytest_cache .mypy_cache .ruff_cache

@@ -93,13 +93,15 @@ def encoder_input(inputs: Tensor, encoder_map: Tensor) -> Tensor:
 class LayerBudget:
     """What one converted layer may cache for a token: ``kv_lora_rank + qk_rope_head_dim`` values in so many bits.
 
-    16 bits are values in the model's type.
+    16 bits are values in the model's type. ``deepseek`` holds the layer to the form of DeepSeek's: one rotary component
+    for each frequency of its table, in the table's order, and no constants.
     """
 
     kv_lora_rank: int
     qk_rope_head_dim: int
     latent_bits: int = EXACT
     rope_bits: int = EXACT
+    deepseek: bool = False
 
     @property
     def cache_elements(self) -> int:

@@ -46,6 +46,7 @@ class Recipe(BaseModel):
         qk_rope_head_dim: the same for the width of the rotary key; one or both may be pinned.
         latent_bits: of a latent's value in the cache, 16 for the model's type; the rotary key's follow. None leaves
             them to the budget, see `planning.coding`.
+        layout: ``free``, or ``deepseek``: what every engine's DeepSeek can say, see `planning.deepseek_layout`.
         uniform: the same rank in every layer, and a rotary key as wide as serving kernels have it.
         calibration: a text file, a name of a data set, or ``self`` for text that the source writes itself; None is the
             default mix.
@@ -67,6 +68,7 @@ class Recipe(BaseModel):
     kv_lora_rank: int | None = Field(None, ge=1)
     qk_rope_head_dim: int | None = Field(None, ge=0)
     latent_bits: int | None = None
+    layout: Literal["free", "deepseek"] = "free"
     uniform: bool = False
     calibration: str | None = None
     tokens: int = Field(DEFAULT_TOKENS, ge=1, le=_MOST_TOKENS)
@@ -127,7 +129,7 @@ class Recipe(BaseModel):
     @property
     def leaves_ranks(self) -> bool:
         """Whether a method may move ranks from layer to layer."""
-        return self.kv_lora_rank is None and not self.uniform
+        return self.kv_lora_rank is None and not self.uniform and self.layout == "free"
 
     @property
     def is_self_written(self) -> bool:

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, DeepseekV2Config
 from typer.testing import CliRunner
 
 from conversion.cli import app
+from conversion.exporters.engines import engines_markdown
 from conversion.reporting.families import families, markdown
 
 ROOT = Path(__file__).parents[1]
@@ -101,3 +102,4 @@ def test_python_runs(folder: Path) -> None:
 
 def test_families_are_those_of_the_registry() -> None:
     assert markdown(families()) in README
+    assert engines_markdown() in README

@@ -15,7 +15,10 @@ from .options import Output
 def export(
     model: Annotated[str, typer.Argument(help="A converted checkpoint.")],
     output: Output,
-    to: Annotated[str, typer.Option(help="vllm (padded for its Transformers backend).")],
+    to: Annotated[
+        str,
+        typer.Option(help="deepseek_v3 (stock), gguf (llama.cpp), mlx (mlx-lm), vllm (padded, for our plugin)."),
+    ],
 ) -> None:
     """Writes a converted checkpoint for something else than Transformers."""
     from ..exporters import export_checkpoint

@@ -43,6 +43,10 @@ def _of_recipe(
             "--latent-bits", "--bits", help="Pins the bits of a latent's value: 2, 3, 4, 5, 6, 8, or 16, not coded."
         ),
     ] = None,
+    layout: Annotated[
+        str,
+        typer.Option(help="free, or deepseek, which every engine reads: one rank, a rotary key of 64, no biases."),
+    ] = "free",
     uniform: Annotated[
         bool, typer.Option("--uniform", help="Equal ranks and a rotary key of 64 or 32: what serving kernels take.")
     ] = False,

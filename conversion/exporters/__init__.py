@@ -14,14 +14,15 @@ from rich.progress import Progress
 
 from ..checkpoint.atomic import publishing
 from ..checkpoint.location import locate
-from ..checkpoint.reader import SafetensorsReader
-from ..checkpoint.writer import ShardWriter
 from ..errors import ConversionError, SourceError
-from ..progress import counting
 from .base import Exporter
+from .deepseek_v3 import DeepseekV3Exporter
+from .gguf_file import GgufExporter
+from .mlx import MlxExporter
 from .vllm import VllmExporter
 
-EXPORTERS: dict[str, Exporter] = {exporter.name: exporter for exporter in (VllmExporter(),)}
+_ALL: tuple[Exporter, ...] = (DeepseekV3Exporter(), GgufExporter(), MlxExporter(), VllmExporter())
+EXPORTERS = {exporter.name: exporter for exporter in _ALL}
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def export_checkpoint(model: str, output: Path, to: str, progress: Progress) -> 
         model: a converted checkpoint, or any of this library's models.
         output: a new folder; it appears when it is complete.
         to: a name in `EXPORTERS`.
-        progress: counts the shards.
+        progress: counts what is written.
 
     Raises:
         ConversionError: the target is unknown or cannot express the model, or ``output`` exists.
@@ -48,28 +49,12 @@ def export_checkpoint(model: str, output: Path, to: str, progress: Progress) -> 
     if to not in EXPORTERS:
         raise ConversionError(f"unknown target {to!r}; choose one of {', '.join(EXPORTERS)}.")
     location = locate(model)
-    before = location.config()
-    if not hasattr(before, "kv_lora_ranks"):
-        raise SourceError(f"{model} is a {before.model_type} model, not one of this library; convert it first.")
-    exporter = EXPORTERS[to]
-    after = exporter.config(before)
-    reader = SafetensorsReader(location.folder)
-    layout = {}
-    for name in reader.names:
-        stored = torch.empty(reader.shape(name), dtype=reader.dtype(name), device="meta")
-        layout[name] = exporter.tensor(name, stored, before, after)
+    config = location.config()
+    if not hasattr(config, "kv_lora_ranks"):
+        raise SourceError(f"{model} is a {config.model_type} model, not one of this library; convert it first.")
     with publishing(output) as folder:
-        writer = ShardWriter(folder, layout)
-        with counting(progress, "writing", len(writer.files)) as step:
-            for file in writer.files:
-                writer.write(file, lambda name: [exporter.tensor(name, reader.tensor(name), before, after).flatten()])
-                step()
-        writer.write_index()
-        after.save_pretrained(folder)
-        location.generation_config(before).save_pretrained(folder)
-        location.tokenizer().save_pretrained(folder)
-    dtype = before.dtype or torch.bfloat16
-    return Export(output, before.cache_bytes_per_token(dtype), after.cache_bytes_per_token(dtype))
+        exported = EXPORTERS[to].write(location, config, folder, progress)
+    return Export(output, config.cache_bytes_per_token(config.dtype or torch.bfloat16), exported)
 
 
 __all__ = ["EXPORTERS", "Export", "Exporter", "export_checkpoint"]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import re
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 from typing_extensions import override
@@ -18,17 +17,16 @@ from modeling_mla.configuration_mla import identity_norm_weight
 from modeling_mla.vllm_mla import why_no_mla_attention
 
 from ..errors import BudgetError, SourceError
-from .base import Exporter
+from ..planning.deepseek_layout import HEAD_DIMS, KV_LORA_RANKS, QK_ROPE_HEAD_DIM
+from .base import CheckpointExporter
+from .padding import pad_parts
 
-KV_LORA_RANK = 512
-QK_ROPE_HEAD_DIM = 64
-HEAD_DIMS = ((64, 128), (128, 128), (192, 256))
-"""(qk_nope_head_dim, v_head_dim) beside 64 rotary channels for which there are prefill kernels on GPUs."""
+KV_LORA_RANK = KV_LORA_RANKS[-1]
 
 _ATTENTION = re.compile(r"\w+\.layers\.(\d+)\.(?:self_attn|attention)\.(\w+)\.(weight|bias)")
 
 
-class VllmExporter(Exporter):
+class VllmExporter(CheckpointExporter):
     """Rank 512 and rotary key 64 in every layer, head sizes from `HEAD_DIMS`."""
 
     name = "vllm"
@@ -94,7 +92,12 @@ class VllmExporter(Exporter):
             )
 
     @override
-    def tensor(self, name: str, tensor: Tensor, before: PreTrainedConfig, after: PreTrainedConfig) -> Tensor:
+    def tensors(
+        self, name: str, tensor: Tensor, before: PreTrainedConfig, after: PreTrainedConfig
+    ) -> dict[str, Tensor]:
+        return {name: self._padded(name, tensor, before, after)}
+
+    def _padded(self, name: str, tensor: Tensor, before: PreTrainedConfig, after: PreTrainedConfig) -> Tensor:
         match = _ATTENTION.fullmatch(name)
         if match is None:
             return tensor
@@ -106,26 +109,16 @@ class VllmExporter(Exporter):
         halves = [(half, after.qk_rope_head_dim // 2)] * 2
         latent = (rank, after.kv_lora_rank)
         if projection in ("q_proj", "q_b_proj"):
-            return _pad_parts(tensor.unflatten(0, (heads, -1)), 1, [nope, *halves]).flatten(0, 1)
+            return pad_parts(tensor.unflatten(0, (heads, -1)), 1, [nope, *halves]).flatten(0, 1)
         if projection == "kv_a_proj_with_mqa":
-            return _pad_parts(tensor, 0, [latent, *halves])
+            return pad_parts(tensor, 0, [latent, *halves])
         if projection == "kv_a_layernorm":
             if before.latent_norm != "identity":
                 return tensor
             return identity_norm_weight(after.kv_lora_rank, tensor.dtype, tensor.device)
         if projection == "kv_b_proj":
-            per_head = _pad_parts(tensor.unflatten(0, (heads, -1)), 1, [nope, value]).flatten(0, 1)
-            return _pad_parts(per_head, 1, [latent])
+            per_head = pad_parts(tensor.unflatten(0, (heads, -1)), 1, [nope, value]).flatten(0, 1)
+            return pad_parts(per_head, 1, [latent])
         if projection == "o_proj" and match.group(3) == "weight":
-            return _pad_parts(tensor.unflatten(1, (heads, -1)), 2, [value]).flatten(1, 2)
+            return pad_parts(tensor.unflatten(1, (heads, -1)), 2, [value]).flatten(1, 2)
         return tensor
-
-
-def _pad_parts(tensor: Tensor, dim: int, parts: list[tuple[int, int]]) -> Tensor:
-    """Zeros behind each of the parts of a dimension, given as (size, padded size)."""
-    padded = []
-    for part, (size, wanted) in zip(tensor.split([size for size, _ in parts], dim=dim), parts, strict=True):
-        shape = list(tensor.shape)
-        shape[dim] = wanted - size
-        padded += [part, tensor.new_zeros(shape)]
-    return torch.cat(padded, dim=dim)

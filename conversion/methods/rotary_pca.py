@@ -122,6 +122,31 @@ def shared_rotary_key(
     )
 
 
+def table_rotary_key(keys: Tensor, moment: Tensor, weight: Tensor, inv_freq: Tensor, components: int) -> RotaryKey:
+    """One component for every frequency of a table that holds each ``pairs / components``-th of the source's.
+
+    Each is the leading direction of `shared_rotary_key` at its frequency; the components are in the order of the table.
+
+    Args:
+        keys: as of `shared_rotary_key`.
+        moment: the same.
+        weight: the same.
+        inv_freq: of the source.
+        components: frequencies of the table, which divide the source's pairs.
+    """
+    kv, pairs, width = keys.shape
+    if not pairs:
+        return RotaryKey(keys.new_zeros(0, width), keys.new_zeros(kv, 0, 0), inv_freq)
+    kept = torch.arange(0, pairs, pairs // components, device=keys.device)
+    root = weight[:, kept].clamp_min(1e-30).sqrt().mT
+    rows = root[..., None] * keys[:, kept].transpose(0, 1)
+    _, vectors = eigh(rows @ moment.to(rows.dtype) @ rows.mH)
+    leading = vectors[..., -1]
+    decoder = keys.new_zeros(kv, pairs, components)
+    decoder[:, kept, torch.arange(components, device=keys.device)] = (leading / root).mT
+    return RotaryKey((leading.conj()[:, None] @ rows)[:, 0], decoder, inv_freq[kept])
+
+
 def rotary_queries(groups: int, queries: Tensor, key: RotaryKey) -> Tensor:
     """Query rows that meet the shared key: ``q_c = sum_f q_f conj(u_fc)`` for each head.
 

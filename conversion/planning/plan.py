@@ -18,6 +18,7 @@ from ..recipe import Recipe, cache_elements, cache_share
 from ..sources import SourceModel
 from .coding import ByteBudget, coded, is_coded, whole_bytes
 from .costs import Costs, count_parameters, estimate_costs
+from .deepseek_layout import QK_ROPE_HEAD_DIM, engine_rank, layout_budgets, refuse_unfit
 from .expected_loss import saved_by_twice_the_text
 from .text_use import TextUse
 
@@ -62,6 +63,7 @@ class ConversionPlan:
             "parameters": self.parameters,
             "cache_bytes_per_token_source": self.source_cache_bytes,
             "cache_bytes_per_token": self.cache_bytes,
+            "cache_bytes_per_token_in_engines": self.engine_cache_bytes,
             "estimated_disk_bytes": self.costs.disk_bytes,
             "estimated_memory_bytes": self.costs.memory_bytes,
             "estimated_seconds": round(self.costs.seconds, 1),
@@ -83,11 +85,23 @@ class ConversionPlan:
         }
         if self.saved_by_twice_the_text:
             rows["twice the text"] = f"about {-math.expm1(-self.saved_by_twice_the_text):.1%} less perplexity"
+        if self.engine_cache_bytes is not None:
+            share = self.engine_cache_bytes / self.source_cache_bytes
+            rows["in engines"] = f"{self.engine_cache_bytes} bytes a token ({share:.1%}), the rank padded to theirs"
         if costs:
             rows["expected"] = str(self.costs)
         for name, value in rows.items():
             table.add_row(name, value)
         return table
+
+    @property
+    def engine_cache_bytes(self) -> int | None:
+        """Bytes a token in engines, whose ranks are a few; None but for the layout that they read."""
+        if self.recipe.layout == "free":
+            return None
+        wide = engine_rank(max(layer.kv_lora_rank for layer in self.layers))
+        assert wide is not None, "the plan has been refused"
+        return len(self.layers) * (wide + QK_ROPE_HEAD_DIM) * self.dtype.itemsize
 
     @property
     def kept_in(self) -> str:
@@ -137,6 +151,8 @@ def _saved(budgets: list[LayerBudget], geometries: list[AttentionGeometry], text
 def _budgets(
     recipe: Recipe, method: Method, geometries: list[AttentionGeometry], source: SourceModel, dtype: torch.dtype
 ) -> list[LayerBudget]:
+    if recipe.layout == "deepseek":
+        return _deepseek_budgets(recipe, method, geometries, source, dtype)
     rank, rotary = recipe.kv_lora_rank, recipe.qk_rope_head_dim
     fixed = all(method.smallest(geometry) == method.largest(geometry) for geometry in geometries)
     cache = recipe.cache or ("100%" if fixed else DEFAULT_COMPRESSION)
@@ -162,6 +178,17 @@ def _budgets(
     if in_bits and share is None and recipe.latent_bits is not None:
         budgets = [coded(budget, recipe.latent_bits) for budget in budgets]
         budgets = budgets if rank is not None else [whole_bytes(budget) for budget in budgets]
+    for layer, (geometry, budget) in enumerate(zip(geometries, budgets, strict=True)):
+        _check(method, geometry, budget, layer)
+    return budgets
+
+
+def _deepseek_budgets(
+    recipe: Recipe, method: Method, geometries: list[AttentionGeometry], source: SourceModel, dtype: torch.dtype
+) -> list[LayerBudget]:
+    refuse_unfit(source)
+    elements = cache_elements(recipe.cache or DEFAULT_COMPRESSION, geometries, dtype.itemsize)
+    budgets = layout_budgets(recipe, geometries, elements)
     for layer, (geometry, budget) in enumerate(zip(geometries, budgets, strict=True)):
         _check(method, geometry, budget, layer)
     return budgets

@@ -21,8 +21,8 @@ from ..planning.exact_form import exact_config
 from ..sources import SOURCES, SourceModel, source_of
 
 _COLUMNS = ("family", "models", "what is special", "exact", "compressed by", "served by")
-_SMALLEST = dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads"), 1)
-_SMALLEST |= dict.fromkeys(("hidden_size", "intermediate_size", "head_dim", "vocab_size"), 8)
+SMALLEST = dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads"), 1)
+SMALLEST |= dict.fromkeys(("hidden_size", "intermediate_size", "head_dim", "vocab_size"), 8)
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def families() -> list[Family]:
 
 def _family(name: str, source: type[SourceModel]) -> Family:
     quirks = (inspect.getdoc(source) or "").partition("\n\n")[0].replace("\n", " ").removesuffix(".")
-    smallest = source_of(Location(name, Path()), CONFIG_MAPPING[name](**_SMALLEST, pad_token_id=None))
+    smallest = source_of(Location(name, Path()), CONFIG_MAPPING[name](**SMALLEST, pad_token_id=None))
     compressing = [method for method in METHODS.values() if not method.lossless]
     return Family(
         name,

