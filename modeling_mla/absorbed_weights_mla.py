@@ -18,8 +18,8 @@ from torch import nn
 from .peft_mla import lora_parts, why_adapters_are_no_matrix
 from .tensor_parallel_mla import tensor_parallel_group
 
-_COPIED_VALUES = 1 << 20
-"""Weights that are copied at once, so that the copy is read from a processor's cache."""
+_CACHED_VALUES = 1 << 20
+"""Weights that are read at once, so that a copy, or another order, is read from a processor's cache."""
 
 
 class LowRank(NamedTuple):
@@ -158,7 +158,7 @@ def _product_by_head(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """``[H, m, i] x [H, i, o] -> [H, m, o]``."""
     if rows.device.type != "cpu" or rows.itemsize > 2:
         return _product(rows, weight)
-    size = max(_COPIED_VALUES // max(weight.shape[1] * weight.shape[2], 1), 1)
+    size = max(_CACHED_VALUES // max(weight.shape[1] * weight.shape[2], 1), 1)
     if size >= len(rows):
         return _half_product(rows, weight)
     parts = zip(rows.split(size), weight.split(size), strict=True)
@@ -175,8 +175,11 @@ def _half_product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def _product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """``[H, m, i] x [H, i, o] -> [H, m, o]``, read from the side on which the weight's rows lie.
+    """``[H, m, i] x [H, i, o] -> [H, m, o]``, of a large weight read from the side on which its rows lie.
 
-    From the other side, one token's product on a CPU is up to five times slower.
+    From the other side, one token's product with a large weight on a CPU takes twice as long; with a small one it takes
+    three quarters of the time, for nothing has to be turned over.
     """
-    return torch.bmm(rows, weight) if weight.stride(-1) == 1 else torch.bmm(weight.mT, rows.mT).mT
+    if weight.stride(-1) == 1 or weight.numel() <= _CACHED_VALUES:
+        return torch.bmm(rows, weight)
+    return torch.bmm(weight.mT, rows.mT).mT

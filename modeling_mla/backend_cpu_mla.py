@@ -1,4 +1,4 @@
-"""Absorbed attention by PyTorch's fused kernel for CPUs: float32, and 16 bits over short contexts, in one pass."""
+"""Absorbed attention by PyTorch's fused kernel for CPUs: float32, and fewer bits over short contexts, in one pass."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ from .masks_mla import VisibleKeys
 
 _MIN_SPLIT_LENGTH = 512
 """Below this context one thread is as fast."""
-_WIDENED_VALUES = 1 << 17
-"""Values of a sequence's queries and latents up to which 16-bit numbers are copied to float32."""
+_WIDENED_VALUES, _DECODED_VALUES = 1 << 17, 3 << 17
+"""Values of a sequence's queries and latents up to which 16-bit numbers, and codes, are copied to float32."""
 
 
 class CpuBackend:
     """Splits the context over the threads, for the kernel itself splits only heads and queries, and there is one head.
 
     bfloat16 over longer contexts stays with matrix products: they use the processor's bfloat16 units, the fused kernel
-    does not. Over short ones, calling the library that has them costs more than the work.
+    does not. Over short ones, calling the library that has them costs more than the work; codes are likewise read as
+    they are only where there are many.
     """
 
     name = "cpu"
     serves = (
-        f"CPU; float32, and bfloat16 and float16 up to {_WIDENED_VALUES} values a sequence; no mask, no softcap, no "
-        "codes, no gradient"
+        f"CPU; float32, bfloat16 and float16 up to {_WIDENED_VALUES} values a sequence, codes up to {_DECODED_VALUES}; "
+        "no mask, no softcap, no gradient"
     )
 
     def why_unavailable(self, device: torch.device) -> str | None:
@@ -32,20 +33,19 @@ class CpuBackend:
         return None if device.type == "cpu" else f"it takes tensors on a CPU, not on {device.type}"
 
     def supports(self, shape: AbsorbedShape) -> str | None:
-        """None for plain latents that all queries see, else the reason why not."""
+        """None for latents that all queries see, else the reason why not."""
         if shape.has_mask or shape.softcap is not None:
             return "it takes neither a mask nor a softcap"
-        if shape.code is not None:
-            return "it takes no coded latents"
         if not shape.kv_length:
             return "there are no keys"
-        if shape.dtype != torch.float32:
-            if shape.dtype not in (torch.bfloat16, torch.float16):
-                return f"it takes float32, bfloat16 and float16, not {shape.dtype}"
+        if shape.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"it takes float32, bfloat16 and float16, not {shape.dtype}"
+        if shape.dtype != torch.float32 or shape.code is not None:
             width = shape.kv_lora_rank + shape.qk_rope_head_dim
             values = width * (shape.kv_length + shape.num_heads * shape.query_length)
-            if values > _WIDENED_VALUES:
-                return f"in {shape.dtype} it takes {_WIDENED_VALUES} values a sequence, not {values}"
+            kind, most = (shape.dtype, _WIDENED_VALUES) if shape.code is None else ("codes", _DECODED_VALUES)
+            if values > most:
+                return f"in {kind} it takes {most} values a sequence, not {values}"
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return "it has no gradient and is not compiled"
         return None
@@ -59,10 +59,10 @@ class CpuBackend:
         visible: VisibleKeys,
         softcap: float | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attends to plain latents, as `AbsorbedBackend.attend` says, with a part of the context for every thread."""
-        assert isinstance(latents, torch.Tensor)
+        """Attends as `AbsorbedBackend.attend` says, with a part of the context for every thread."""
         batch, heads, length, width = query.shape
-        rows, own = query.reshape(batch, 1, heads * length, width).float(), latents.float()
+        own = latents.dense(0, latents.shape[1]) if isinstance(latents, CodedLatents) else latents
+        rows, own = query.reshape(batch, 1, heads * length, width).float(), own.float()
         parts = torch.get_num_threads() if own.shape[1] >= _MIN_SPLIT_LENGTH else 1
         if parts == 1:
             context, lse = _attend_whole(rows, own.unsqueeze(1), scale)

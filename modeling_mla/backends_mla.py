@@ -15,6 +15,7 @@ from transformers.utils import logging
 from .backend_base_mla import AbsorbedBackend, AbsorbedShape
 from .backend_cpu_mla import CpuBackend
 from .backend_fa3_mla import FlashAttention3Backend
+from .backend_fa4_mla import FlashAttention4Backend
 from .backend_flashinfer_mla import FlashInferBackend
 from .backend_flashmla_mla import FlashMLABackend
 from .backend_int8_mla import Int8Backend
@@ -27,6 +28,7 @@ _ALL: tuple[AbsorbedBackend, ...] = (
     CpuBackend(),
     Int8Backend(),
     FlashAttention3Backend(),
+    FlashAttention4Backend(),
     FlashMLABackend(),
     FlashInferBackend(),
     TritonBackend(),
@@ -38,7 +40,7 @@ PREFERENCE = {
     "cpu": ("cpu", "int8", "torch"),
     "sm80": ("flashinfer", "triton", "torch"),
     "sm90": ("fa3", "flashmla", "flashinfer", "triton", "torch"),
-    "sm100": ("triton", "flashinfer", "torch"),
+    "sm100": ("fa4", "triton", "flashinfer", "torch"),
     "other": ("torch",),
 }
 """What ``auto`` tries, in order, by `architecture`."""

@@ -7,6 +7,7 @@ equal runs; levels at the same place of a byte, and further levels that come fro
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -48,6 +49,7 @@ class _Piece(NamedTuple):
     width: int
 
 
+@functools.cache
 def _layout(channels: int, bits: int) -> _Layout:
     whole, spare = divmod(8, bits)
     together = math.lcm(spare, bits) if spare else 0
@@ -88,26 +90,8 @@ def packed_bytes(channels: int, bits: int) -> int:
     return layout.runs * layout.length
 
 
-def pack_levels(levels: torch.Tensor, bits: int) -> torch.Tensor:
-    """``levels [..., n]``, uint8 below ``2**bits``, to ``[..., packed_bytes(n, bits)]`` uint8."""
-    layout = _layout(levels.shape[-1], bits)
-    size, length = layout.runs * layout.length, layout.length
-    room = layout.whole * size + layout.further * length
-    levels = torch.nn.functional.pad(levels, (0, room - levels.shape[-1]))
-    packed = levels[..., :size].clone()
-    for place in range(1, layout.whole):
-        packed |= levels[..., place * size : (place + 1) * size] << (place * bits)
-    for level in range(layout.further):
-        own = levels[..., layout.whole * size + level * length :][..., :length]
-        for piece in _pieces(layout, bits, level):
-            part = own.bitwise_right_shift(piece.in_level).bitwise_and_((1 << piece.width) - 1)
-            run = packed[..., piece.run * length : (piece.run + 1) * length]
-            run |= part << (layout.whole * bits + piece.in_spare)
-    return packed
-
-
 def unpack_levels(packed: torch.Tensor, bits: int, levels: torch.Tensor) -> None:
-    """The inverse of `pack_levels`, from ``[..., bytes]`` into ``levels [..., n]``, both uint8 and of any strides."""
+    """Takes bytes ``[..., packed_bytes(n, bits)]`` apart into ``levels [..., n]``, both uint8 and of any strides."""
     layout = _layout(levels.shape[-1], bits)
     size, length = layout.runs * layout.length, layout.length
     packed = packed.contiguous() if size < _NARROW else packed

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from .coded_states_mla import CodedStates
+from .masks_mla import in_graph
 from .scores_mla import capped_and_masked, float32_products
 from .softmax_merge_mla import finite_lse, merge_attended, sink_share
 
@@ -63,7 +64,7 @@ def attend_in_pieces(
         for first in range(0, length, _QUERY_BLOCK):
             rows = slice(first, min(first + _QUERY_BLOCK, length))
             mask = mask_of(rows, keys)
-            if mask is not None and mask.dtype == torch.bool and not mask.any():
+            if mask is not None and mask.dtype == torch.bool and not in_graph(mask) and not mask.any():
                 continue
             scores = float32_products(query[:, :, rows].flatten(0, 1), key.mT.flatten(0, 1)) * scaling
             scores = capped_and_masked(scores.unflatten(0, (batch, heads)), mask, softcap)

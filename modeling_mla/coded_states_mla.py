@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import torch
 
-from .bit_packing_mla import pack_levels, packed_bytes, unpack_levels
+from .bit_packing_mla import packed_bytes, unpack_levels
+from .code_writer_mla import RowWriter
 from .hartley_mla import hartley_matrix
-from .latent_code_mla import LatentCode, PartCode, largest, middle
+from .latent_code_mla import LatentCode, PartCode
 
 
 class Codec:
@@ -18,7 +19,7 @@ class Codec:
     Attributes:
         dtype: of the states that are coded, and of what they are decoded to.
         matrix: ``[n, n]`` orthogonal, applied from the right before coding; None where the code is not rotated.
-        middles: ``[n]`` float32, what is taken from every channel's level.
+        writer: of the bytes; None where states are kept in 16 bits.
     """
 
     def __init__(self, code: PartCode, dtype: torch.dtype, device: torch.device) -> None:
@@ -28,12 +29,13 @@ class Codec:
         self.matrix = hartley_matrix(code.channels, self.precision, device) if code.rotated else None
         self.matrix_back = hartley_matrix(code.channels, dtype, device).t() if code.rotated else None
         self.groups = torch.tensor(code.groups, dtype=torch.long, device=device)
-        if not code.is_exact:
-            by_channel = [bits for channels, bits in code.segments for _ in range(channels)]
-            self.middles, self.limits = (
-                torch.tensor([of(bits) for bits in by_channel], dtype=torch.float32, device=device)
-                for of in (middle, largest)
-            )
+        self.writer = None if code.is_exact else RowWriter([code], device)
+
+    @property
+    def middles(self) -> torch.Tensor:
+        """``[n]`` float32, what is taken from every channel's level."""
+        assert self.writer is not None
+        return self.writer.middles
 
     def rotate(self, states: torch.Tensor) -> torch.Tensor:
         """``[..., n]`` as they are coded, in float32 or wider where that takes products."""
@@ -47,38 +49,9 @@ class Codec:
 
     def encode(self, rotated: torch.Tensor) -> torch.Tensor:
         """``[..., n]``, rotated, to bytes ``[..., code.nbytes]`` uint8: scales, then the levels of every segment."""
-        code = self.code
-        if code.is_exact:
+        if self.writer is None:
             return rotated.to(self.exact_dtype).contiguous().view(torch.uint8)
-        states = rotated.float()
-        largest = torch.stack([share.amax(-1) for share in (states.abs() / self.limits).split(code.groups, -1)], -1)
-        (scales, levels), *others = (self._rounded(states, largest * share) for share in code.scale_shares)
-        if others:
-            error = self._error(states, scales, levels)
-            for other_scales, other_levels in others:
-                other_error = self._error(states, other_scales, other_levels)
-                less = other_error < error
-                error, scales = torch.where(less, other_error, error), torch.where(less, other_scales, scales)
-                levels = torch.where(self._by_channel(less), other_levels, levels)
-        parts = [scales.view(torch.uint8)]
-        levels = levels.to(torch.int8).view(torch.uint8)
-        for part, (_, bits) in zip(levels.split([n for n, _ in code.segments], dim=-1), code.segments, strict=True):
-            parts.append(pack_levels(part, bits))
-        rows = torch.cat(parts, dim=-1)
-        return torch.nn.functional.pad(rows, (0, code.nbytes - rows.shape[-1]))
-
-    def _rounded(self, states: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scales ``[..., groups]`` in bfloat16, and the nearest levels ``[..., n]`` that there are, in float32."""
-        scales = _rounded_up(scales)
-        # Where a scale is zero all its states are.
-        steps = self._by_channel(scales.float()).clamp(min=torch.finfo(torch.float32).tiny)
-        levels = (states / steps + self.middles).round()
-        return scales, levels.clamp(self.middles - self.limits, self.middles + self.limits)
-
-    def _error(self, states: torch.Tensor, scales: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
-        """The squared error ``[..., groups]`` of what levels stand for."""
-        squares = (states - (levels - self.middles) * self._by_channel(scales.float())).square()
-        return torch.stack([square.sum(-1) for square in squares.split(self.code.groups, -1)], -1)
+        return self.writer.write(rotated)
 
     def _by_channel(self, scales: torch.Tensor) -> torch.Tensor:
         """``[..., groups]`` spread over the channels, or, of one scale, as it is."""
@@ -116,11 +89,6 @@ class Codec:
         """Bytes ``[..., code.nbytes]`` as states ``[..., n]``, still rotated, in float32 or wider."""
         states, scales = self.tile(rows, self.precision)
         return states if scales is None else states.mul_(scales.unsqueeze(-1))
-
-
-def _rounded_up(scales: torch.Tensor) -> torch.Tensor:
-    """The next bfloat16 that is not below a positive float32, so that no level passes the largest."""
-    return ((scales.view(torch.int32) + 0xFFFF) >> 16).to(torch.int16).view(torch.bfloat16)
 
 
 class CodedStates:
@@ -176,6 +144,10 @@ class CodedStates:
     def rotated(self) -> torch.Tensor:
         """``[B, S, n]`` as they are coded, in float32 or wider, the exact tokens in their places."""
         states, count = self.codec.decode(self.rows), self.exact.shape[1]
+        if len(set(self.starts)) == 1:
+            places, kept_places = self.exact_places(0)
+            states[:, places] = self.exact[:, kept_places]
+            return states
         first = max(min(self.starts, default=0), 0)
         stop = min(max(self.starts, default=0) + count, states.shape[1])
         if count and first < stop:
@@ -196,6 +168,8 @@ class LatentCodec:
 
     def __init__(self, code: LatentCode, dtype: torch.dtype, device: torch.device) -> None:
         self.latent, self.rope = (Codec(part, dtype, device) for part in (code.latent, code.rope))
+        coded = self.latent.writer is not None and self.rope.writer is not None
+        self.writer = RowWriter([code.latent, code.rope], device) if coded else None
         self.widths = [code.latent.channels, code.rope.channels]
         self.width = sum(self.widths)
 
@@ -205,6 +179,8 @@ class LatentCodec:
 
     def encode(self, rotated: torch.Tensor) -> torch.Tensor:
         """``[..., r + d_r]`` to rows ``[..., code.nbytes]`` uint8."""
+        if self.writer is not None:
+            return self.writer.write(rotated)
         latent, rope = rotated.split(self.widths, dim=-1)
         return torch.cat((self.latent.encode(latent), self.rope.encode(rope)), dim=-1)
 

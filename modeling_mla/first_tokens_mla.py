@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from .masks_mla import in_graph
+
 
 class FirstTokens:
     """Rows for the first tokens of a batch, of one layer.
@@ -84,11 +86,11 @@ def leading_padding(
         filled: tokens that are cached already.
 
     Returns:
-        None where nothing is told, and for single tokens.
+        None where nothing is told, for single tokens, and within a graph, which must not wait for the device.
     """
-    if input_shape[1] == 1 or torch.compiler.is_compiling():
-        return None
     mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
+    if input_shape[1] == 1 or any(isinstance(told, torch.Tensor) and in_graph(told) for told in (mask, positions)):
+        return None
     if isinstance(mask, torch.Tensor) and mask.dim() == 2:
         found = (mask.cumsum(-1) == 0).sum(-1)
     elif mask is not None and isinstance(positions, torch.Tensor) and positions.shape == input_shape:

@@ -7,6 +7,7 @@ refuses the code of a checkpoint that states imports which are not installed.
 from __future__ import annotations
 
 import importlib
+import importlib.machinery
 import importlib.util
 import sys
 from typing import Any, NamedTuple
@@ -24,8 +25,20 @@ _TRIAL_ERROR = 2e-2
 
 
 def installed(*names: str) -> str | None:
-    """The first of some modules that can be imported here."""
-    return next((name for name in names if importlib.util.find_spec(name) is not None), None)
+    """The first of some modules that can be imported here; none is, nor a package around it."""
+    return next((name for name in names if _is_there(name)), None)
+
+
+def _is_there(name: str) -> bool:
+    if name in sys.modules:
+        return True
+    first, *parts = name.split(".")
+    spec = importlib.util.find_spec(first)
+    for part in parts:
+        if spec is None:
+            break
+        spec = importlib.machinery.PathFinder.find_spec(f"{spec.name}.{part}", spec.submodule_search_locations)
+    return spec is not None
 
 
 def load(*names: str) -> Any:

@@ -64,17 +64,17 @@ class PartCode:
         if type(self.rotated) is not bool:
             raise ValueError(f"rotated is {self.rotated!r}; it must be true or false.")
 
-    @property
+    @functools.cached_property
     def channels(self) -> int:
         """Channels of all segments."""
         return sum(channels for channels, _ in self.segments)
 
-    @property
+    @functools.cached_property
     def is_exact(self) -> bool:
         """Whether states are kept in 16 bits, or there are none."""
         return not self.segments or self.segments[0][1] == EXACT
 
-    @property
+    @functools.cached_property
     def groups(self) -> tuple[int, ...]:
         """The channels that each scale is for, in their order."""
         if self.is_exact:
@@ -96,12 +96,12 @@ class PartCode:
         """
         return (1.0,) if any(bits == 8 for _, bits in self.segments) else _SCALE_SHARES
 
-    @property
+    @functools.cached_property
     def scale_bytes(self) -> int:
         """Bytes of a token's scales, which are bfloat16 and lie before its levels."""
         return _SCALE_BYTES * len(self.groups)
 
-    @property
+    @functools.cached_property
     def nbytes(self) -> int:
         """Bytes of a token, scales included: even, so that scales can be read where they lie."""
         if self.is_exact:
@@ -150,7 +150,7 @@ class LatentCode:
         if not self.latent.segments:
             raise ValueError("latent has no segments; it must have one for every channel of the latent.")
 
-    @property
+    @functools.cached_property
     def nbytes(self) -> int:
         """Bytes of a token behind the exact ones."""
         return self.latent.nbytes + self.rope.nbytes

@@ -49,9 +49,8 @@ class CodedLatents(NamedTuple):
         return places, torch.cat((self.latent.exact[index, own], self.rope.exact[index, own]), dim=-1)
 
     def dense(self, start: int, length: int) -> torch.Tensor:
-        """Some tokens of all sequences, ``[B, length, r + d_r]``, still rotated."""
-        parts = (part.narrow(2, start, length).rotated() for part in self)
-        return torch.cat([part.to(self.latent.dtype) for part in parts], dim=-1)
+        """Some tokens of all sequences, ``[B, length, r + d_r]``, still rotated, in float32 or wider."""
+        return torch.cat([part.narrow(2, start, length).rotated() for part in self], dim=-1)
 
     def pieces(self, index: int, tokens: int) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
         """The other tokens, at most so many at once: their place, their rows of the latents and of the rotary keys."""

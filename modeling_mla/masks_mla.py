@@ -101,7 +101,7 @@ class VisibleKeys(NamedTuple):
             starts, ends = (torch.full((batch,), at, dtype=torch.int32, device=self.device) for at in (start, length))
             causal = self.first_query is not None and self.query_length > 1
             return RowBounds(starts, ends, causal, self.window if causal else None, start == 0, True)
-        if isinstance(mask, BlockMask) or mask.is_floating_point() or _is_graph(mask):
+        if isinstance(mask, BlockMask) or mask.is_floating_point() or in_graph(mask):
             return None
         if mask.is_inference():
             # Nothing tells whether it was written to since.
@@ -160,8 +160,9 @@ class VisibleKeys(NamedTuple):
         return visible[None, None]
 
 
-def _is_graph(mask: torch.Tensor) -> bool:
-    return torch.compiler.is_compiling() or (mask.is_cuda and torch.cuda.is_current_stream_capturing())
+def in_graph(tensor: torch.Tensor) -> bool:
+    """Whether what is called becomes part of a graph, compiled or captured, for which Python may read no values."""
+    return torch.compiler.is_compiling() or (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _runs(dense: torch.Tensor | None, batch: int, window: int | None) -> RowBounds | None:

@@ -1,7 +1,8 @@
 """Stand-ins for packages of GPU kernels: their signatures, their checks, the right result in PyTorch, and a record.
 
 Signatures and checks are those of FlashAttention-3 (``hopper/flash_attn_interface.py`` and ``flash_api.cpp``, the wheel
-``fa3-fwd`` 0.0.3), FlashMLA (April 2026, and ``sgl-flash-mla`` 1.0.0) and FlashInfer (``mla/_core.py``, August 2026).
+``fa3-fwd`` 0.0.3), FlashAttention-4 (the wheel ``flash-attn-4`` 4.0.0b36, ``cute/interface.py``), FlashMLA (April 2026,
+and ``sgl-flash-mla`` 1.0.0) and FlashInfer (``mla/_core.py``, August 2026).
 """
 
 from __future__ import annotations
@@ -73,6 +74,46 @@ class FlashAttention3:
             scale = softmax_scale * self.scale_error
             out[b], lse[b] = attention(query, keys, v_cache[b, part, 0], scale, causal, window, softcap)
         return (out.to(q.dtype), lse.float()) if return_softmax_lse else out.to(q.dtype)
+
+
+class FlashAttention4:
+    """The module ``flash_attn.cute``."""
+
+    def __init__(self) -> None:
+        self.calls: list[dict] = []
+
+    def flash_attn_varlen_func(
+        self, q, k, v, qv=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None,
+        min_seqlen_k=None, seqused_q=None, seqused_k=None, gather_kv_indices=None, page_table=None, softmax_scale=None,
+        causal=False, window_size=(None, None), learnable_sink=None, softcap=0.0, num_splits=1, pack_gqa=None,
+        deterministic=False, score_mod=None, score_mod_bwd=None, mask_mod=None, block_sparse_tensors=None,
+        aux_tensors=None, aux_scalars=None, return_lse=False, scheduler_metadata=None, seqlen_k_per_split=None,
+        disable_scheduler_metadata=False, gather_bwd_recompute_p=False, gather_bwd_token_chunk=None,
+    ):  # fmt: skip
+        self.calls.append(dict(locals()))
+        batch, queries, heads, rope = q.shape
+        rank = v.shape[-1]
+        assert (rope, rank) == (64, 512)
+        assert 0 < heads <= 128
+        assert window_size == (None, None), "local not yet supported with qv"
+        assert softcap == 0.0
+        _of_rows(q, qv.dtype, batch, queries, heads, rope)
+        _of_rows(qv, q.dtype, batch, queries, heads, rank)
+        _of_rows(k, q.dtype, batch, k.shape[1], 1, rope)
+        _of_rows(v, q.dtype, batch, k.shape[1], 1, rank)
+        lengths = [k.shape[1]] * batch
+        if seqused_k is not None:
+            _of_rows(seqused_k, torch.int32, batch)
+            lengths = seqused_k.tolist()
+        out = torch.zeros(batch, queries, heads, rank, dtype=torch.float64)
+        # With a second query, heads come last.
+        lse = torch.zeros(batch, queries, heads, dtype=torch.float64)
+        for b, length in enumerate(lengths):
+            keys = torch.cat((k[b, :length, 0], v[b, :length, 0]), -1)
+            query = torch.cat((q[b], qv[b]), -1)
+            out[b], own_lse = attention(query, keys, v[b, :length, 0], softmax_scale, causal)
+            lse[b] = own_lse.T
+        return out.to(q.dtype), lse.float() if return_lse else None
 
 
 class Schedule:

@@ -129,7 +129,7 @@ def test_gradients_of_a_wrapped_projection():
 @pytest.mark.parametrize("sizes", [(2, 3, 1), (1, 5, 4), (3, 2, 0)])
 def test_products_are_those_of_every_head(dtype, sizes, monkeypatch):
     """Also where a copy of the weights would take several parts."""
-    monkeypatch.setattr("modeling_mla.absorbed_weights_mla._COPIED_VALUES", 8 * 16 * 2)
+    monkeypatch.setattr("modeling_mla.absorbed_weights_mla._CACHED_VALUES", 8 * 16 * 2)
     batch, length, nope = sizes
     heads, rank, value = 5, 16, 6
     layer = nn.Linear(rank, heads * (nope + value), bias=False).to(dtype)

@@ -10,6 +10,7 @@ from decode_cases import KINDS, Case
 
 from modeling_mla import backend_int8_mla, backend_torch_mla, latent_tiles_mla
 from modeling_mla.backend_base_mla import AbsorbedShape
+from modeling_mla.backend_cpu_mla import CpuBackend
 from modeling_mla.backend_int8_mla import Int8Backend
 from modeling_mla.backend_torch_mla import TorchBackend
 from modeling_mla.backends_mla import BACKENDS, forget_availability, select_backend, why_unavailable
@@ -47,19 +48,25 @@ def test_every_mask(kind, softcap, backend, block):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_every_code(name, dtype, block):
     check(Case(keys=300, dtype=dtype), CODES[name], TorchBackend())
+    check(Case(keys=300, dtype=dtype), CODES[name], CpuBackend())
     if name in BYTES:
         check(Case(keys=300, dtype=dtype), CODES[name], Int8Backend())
 
 
 @pytest.mark.parametrize("keys", [1, 3, 4, 5])
-@pytest.mark.parametrize("backend", [TorchBackend(), Int8Backend()], ids=lambda backend: backend.name)
+@pytest.mark.parametrize("backend", [TorchBackend(), Int8Backend(), CpuBackend()], ids=lambda backend: backend.name)
 def test_contexts_about_as_long_as_the_exact_tokens(keys, backend):
     check(Case(keys=keys), CODES["4 bits"], backend)
 
 
-@pytest.mark.parametrize("backend", [TorchBackend(), Int8Backend()], ids=lambda backend: backend.name)
+@pytest.mark.parametrize("backend", [TorchBackend(), Int8Backend(), CpuBackend()], ids=lambda backend: backend.name)
 def test_a_model_without_rotary_keys(backend):
     check(Case(rope=0), uniform_code(4, 32, 0), backend)
+
+
+@pytest.mark.parametrize("starts", [(0, 0), (9, 9), (0, 9), (68, 68)])
+def test_exact_tokens_lie_where_each_sequence_begins(starts):
+    coded_cases.check(Case(), CODES["4 bits"], CpuBackend().attend, CPU, starts)
 
 
 @pytest.mark.parametrize("digits", [2, 3])
@@ -109,13 +116,23 @@ def test_products_of_bytes_need_a_processor_and_no_gradient(monkeypatch):
     try:
         with torch.no_grad():
             assert "AVX512-VNNI" in why_unavailable("int8", CPU)
-            assert select_backend("auto", SHAPE).name == "torch"
+            assert select_backend("auto", SHAPE._replace(kv_length=20000)).name == "torch"
     finally:
         forget_availability()
 
 
-@pytest.mark.parametrize("name", [name for name in BACKENDS if name not in ("torch", "int8", "triton")])
+@pytest.mark.parametrize("name", [name for name in BACKENDS if name not in ("torch", "cpu", "int8", "triton")])
 @torch.no_grad()
 def test_other_backends_refuse_codes_by_name(name):
     with pytest.raises(ValueError, match=f"'{name}' cannot serve this attention: it takes no coded latents"):
         select_backend(name, SHAPE)
+
+
+@torch.no_grad()
+def test_short_contexts_are_decoded_and_long_ones_read_as_they_are():
+    most = 3 * 2**17 // 40 - 4
+    assert select_backend("auto", SHAPE._replace(kv_length=most)).name == "cpu"
+    assert select_backend("auto", SHAPE._replace(kv_length=most + 1)).name != "cpu"
+    reason = CpuBackend().supports(SHAPE._replace(kv_length=most + 1))
+    assert reason is not None
+    assert "in codes it takes 393216 values a sequence, not" in reason

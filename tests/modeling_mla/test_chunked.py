@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from host_reads import NoHostReads
 from tiny import (
     EXPERTS,
     VARIANTS,
@@ -14,7 +15,15 @@ from tiny import (
     tiny_model,
 )
 
-from modeling_mla import Gemma2MLAForCausalLM, GptOssMLAForCausalLM, LatentCache, chunked_mla, routes_mla
+from modeling_mla import (
+    Gemma2MLAForCausalLM,
+    GptOssMLAForCausalLM,
+    LatentCache,
+    chunked_mla,
+    first_tokens_mla,
+    masks_mla,
+    routes_mla,
+)
 from modeling_mla.cache_static_mla import StaticLatentCache
 from modeling_mla.transformers_seams_mla import cache_argument
 
@@ -81,6 +90,46 @@ def test_chunks_on_top_of_a_cache(pieces, cache, implementation):
     parts = [model(part, **cache_argument(past)).logits for part in ids.split([70, 40, 39, 1], dim=1)]
     assert_close(torch.cat(parts, dim=1), reference_logits(model, ids))
     assert max(pieces) == 64
+
+
+@pytest.mark.one_route
+@torch.no_grad()
+def test_a_prompt_in_a_graph_is_read_by_no_host(pieces, monkeypatch):
+    """Under the capture of a CUDA graph any look at a tensor's values is an error."""
+    model = tiny_model()
+    model.set_attention_route("expanded")
+    ids, padding = random_ids(2, LENGTH), left_padding(2, LENGTH)
+    causal = torch.ones(LENGTH, 200, dtype=torch.bool).tril()
+    # As `generate` makes it for a cache of fixed size.
+    mask = causal & torch.nn.functional.pad(padding, (0, 50)).bool()[:, None, None]
+
+    def logits() -> torch.Tensor:
+        cache = cache_argument(StaticLatentCache(model.config, 200))
+        return model(ids, attention_mask=mask, position_ids=positions_of(padding), **cache).logits[padding.bool()]
+
+    expected = logits()
+    for module in (chunked_mla, first_tokens_mla, masks_mla):
+        monkeypatch.setattr(module, "in_graph", lambda tensor: True)
+    with NoHostReads():
+        actual = logits()
+    assert_close(actual, expected)
+    assert pieces
+
+
+@torch.no_grad()
+def test_pieces_compile_to_one_graph(pieces):
+    query, kv_c, k_pe = torch.randn(1, 2, 40, 12), torch.randn(1, 1, LENGTH, 8), torch.randn(1, 1, LENGTH, 4)
+    mask = torch.ones(40, LENGTH, dtype=torch.bool).tril(LENGTH - 40)[None, None]
+
+    def attend(query, kv_c, k_pe, mask):
+        def expand(kv_c, k_pe):
+            return torch.cat((kv_c, k_pe), -1).expand(-1, 2, -1, -1), kv_c.expand(-1, 2, -1, -1)
+
+        given = (expand, query, kv_c, k_pe, lambda rows, keys: mask[..., rows, keys], 0.3, None)
+        return chunked_mla.attend_in_pieces(*given)
+
+    compiled = torch.compile(attend, fullgraph=True, backend="eager")
+    assert_close(compiled(query, kv_c, k_pe, mask), attend(query, kv_c, k_pe, mask))
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """Backends that call packages of GPU kernels, against doubles that check what they are given and compute with it."""
 
+import importlib
 import sys
 from pathlib import Path
 
@@ -12,22 +13,29 @@ from transformers.dynamic_module_utils import get_imports
 from modeling_mla import backends_mla
 from modeling_mla.backend_base_mla import AbsorbedShape
 from modeling_mla.backend_fa3_mla import FlashAttention3Backend, _lacking
+from modeling_mla.backend_fa4_mla import FlashAttention4Backend
 from modeling_mla.backend_flashinfer_mla import FlashInferBackend
 from modeling_mla.backend_flashmla_mla import FlashMLABackend
 from modeling_mla.cache_layers_mla import LatentLayer
-from modeling_mla.kernel_packages_mla import PAGE, pages
+from modeling_mla.kernel_packages_mla import PAGE, installed, pages
 from modeling_mla.latent_code_mla import uniform_code
 from modeling_mla.masks_mla import VisibleKeys
 
 pytestmark = pytest.mark.one_route
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
-BACKENDS = {"fa3": FlashAttention3Backend, "flashmla": FlashMLABackend, "flashinfer": FlashInferBackend}
+BACKENDS = {
+    "fa3": FlashAttention3Backend,
+    "fa4": FlashAttention4Backend,
+    "flashmla": FlashMLABackend,
+    "flashinfer": FlashInferBackend,
+}
 DOUBLES = {
     "fa3": (kernel_doubles.FlashAttention3, ("flash_attn_interface",)),
+    "fa4": (kernel_doubles.FlashAttention4, ("flash_attn", "flash_attn.cute")),
     "flashmla": (kernel_doubles.FlashMLA, ("flash_mla",)),
     "flashinfer": (kernel_doubles.FlashInfer, ("flashinfer", "flashinfer.mla")),
 }
-WIDTHS = {"fa3": (256, 16), "flashmla": (512, 64), "flashinfer": (128, 64)}
+WIDTHS = {"fa3": (256, 16), "fa4": (512, 64), "flashmla": (512, 64), "flashinfer": (128, 64)}
 by_name = pytest.mark.parametrize("name", BACKENDS)
 
 
@@ -53,6 +61,7 @@ def shape(name: str, visible: VisibleKeys | None = None, **changes) -> AbsorbedS
 
 SERVED = {
     "fa3": {"none", "causal", "window"},
+    "fa4": {"none", "causal"},
     "flashmla": {"none", "causal"},
     "flashinfer": {"none", "causal"},
 }
@@ -121,6 +130,34 @@ def test_fa3_takes_a_softcap_and_copies_nothing(package):
     assert call["qv"].data_ptr() == query.data_ptr()
     assert call["softcap"] == 0.0
     assert call["cache_leftpad"] is None
+
+
+@torch.no_grad()
+def test_fa4_copies_nothing_and_is_told_lengths_only_where_they_differ(package):
+    double, backend = package("fa4"), FlashAttention4Backend()
+    query, latents = random_tensors(Case(rank=512, rope=64, dtype=BF16), CPU)
+    _, lse = backend.attend(query, latents, 512, 0.1, VisibleKeys(None, 1, 70, CPU), None)
+    call = double.calls[-1]
+    assert lse.shape == query.shape[:3]
+    assert call["v"].data_ptr() == latents.data_ptr()
+    assert call["k"].data_ptr() == latents[..., 512:].data_ptr()
+    assert call["qv"].data_ptr() == query.data_ptr()
+    assert call["seqused_k"] is None
+    assert call["num_splits"] == 0
+    seen = torch.arange(70) < torch.tensor([[70], [40]])
+    backend.attend(query, latents, 512, 0.1, VisibleKeys(seen[:, None, None], 1, 70, CPU), None)
+    assert double.calls[-1]["seqused_k"].tolist() == [70, 40]
+
+
+def test_a_module_within_a_package_is_found_without_importing_it(tmp_path, monkeypatch):
+    """FlashAttention-4 lives within the package of FlashAttention-2, which loads CUDA's libraries."""
+    (tmp_path / "outer_of_kernels").mkdir()
+    (tmp_path / "outer_of_kernels" / "__init__.py").write_text("raise AssertionError('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert installed("outer_of_kernels.inner") is None
+    (tmp_path / "outer_of_kernels" / "inner.py").touch()
+    importlib.invalidate_caches()
+    assert installed("absent_of_kernels.inner", "outer_of_kernels.inner") == "outer_of_kernels.inner"
 
 
 @torch.no_grad()
@@ -203,6 +240,9 @@ REFUSED = [
     ("fa3", {"kv_lora_rank": 128}, "ranks 256 to 512 that 8 divides, not 128"),
     ("fa3", {"qk_rope_head_dim": 0}, "rotary keys of 8 to 64 channels that 8 divides, not 0"),
     ("fa3", {"qk_rope_head_dim": 96}, "not 96"),
+    ("fa4", {"kv_lora_rank": 256}, "rank 512 and rotary keys of 64, not 256 and 64"),
+    ("fa4", {"num_heads": 129}, "at most 128 heads, not 129"),
+    ("fa4", {"softcap": 1.0}, "no softcap"),
     ("flashmla", {"kv_lora_rank": 256}, "rank 512 and rotary keys of 64, not 256 and 64"),
     ("flashmla", {"softcap": 1.0}, "no softcap"),
     ("flashinfer", {"kv_lora_rank": 192}, "ranks that 128 divides, not 192"),
@@ -231,7 +271,7 @@ def test_they_have_no_gradient(name, package):
 @by_name
 def test_availability_says_what_is_missing(name, package, monkeypatch):
     backend, gpu = BACKENDS[name](), torch.device("cuda", 0)
-    for module in ("flash_attn_interface", "fa3_fwd_interface", "flash_mla", "flashinfer"):
+    for module in ("fa3_fwd_interface", *(module for _, modules in DOUBLES.values() for module in modules)):
         monkeypatch.delitem(sys.modules, module, raising=False)
     if backends_mla.BACKENDS[name].why_unavailable(CPU).endswith("installed"):
         assert backend.why_unavailable(gpu).endswith("is not installed") or "neither" in backend.why_unavailable(gpu)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from modeling_mla import LlamaMLAConfig
-from modeling_mla.bit_packing_mla import pack_levels, packed_bytes, unpack_levels
+from modeling_mla.bit_packing_mla import packed_bytes, unpack_levels
+from modeling_mla.code_writer_mla import RowWriter
 from modeling_mla.coded_states_mla import Codec, LatentCodec
 from modeling_mla.hartley_mla import hartley_matrix
 from modeling_mla.latent_code_mla import LatentCode, PartCode, uniform_code
@@ -111,9 +112,12 @@ def test_zeros_stay_zeros_and_what_is_not_finite_stays_so(name):
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 @pytest.mark.parametrize("channels", [1, 3, 8, 48, 144, 513])
 def test_levels_survive_their_bytes(bits, channels):
-    levels = torch.randint(0, 2**bits, (2, 5, channels), dtype=torch.uint8)
-    packed = pack_levels(levels, bits)
-    assert packed.shape[-1] == packed_bytes(channels, bits)
+    code, levels = PartCode(((channels, bits),)), torch.randint(0, 2**bits, (10, channels), dtype=torch.uint8)
+    scales = torch.zeros(10, code.scale_bytes, dtype=torch.uint8)
+    rows = RowWriter([code], CPU).packing.rows(torch.cat((scales, levels), -1))
+    assert rows.shape == (10, code.nbytes)
+    packed = rows[:, code.scale_bytes :][:, : packed_bytes(channels, bits)].view(2, 5, -1)
+    levels = levels.view(2, 5, channels)
     if channels % 8 == 0:
         assert packed.shape[-1] == channels * bits // 8
     assert packed.shape[-1] - channels * bits / 8 < bits

@@ -42,6 +42,19 @@ def test_attention_of_one_token_calls_few_operators(dtype, most):
     assert counted.views <= 41
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@torch.no_grad()
+def test_a_token_of_few_bits_calls_few_operators(bits):
+    """Writing tries six scales at once, and reading decodes a short context in one go."""
+    model = tiny_model(dtype=torch.float32, latent_norm="identity")
+    cache, attention = LatentCache(config=model.config, latent_bits=bits), model.model.layers[0].self_attn
+    model(random_ids(1, 40), **cache_argument(cache))
+    angles = model.model.rotary_emb(torch.randn(1, 1, 32), torch.tensor([[40]]))
+    with Counted() as counted:
+        attention(torch.randn(1, 1, 32), angles, None, cache)
+    assert counted.computing <= 105
+
+
 def test_a_query_that_learns_beside_a_frozen_latent_uses_the_cache():
     """The key is rotated beside the query; writing it to the cache must not need a gradient, nor get one."""
     model = tiny_model().train()
