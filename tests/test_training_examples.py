@@ -98,6 +98,6 @@ def test_pretrain(folder: Path) -> None:
     options = ("--layers", 2, "--steps", 12, "--window", 32, "--batch", 4)
     told = example(folder, EXAMPLES / "pretrain.py", "small.json", "source", "text.txt", "trained", *options)
     losses = [float(line.split("'loss': '")[1].split("'")[0]) for line in told.splitlines() if "'loss'" in line]
-    assert losses[-1] < 0.8 * losses[0], told
+    assert losses[-1] < losses[0] - 0.3, told
     model = AutoModelForCausalLM.from_pretrained(folder / "trained")
     assert (type(model).__name__, model.config.num_hidden_layers) == ("LlamaMLAForCausalLM", 2)

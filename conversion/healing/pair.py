@@ -25,6 +25,9 @@ from ..evaluation.reference import check_reference
 from ..forward.products import fast_float32
 from ..sources import SourceModel, open_source
 
+_PLAIN_WINDOW = 1024
+"""Tokens up to which attention weights are formed and kept for the gradient."""
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -42,13 +45,21 @@ class Pair:
         return {"input_ids": ids, "use_cache": is_coded(self.student.config)}
 
     @contextmanager
-    def learning(self) -> Iterator[None]:
-        """Within it products are in bfloat16 where the device has instructions for it, and else in float32."""
-        with (
-            fast_float32(),
-            torch.autocast(self.device.type, torch.bfloat16, enabled=_multiplies_bfloat16(self.device)),
-        ):
-            yield
+    def learning(self, window: int) -> Iterator[None]:
+        """Within it products are in bfloat16 where the device has instructions for it, and else in float32.
+
+        On a CPU, PyTorch has no fused attention for keys and values of two widths: what it does instead takes 2.5 times
+        as long as plain attention, whose weights fit into memory for a ``window`` of so many tokens.
+        """
+        half, config = _multiplies_bfloat16(self.device), self.student.config
+        own = config._attn_implementation
+        if half and self.device.type == "cpu" and window <= _PLAIN_WINDOW:
+            config._attn_implementation = "eager"
+        try:
+            with fast_float32(), torch.autocast(self.device.type, torch.bfloat16, enabled=half):
+                yield
+        finally:
+            config._attn_implementation = own
 
     @contextmanager
     def judging(self) -> Iterator[None]:

@@ -8,11 +8,9 @@ from pathlib import Path
 import torch
 
 from ..checkpoint.atomic import write_json, write_text
-from ..checkpoint.paths import expanded
 from ..checkpoint.writer import ShardWriter
 from ..pipeline.runner import in_first
 from ..pipeline.work.partial_output import versions
-from ..text.mix import DEFAULT, SELF, WeightedText
 from .curve import draw_curve
 from .folder import Healed
 from .job import HealingJob
@@ -40,7 +38,7 @@ def _write_report(job: HealingJob, folder: Path, healed: Healed) -> None:
         shutil.copy(file, folder)
     recipe = job.recipe.model_dump(mode="json", exclude={"output"})
     recipe |= {"teacher": job.source.location.name, "model": job.location.name}
-    recipe["data"] = [f"{_name(text)}:{text.weight:g}" for text in job.recipe.texts]
+    recipe["data"] = [f"{text.name}:{text.weight:g}" for text in job.recipe.texts]
     found = healed.model_dump() | {"kl_before": healed.kl_before, "kl_after": healed.kl_after}
     write_json(folder / "healing.json", {"recipe": recipe, "versions": versions()} | found)
     draw_curve(healed, job.location.name, folder / "healing.png")
@@ -48,14 +46,6 @@ def _write_report(job: HealingJob, folder: Path, healed: Healed) -> None:
     if card.is_file():
         told = f"{card.read_text(encoding='utf-8').rstrip()}\n\n## Healing\n\n{_told(healed, recipe)}\n"
         write_text(folder / "README.md", told)
-
-
-def _name(text: WeightedText) -> str:
-    """What others may read: of a file its name alone."""
-    if text.spec in (DEFAULT, SELF):
-        return text.spec
-    path = expanded(text.spec)
-    return path.name if path.exists() else text.spec
 
 
 def _told(healed: Healed, recipe: dict) -> str:

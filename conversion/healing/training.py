@@ -141,7 +141,7 @@ class Training:
             term.backward()
             terms.append(float(term.detach()))
 
-        with self.pair.learning():
+        with self.pair.learning(ids.shape[1]):
             stage.losses(self.pair, ids, learn)
         gradients = {name: self._gradient(weight) for name, weight in self.trained.items()}
         summed = processes.summed(gradients | {"loss": torch.tensor(sum(terms), device=self.pair.device)})

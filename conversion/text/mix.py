@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ..checkpoint.paths import expanded
 from ..errors import CalibrationError
 from .default_mix import calibration_documents, turns
 from .windows import documents_of, head, pack, pages_of, tokenised
@@ -40,6 +41,12 @@ class WeightedText:
 
     spec: str
     weight: float = 1.0
+
+    @property
+    def name(self) -> str:
+        """What others may read: of a file its name without the path on this machine."""
+        path = expanded(self.spec)
+        return path.name if path.exists() else self.spec
 
     @classmethod
     def parse(cls, written: str) -> WeightedText:
@@ -105,7 +112,8 @@ def load_mix(
         if share.spec not in (DEFAULT, SELF):
             wanted = math.ceil(share.weight * tokens)
             documents = head(documents_of(share.spec, tokenizer, seed), wanted + VALIDATION_WINDOWS * window)
-            domains.append(_text_domain(share.spec, share.weight, documents, tokenizer, window, wanted, seed))
+            name = _unlike(share.name, [domain.name for domain in domains])
+            domains.append(_text_domain(name, share.weight, documents, tokenizer, window, wanted, seed))
     return domains
 
 
@@ -152,6 +160,14 @@ def _text_domain(
 
     validation = torch.tensor(held_back[: VALIDATION_WINDOWS * window], device="cpu").view(-1, window)
     return Domain(name, weight, validation, windows)
+
+
+def _unlike(name: str, others: list[str]) -> str:
+    """``name``, or what tells it from others of that name."""
+    number = 2
+    while name in others:
+        name, number = f"{name.removesuffix(f' ({number - 1})')} ({number})", number + 1
+    return name
 
 
 def _parts(page: str, size: int) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -32,6 +33,7 @@ def main(
         max_length=window,
         packing=True,
         learning_rate=2e-5,
+        bf16=torch.cuda.is_available(),
         logging_steps=max(1, steps // 10),
         save_strategy="no",
         report_to="none",

@@ -114,8 +114,8 @@ def test_the_best_state_is_saved_and_not_the_last(
     poisoned(12, -1.0, monkeypatch)
     healed = run(checkpoints, tmp_path / "healed", stages=LOGITS)
     means = [sum(look.kl.values()) / len(look.kl) for look in healed.looks]
-    assert means[-1] > 1.001 * min(means)
-    assert healed.kl_after == pytest.approx(min(means), rel=0.005)
+    assert means[-1] > 1.005 * min(means)
+    assert healed.kl_after == pytest.approx(min(means), rel=0.01), "up to the rounding of what is stored"
 
 
 def test_a_stage_that_does_harm_is_undone(

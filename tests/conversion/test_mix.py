@@ -44,7 +44,10 @@ def test_domains_of_a_mix(tmp_path: Path) -> None:
     with small_default():
         alone = load_mix([WeightedText(text)], tokenizer, 64, 4096, 0)
         both = load_mix([WeightedText(text, 3), WeightedText("default", 1)], tokenizer, 64, 4096, 0)
-    assert [(domain.name, domain.weight) for domain in alone] == [("prose", 0), ("code", 0), (text, 1)]
+    assert [(domain.name, domain.weight) for domain in alone] == [("prose", 0), ("code", 0), ("text.txt", 1)]
+    with small_default():
+        twice = load_mix([WeightedText(text), WeightedText(text), WeightedText(text)], tokenizer, 64, 4096, 0)
+    assert [domain.name for domain in twice[2:]] == ["text.txt", "text.txt (2)", "text.txt (3)"]
     assert sum(domain.weight for domain in both) == pytest.approx(1)
     assert both[-1].weight == 0.75
     for domain in both:
