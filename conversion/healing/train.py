@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..devices.choice import CPU
+from ..devices.freed_memory import keeping_freed_memory
 from ..errors import CalibrationError, ConversionError, SourceError
 from ..evaluation.loading import load_model, reason_to_leave_out
 from ..pipeline.runner import in_first
@@ -123,7 +124,8 @@ def _train(
     recipe = job.recipe
     seconds = None if recipe.minutes is None else 60 * recipe.minutes
     unit = "seconds" if recipe.steps is None else "steps"
-    with counting(job.progress, f"healing ({unit})", math.ceil(recipe.steps or seconds or 0)) as advance:
+    whole = math.ceil(recipe.steps or seconds or 0)
+    with counting(job.progress, f"healing ({unit})", whole) as advance, keeping_freed_memory():
         return Training(
             pair,
             trained,
