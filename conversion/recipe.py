@@ -28,7 +28,7 @@ DEFAULT_TOKENS = 65536
 SELF_WRITTEN = "self"
 """The calibration text that the source writes itself."""
 _MOST_TOKENS = 2**31
-_LARGEST_SEED = 50_000_000
+LARGEST_SEED = 50_000_000
 """Seeds of layers and windows are made of it, and remain below 2**63."""
 
 
@@ -72,7 +72,7 @@ class Recipe(BaseModel):
     uniform: bool = False
     calibration: str | None = None
     tokens: int = Field(DEFAULT_TOKENS, ge=1, le=_MOST_TOKENS)
-    seed: int = Field(0, ge=0, le=_LARGEST_SEED)
+    seed: int = Field(0, ge=0, le=LARGEST_SEED)
     dtype: DtypeName | None = None
     device: str = AUTO
     shard_size: str = SHARD_SIZE

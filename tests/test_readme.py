@@ -35,6 +35,7 @@ STAND_INS = {
 }
 SHORTER = {
     "--minutes 10": "--steps 2",
+    "--minutes 60": "--steps 4",
     "torchrun --nproc-per-node 4": "python -m torch.distributed.run --nproc-per-node 2",
 }
 
@@ -88,6 +89,7 @@ def run_shell(code: str) -> int:
 def test_commands_run(folder: Path) -> None:
     assert sum(run_shell(code) for code in snippets("bash")) >= 9
     assert (folder / "healed" / "healing.json").is_file()
+    assert (folder / "out-healed" / "healing.json").is_file()
 
 
 def test_python_runs(folder: Path) -> None:

@@ -1,5 +1,5 @@
-"""Distillation of the source's logits into a converted model's attention.
+"""A converted model learns from the model that it was made from.
 
-In: a converted checkpoint, its source, text. Out: the same checkpoint with better weights, or its own where nothing
-improved. A new loss is one function in `losses`.
+In: a converted checkpoint, its source, text by weights. Out: the same checkpoint with better weights, or its own where
+nothing improved. What is learnt is in `stages`, one file each.
 """

@@ -1,4 +1,4 @@
-"""What a healing trains: the attention's matrices, or adapters on them, and how fast."""
+"""What a healing trains: the attention's matrices, adapters on them, or all weights, and how fast."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from modeling_mla.latent_attention_mla import LatentAttention
-
 from ..checkpoint.reader import TensorReader
 from ..errors import ConversionError
+from .pair import attention_names
 
 RATE = 4e-4
 """Step of a matrix, relative to the root mean square of its elements."""
@@ -23,7 +22,7 @@ LORA_RATE = 5e-4
 
 def trainable_names(model: PreTrainedModel) -> list[str]:
     """The attention's projections: neither norms, nor anything outside of attention."""
-    attention = _attention(model)
+    attention = tuple(f"{name}." for name in attention_names(model))
     return [
         name
         for name, parameter in model.named_parameters()
@@ -31,25 +30,28 @@ def trainable_names(model: PreTrainedModel) -> list[str]:
     ]
 
 
-def _attention(model: PreTrainedModel) -> tuple[str, ...]:
-    """How the names of its parameters begin, in every layer."""
-    return tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, LatentAttention))
+def unfrozen(model: PreTrainedModel, names: list[str]) -> tuple[dict[str, nn.Parameter], list[dict[str, Any]]]:
+    """Makes tensors themselves what is trained; one group a tensor, whose rate fits its own scale.
 
-
-def unfrozen(model: PreTrainedModel, names: list[str]) -> list[dict[str, Any]]:
-    """Makes the matrices themselves what is trained; one group a tensor, whose rate fits its own scale."""
-    model.requires_grad_(False)
+    Returns:
+        The parameters by name, and the groups of an optimizer.
+    """
+    trained = {name: model.get_parameter(name).requires_grad_(True) for name in names}
     groups = []
-    for name in names:
-        parameter = model.get_parameter(name).requires_grad_(True)
+    for name, parameter in trained.items():
         share = QUERY_SHARE if name.split(".")[-2].startswith("q_") else 1.0
         rate = RATE * share * parameter.detach().square().mean().sqrt().item()
         groups.append({"params": [parameter], "lr": rate})
-    return groups
+    return trained, groups
 
 
-def with_adapters(model: PreTrainedModel, rank: int, seed: int) -> tuple[Any, list[dict[str, Any]]]:
-    """The model with LoRA on its attention, and one group of all adapters.
+def with_adapters(
+    model: PreTrainedModel, rank: int, seed: int
+) -> tuple[Any, dict[str, nn.Parameter], list[dict[str, Any]]]:
+    """Puts LoRA on the attention of ``model``, in place.
+
+    Returns:
+        PEFT's model around it, which merges the adapters; the adapters by name, and one group of all.
 
     Raises:
         ConversionError: PEFT is not installed.
@@ -58,12 +60,13 @@ def with_adapters(model: PreTrainedModel, rank: int, seed: int) -> tuple[Any, li
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise ConversionError("adapters need PEFT; install it with: pip install peft.") from error
+    attention = tuple(f"{name}." for name in attention_names(model))
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    targets = [name for name in linear if name.startswith(_attention(model))]
+    targets = [name for name in linear if name.startswith(attention)]
     torch.manual_seed(seed)
-    student = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets))
-    adapters = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    return student, [{"params": adapters, "lr": LORA_RATE}]
+    adapted = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets))
+    adapters = {name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    return adapted, adapters, [{"params": list(adapters.values()), "lr": LORA_RATE}]
 
 
 @torch.no_grad()

@@ -32,6 +32,7 @@ def self_written_windows(
     count: int,
     seed: int,
     step: Callable[[int], None],
+    beginnings: Tensor | None = None,
 ) -> Tensor:
     """Samples ``count`` windows of ``window`` tokens, ``[count, window]``, on the CPU.
 
@@ -44,8 +45,10 @@ def self_written_windows(
         count: how many.
         seed: of the sampling.
         step: called with the number of windows that were written since the last call.
+        beginnings: token ids ``[M, n]`` that windows begin with by turns; None for openings of several kinds.
     """
-    openings = [ids[:window] for ids in _openings(tokenizer)]
+    given = _openings(tokenizer) if beginnings is None else beginnings.tolist()
+    openings = [ids[:window] for ids in given]
     rows = [openings[number % len(openings)] for number in range(count)]
     written = []
     # PyTorch forks no other kind's.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -154,3 +157,26 @@ def test_devices_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", count)
         with pytest.raises(ConversionError, match=f"{count} processes would share {name}, and 2 are there"):
             chosen_device(name)
+
+
+def test_freed_memory_is_kept_and_given_back() -> None:
+    """In a process of its own: what a page is faulted in for the second time is what counts."""
+    code = """
+import platform, resource, torch
+from conversion.devices.freed_memory import keeping_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.ones(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+outside = faults()
+with keeping_freed_memory():
+    faults()
+    within = faults()
+after = faults()
+assert platform.libc_ver()[0] != "glibc" or (within * 10 < outside and within * 10 < after), (outside, within, after)
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("THP_")}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, cwd=Path(__file__).parents[2])

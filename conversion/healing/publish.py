@@ -1,0 +1,60 @@
+"""The last step of a healing: the checkpoint, and what it says of how it was healed."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from ..checkpoint.atomic import write_json, write_text
+from ..checkpoint.writer import ShardWriter
+from ..pipeline.runner import in_first
+from ..pipeline.work.partial_output import versions
+from .curve import draw_curve
+from .folder import Healed
+from .job import HealingJob
+
+
+@in_first
+def publish(job: HealingJob) -> None:
+    """Writes the checkpoint, with ``healing.json`` and a paragraph in the model card."""
+    folder, reader, changed = job.work.checkpoint, job.reader, job.work.changed()
+    layout = {name: torch.empty(reader.shape(name), dtype=reader.dtype(name), device="meta") for name in reader.names}
+    writer = ShardWriter(folder, layout)
+    for file in writer.files:
+        writer.write(file, lambda name: [changed[name].flatten()] if name in changed else reader.pieces(name))
+    writer.write_index()
+    job.config.save_pretrained(folder)
+    job.location.generation_config(job.config).save_pretrained(folder)
+    job.tokenizer.save_pretrained(folder)
+    healed = job.work.journal.healed
+    assert healed is not None
+    _write_report(job, folder, healed)
+
+
+def _write_report(job: HealingJob, folder: Path, healed: Healed) -> None:
+    for file in job.location.folder.glob("conversion.*"):
+        shutil.copy(file, folder)
+    recipe = job.recipe.model_dump(mode="json", exclude={"output"})
+    recipe |= {"teacher": job.source.location.name, "model": job.location.name}
+    recipe["data"] = [f"{text.name}:{text.weight:g}" for text in job.recipe.texts]
+    found = healed.model_dump() | {"kl_before": healed.kl_before, "kl_after": healed.kl_after}
+    write_json(folder / "healing.json", {"recipe": recipe, "versions": versions()} | found)
+    draw_curve(healed, job.location.name, folder / "healing.png")
+    card = job.location.folder / "README.md"
+    if card.is_file():
+        told = f"{card.read_text(encoding='utf-8').rstrip()}\n\n## Healing\n\n{_told(healed, recipe)}\n"
+        write_text(folder / "README.md", told)
+
+
+def _told(healed: Healed, recipe: dict) -> str:
+    data, changed = ", ".join(recipe["data"]), "All weights" if recipe["full"] else "Attention"
+    if not healed.improved:
+        return f"Distillation on {data} did not improve the weights ({healed.note}); they are the conversion's own."
+    rows = "\n".join(f"| {name} | {kl:.4f} | {healed.after[name]:.4f} |" for name, kl in healed.before.items())
+    return (
+        f"{changed} distilled from {recipe['teacher']} on {data}: {healed.steps} steps, {healed.tokens} tokens, "
+        f"{healed.seconds:.0f} s, seed {recipe['seed']}. KL to the source, nats a token, on text that was not learnt "
+        f"from:\n\n| domain | before | after |\n|---|---|---|\n{rows}\n"
+    )
