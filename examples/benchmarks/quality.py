@@ -132,6 +132,11 @@ def quantised_source(model: PreTrainedModel, windows: torch.Tensor, progress: Pr
     return rows
 
 
+def shown_ratio(perplexity: float | None, source: float) -> str:
+    """Of a perplexity to the source's; rows of a run with fewer contexts lack some."""
+    return "-" if perplexity is None else f"{perplexity / source:.3f}"
+
+
 def shown_recall(recall: dict[str, Any] | None) -> str:
     """Needles and copies beside the source's."""
     if recall is None:
@@ -161,7 +166,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"| {row['method']} | {row['cache_share']:.1%} | {row['qk_rope_head_dim']:g} + {row['kv_lora_rank']:g} | "
         f"{row['rope_bits']:g} + {row['latent_bits']:g} | "
         f"{row['perplexity']:.2f} | {row['perplexity'] / base:.3f} | "
-        + "".join(f"{row['perplexity_by_context'][length] / sources[length]:.3f} | " for length in longer)
+        + "".join(f"{shown_ratio(row['perplexity_by_context'].get(length), sources[length])} | " for length in longer)
         + f"{row['held_out_kl']:.3f} | {row['held_out_top1_agreement']:.1%} | {shown_recall(row['recall'])} | "
         f"{row['seconds_to_convert']:.0f} |"
         for row in result["rows"]
