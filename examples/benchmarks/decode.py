@@ -7,6 +7,7 @@ speed of a copy that is measured in the same process.
 
     python examples/benchmarks/decode.py
     python examples/benchmarks/decode.py --source MODEL --converted OUT --contexts 1024,4096,8192
+    python examples/benchmarks/decode.py --source MODEL --converted OUT --cache-bits 16,4 --contexts 64,1024,4096
     python examples/benchmarks/decode.py --cache-bits 16,8,4 --contexts 1024,4096,16384,65536
 """
 
@@ -98,18 +99,31 @@ def side_by_side(baseline: Callable, ours: Callable, seconds: float) -> tuple[fl
 
 
 def floor(model: PreTrainedModel, cache: DynamicCache, milliseconds: float) -> dict:
-    """What reading all that a step reads takes at the speed of a copy, and how many times as long the step takes."""
-    least = step_bytes(model, cache) / copy_bandwidth(model.device) / 1e6
-    return {"floor_ms": round(least, 3), "to_floor": round(milliseconds / least, 2)}
+    """A copy's GB/s, what reading all that a step reads takes at it, and how near to that the step comes."""
+    bandwidth = copy_bandwidth(model.device)
+    least = step_bytes(model, cache) / bandwidth / 1e6
+    return {
+        "copy_gb_s": round(bandwidth, 1),
+        "floor_ms": round(least, 3),
+        "to_floor": round(milliseconds / least, 2),
+        "share_of_copy": round(least / milliseconds, 3),
+    }
 
 
-def compare(theirs: PreTrainedModel, ours: PreTrainedModel, context: int, seconds: float, same: bool) -> dict:
-    """One row: a step of either model behind ``context`` tokens; the floor is that of ours."""
-    caches = DynamicCache(config=theirs.config), LatentCache(config=ours.config)
+def compare(
+    theirs: PreTrainedModel, ours: PreTrainedModel, context: int, seconds: float, same: bool, bits: int | None = None
+) -> dict:
+    """One row: a step of either model behind ``context`` tokens; the floor is that of ours.
+
+    ``bits`` are those of our cache, None for what the model's configuration says.
+    """
+    caches = DynamicCache(config=theirs.config), LatentCache(config=ours.config, latent_bits=bits)
     for model, cache in zip((theirs, ours), caches, strict=True):
         fill(model, cache, context)
     baseline, own = step(theirs, caches[0]), step(ours, caches[1])
     row = {"context": context, "dtype": str(ours.dtype).removeprefix("torch.")}
+    if bits is not None:
+        row["cache_bits"] = bits
     if same:
         row["max_logit_difference"] = (baseline() - own()).abs().max().item()
     baseline_ms, ours_ms, rounds = side_by_side(baseline, own, seconds)
@@ -168,7 +182,7 @@ def main(
     rows = []
     for name in dtypes.split(","):
         dtype = getattr(torch, name)
-        if cache_bits:
+        if cache_bits and not (source and converted):
             model = load(converted, dtype) if converted else deepseek_pair(dtype)[1]
             rows += [
                 step_of_bits(model, int(bits), int(context), seconds)
@@ -180,7 +194,11 @@ def main(
             pair, same = (load(source, dtype), load(converted, dtype)), False
         else:
             pair, same = deepseek_pair(dtype), True
-        rows += [compare(*pair, int(context), seconds, same) for context in contexts.split(",")]
+        rows += [
+            compare(*pair, int(context), seconds, same, bits)
+            for context in contexts.split(",")
+            for bits in ([int(bits) for bits in cache_bits.split(",")] if cache_bits else [None])
+        ]
     print_rows(rows, as_json)
 
 

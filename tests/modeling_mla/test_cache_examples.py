@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_native_examples import _run
 from tiny import VOCABULARY, random_ids, tiny_model
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling_mla import LatentCache
 from modeling_mla.latent_code_mla import uniform_code
@@ -25,6 +26,21 @@ def test_decode_compares_bits():
     # Four layers of one token more than the context; five rows of the first tokens beside the codes.
     assert rows[0]["cache_mib"] == round(4 * 100 * 576 * 2 / MIB, 2)
     assert rows[1]["cache_mib"] == round(4 * (100 * uniform_code(4, 512, 64).nbytes + 5 * 576 * 2) / MIB, 2)
+
+
+def test_decode_compares_a_source_with_caches_of_its_conversion(tmp_path):
+    fields = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**fields, num_attention_heads=4)).save_pretrained(tmp_path / "source")
+    tiny_model(dtype=torch.float32).save_pretrained(tmp_path / "converted")
+    models = ("--source", str(tmp_path / "source"), "--converted", str(tmp_path / "converted"))
+    measured = ("--contexts", "9", "--dtypes", "float32", "--cache-bits", "16,4", "--seconds", "0", "--json")
+    rows = json.loads(_run("benchmarks/decode.py", *models, *measured))
+    assert [row["cache_bits"] for row in rows] == [16, 4]
+    for row in rows:
+        assert row["speedup"] == pytest.approx(row["baseline_ms"] / row["ours_ms"], abs=0.01)
+        assert row["share_of_copy"] == pytest.approx(row["floor_ms"] / row["ours_ms"], abs=0.05)
+        assert row["copy_gb_s"] > 0
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -23,12 +23,8 @@ from modeling_mla.masks_mla import VisibleKeys
 
 pytestmark = pytest.mark.one_route
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
-BACKENDS = {
-    "fa3": FlashAttention3Backend,
-    "fa4": FlashAttention4Backend,
-    "flashmla": FlashMLABackend,
-    "flashinfer": FlashInferBackend,
-}
+_MADE = (FlashAttention3Backend, FlashAttention4Backend, FlashMLABackend, FlashInferBackend)
+BACKENDS = {made.name: made for made in _MADE}
 DOUBLES = {
     "fa3": (kernel_doubles.FlashAttention3, ("flash_attn_interface",)),
     "fa4": (kernel_doubles.FlashAttention4, ("flash_attn", "flash_attn.cute")),
