@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -16,6 +20,28 @@ def is_latent_aware(attn_implementation: str | None) -> bool:
 def is_flash(attn_implementation: str | None) -> bool:
     """Whether Transformers treats a name as flash attention: 2-D masks, packed rows by their positions."""
     return attn_implementation is not None and "flash" in attn_implementation
+
+
+def with_equal_widths(function: Callable) -> Callable:
+    """An attention function that is given heads of one width, the narrower ones filled up with zeros.
+
+    PyTorch's fused attention on a CPU knows no other. What it does instead keeps the attention weights of every layer
+    for the gradient: at thousands of tokens they take many times the memory of the model. Zeros change no score, for
+    the scale is given, and those of values are cut off again.
+    """
+
+    @functools.wraps(function)
+    def attend(
+        module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        width, value_width = key.shape[-1], value.shape[-1]
+        fill = nn.functional.pad
+        query, key = (fill(states, (0, max(0, value_width - width))) for states in (query, key))
+        value = fill(value, (0, max(0, width - value_width)))
+        output, weights = function(module, query, key, value, *args, **kwargs)
+        return output[..., :value_width], weights
+
+    return attend
 
 
 def eager_attention_forward(

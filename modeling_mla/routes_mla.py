@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from typing_extensions import override
 
 from .absorbed_weights_mla import derived_rows
-from .attention_functions_mla import eager_attention_forward, is_flash, is_latent_aware
+from .attention_functions_mla import eager_attention_forward, is_flash, is_latent_aware, with_equal_widths
 from .backend_base_mla import AbsorbedShape
 from .backends_mla import select_backend
 from .chunked_mla import EXPANDED_LIMIT, attend_in_pieces, expanded_bytes
@@ -176,7 +176,13 @@ def attend_latents(
     key, value = module.expand_latents(kv_c, k_pe)
     if is_flash(attn_implementation):
         expanded_function = without_padding(expanded_function, attn_implementation, query, value)
+    elif attn_implementation == "sdpa" and query.device.type == "cpu" and _has_gradient(query, key, value):
+        expanded_function = with_equal_widths(expanded_function)
     return expanded_function(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+
+
+def _has_gradient(*states: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in states)
 
 
 def _visible_keys(

@@ -14,6 +14,9 @@ from safetensors.torch import load_file
 from tiny_source import convert, save_source, write_text
 from transformers import AutoModelForCausalLM
 
+from conversion.healing.recipe import read_healing_recipe
+from conversion.healing.stages import DEFAULT_STAGES
+
 EXAMPLES = Path(__file__).parents[1] / "examples" / "training"
 LONGEST = 80
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
@@ -50,6 +53,12 @@ def test_examples_are_short() -> None:
     lengths = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in EXAMPLES.glob("*.py")}
     assert len(lengths) == 5
     assert {name: length for name, length in lengths.items() if length >= LONGEST} == {}
+
+
+def test_recipe_is_the_default_with_self_written_text() -> None:
+    recipe = read_healing_recipe(EXAMPLES / "heal.yaml", model="out", teacher="source")
+    assert recipe.stages == DEFAULT_STAGES
+    assert recipe.data == ("default:0.8", "self:0.2")
 
 
 def test_finetune(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -172,7 +173,9 @@ class Training:
             loss=at.loss,
             held_out=self.validation.held_out(stage) if stage.ends_early else None,
         )
-        at.looks.append(look.model_dump())
+        if math.isfinite(mean(standing)):
+            # No report can hold what is no number.
+            at.looks.append(look.model_dump())
         if look.held_out is not None:
             at.held_out.append(look.held_out)
         if has_diverged(self.before, standing):

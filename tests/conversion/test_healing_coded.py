@@ -93,7 +93,7 @@ def test_both_stages_have_the_code_in_the_loop(checkpoints: dict[str, Path], sta
 
 
 def test_what_is_learnt_with_the_code_serves_better_with_it(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    settings = {"stages": LOGITS, "steps": 60}
+    settings = {"stages": LOGITS, "steps": 24}
     coded = run(checkpoints, tmp_path / "coded", **settings)
     assert coded.improved
     with pytest.MonkeyPatch.context() as patch:

@@ -64,15 +64,16 @@ def test_divergence_before_anything_was_better_publishes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("factor", "looks"), [(4.0, 4), (float("nan"), 3)])
 def test_weights_that_run_away_end_a_healing(
-    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: float, looks: int
 ) -> None:
     original, measured = Validation.standing, 0
 
     def standing(self: Validation) -> dict[str, float]:
         nonlocal measured
         measured += 1
-        return {name: kl * (4 if measured == fault else 1) for name, kl in original(self).items()}
+        return {name: kl * (factor if measured == fault else 1) for name, kl in original(self).items()}
 
     monkeypatch.setattr(Validation, "standing", standing)
     fault = 2
@@ -82,7 +83,7 @@ def test_weights_that_run_away_end_a_healing(
     measured, fault = 0, 5
     healed = run(checkpoints, tmp_path / "healed", stages=LOGITS, steps=24)
     assert healed.improved
-    assert (healed.steps, len(healed.looks)) == (8, 4)
+    assert (healed.steps, len(healed.looks)) == (8, looks)
     assert "diverged by step 8" in str(healed.note)
 
 

@@ -211,3 +211,21 @@ def test_the_absorbed_route_is_refused_where_it_would_change_the_result():
         model(ids, output_attentions=True)
     with pytest.raises(ValueError, match=r"but dropout is 0.5"):
         model.train()(ids, use_cache=False)
+
+
+@pytest.mark.parametrize("widths", [{"v_head_dim": 6}, {"v_head_dim": 18}, {"v_head_dim": 12}])
+def test_sdpa_on_a_cpu_keeps_no_attention_weights_for_the_gradient(widths):
+    """Whichever of keys (12 channels) and values is wider; gradients are those of plain attention."""
+    gradients = []
+    ids = random_ids(2, 64)
+    for implementation in ("eager", "sdpa"):
+        model = tiny_model(attn_implementation=implementation, **widths)
+        saved: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t.numel()) or t, lambda t: t):
+            loss = next_token_loss(model(ids, use_cache=False).logits, ids)
+        loss.backward()
+        weights = 2 * model.config.num_attention_heads * 64 * 64
+        assert (weights in saved) == (implementation == "eager")
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        assert_close(gradients[1][name], gradient, 1e-10)
