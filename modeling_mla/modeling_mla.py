@@ -247,13 +247,13 @@ def register_family(config_class: type[PreTrainedConfig], *model_classes: Any) -
     config_class.register_for_auto_class()
     body: Any = next(base for base in config_class.__mro__[1:] if getattr(base, "model_type", ""))
     _store_as(config_class.model_type, [body.model_type])
+    make_known_by_name(*model_classes)
     for model_class in model_classes:
         task = model_class.__name__.removeprefix(family).removeprefix("Model")
         auto_class = getattr(transformers, f"AutoModel{task}")
         config_class.model_auto_map[auto_class.__name__] = f"{file}.{model_class.__name__}"
         auto_class.register(config_class, model_class, exist_ok=True)
         model_class.register_for_auto_class(auto_class.__name__)
-        make_known_by_name(model_class)
         _store_as(model_class.__name__, [base.__name__ for base in model_class.__mro__[1:]])
 
 

@@ -79,15 +79,20 @@ def is_checkpoint_code(module_name: str) -> bool:
     return module_name.partition(".")[0] == TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 
-def make_known_by_name(model_class: type) -> None:
-    """Puts a model's class where Transformers looks for what ``architectures`` of a configuration names.
+def make_known_by_name(*model_classes: type) -> None:
+    """Puts models' classes where Transformers looks for what ``architectures`` of a configuration names.
 
     For: ``transformers serve``, which asks Transformers itself, whatever ``auto_map`` says. Moved: it ends at start,
-    for there is no such attribute.
+    for there is no such attribute. Transformers may have loaded itself a second time (for processors); what was
+    imported before then asks the first one, which only its own importers know.
     """
-    # Transformers may put another object in its own place while it is imported.
-    for module in (transformers, sys.modules[transformers.__name__]):
-        setattr(module, model_class.__name__, model_class)
+    name = transformers.__name__
+    held = [vars(module).get(name) for module in list(sys.modules.values()) if hasattr(module, "__dict__")]
+    known = {id(module): module for module in (transformers, sys.modules[name], *held)}
+    for module in known.values():
+        if getattr(module, "__name__", None) == name:
+            for model_class in model_classes:
+                setattr(module, model_class.__name__, model_class)
 
 
 def tells_rows_apart(position_ids: Any, batch: int) -> bool:
