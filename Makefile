@@ -112,7 +112,7 @@ mlx-check: install $(MLX)/.installed
 	$(BIN)/python tests/engines/prepare_mlx.py "$(MODEL)" out/mlx
 	$(BIN)/python tests/engines/check_mlx.py out/mlx $(MLX)/bin/python
 
-# There is no wheel: it is compiled, which takes a core about half an hour.
+# There is no wheel, so it is compiled.
 $(LLAMACPP)/.installed:
 	$(PYTHON) -m venv $(LLAMACPP)
 	$(LLAMACPP)/bin/python -m pip install --quiet --no-binary llama-cpp-python "llama-cpp-python[server]==0.3.36"

@@ -6,7 +6,6 @@ import json
 import socket
 import subprocess
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,20 +24,20 @@ def free_port() -> int:
 
 @contextmanager
 def serving(command: Sequence[str], port: int, environment: dict[str, str] | None = None) -> Iterator[str]:
-    """Runs a server for as long as the block lasts; gives its address once it answers.
+    """Runs a server for as long as the block lasts; gives its address once it listens.
 
     Raises:
-        RuntimeError: it ended before, or does not answer.
+        RuntimeError: it ended before, or does not listen.
     """
     address = f"http://{HOST}:{port}"
     server = subprocess.Popen(command, env=environment)
     try:
         started = time.monotonic()
-        while not _answers(f"{address}/v1/models"):
+        while not _listens(port):
             if server.poll() is not None:
                 raise RuntimeError(f"{command[0]} ended with exit code {server.returncode}; see its output above.")
             if time.monotonic() - started > _PATIENCE:
-                raise RuntimeError(f"{command[0]} does not answer at {address} after {_PATIENCE} s.")
+                raise RuntimeError(f"{command[0]} does not listen at {address} after {_PATIENCE} s.")
             time.sleep(0.5)
         yield address
     finally:
@@ -66,11 +65,6 @@ def chat(address: str, model: str, prompt: str, max_tokens: int = 40) -> Iterato
                     yield choice.get("delta", {}).get("content") or ""
 
 
-def _answers(address: str) -> bool:
-    try:
-        with urllib.request.urlopen(address, timeout=5):
-            return True
-    except urllib.error.HTTPError:
-        return True
-    except OSError:
-        return False
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex((HOST, port)) == 0

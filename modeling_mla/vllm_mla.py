@@ -13,6 +13,9 @@ from transformers import PreTrainedConfig
 
 from .attention_mla import layer_window
 
+CACHE_WIDTHS = (320, 512, 576)
+"""Values of a token and layer that vLLM's latent cache can hold (0.32, 0.33), on CPUs the last alone."""
+
 
 def register() -> None:
     """Makes every family known to Transformers' auto classes and to vLLM, in each of vLLM's processes."""
@@ -86,4 +89,15 @@ def refuse_unservable(config: PreTrainedConfig, max_model_len: int, dtype: torch
         raise ValueError(
             f"the sliding window is {window} tokens, which vLLM's MLA attention ignores; serve at most so many with "
             f"--max-model-len {window}."
+        )
+
+
+def refuse_width(config: PreTrainedConfig) -> None:
+    """Raises `ValueError` where no latent cache of vLLM is as wide as this model's."""
+    width = config.kv_lora_rank + config.qk_rope_head_dim
+    if width not in CACHE_WIDTHS:
+        raise ValueError(
+            f"kv_lora_rank {config.kv_lora_rank} and qk_rope_head_dim {config.qk_rope_head_dim} make a cache of "
+            f"{width} values, and vLLM's hold {', '.join(map(str, CACHE_WIDTHS))}; pad them with: mla export MODEL DIR "
+            "--to vllm."
         )

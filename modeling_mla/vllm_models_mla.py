@@ -6,7 +6,7 @@ from typing import Any
 
 from vllm.model_executor.models import transformers as backend
 
-from .vllm_mla import refuse_unservable
+from .vllm_mla import refuse_unservable, refuse_width
 
 
 class TransformersForCausalLM(backend.TransformersForCausalLM):
@@ -19,6 +19,7 @@ class TransformersForCausalLM(backend.TransformersForCausalLM):
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         model_config = vllm_config.model_config
         refuse_unservable(model_config.hf_text_config, model_config.max_model_len, model_config.dtype)
+        refuse_width(model_config.hf_text_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         # Where vLLM could not fuse a model, it warns and attends to expanded keys and values.
         if not model_config.use_mla:

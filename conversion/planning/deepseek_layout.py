@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from modeling_mla.vllm_mla import CACHE_WIDTHS
+
 from ..errors import BudgetError, SourceError
 from ..layers import AttentionGeometry, AttentionWeights, LayerBudget
 from ..recipe import Recipe
 from ..sources import SourceModel
 
 QK_ROPE_HEAD_DIM = 64
-KV_LORA_RANKS = (256, 448, 512)
-"""Beside 64 rotary channels: engines size their caches 320, 512 or 576."""
+KV_LORA_RANKS = tuple(width - QK_ROPE_HEAD_DIM for width in CACHE_WIDTHS)
+"""256, 448 and 512, beside 64 rotary channels."""
 HEAD_DIMS = ((64, 128), (128, 128), (192, 256))
 """(qk_nope_head_dim, v_head_dim)."""
 _SCALINGS = ("default", "linear", "llama3")

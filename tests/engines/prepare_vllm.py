@@ -40,6 +40,23 @@ def save_random(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def save_layout(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """What ``--layout deepseek --kv-lora-rank 512`` makes of a Llama with heads of 128, by sizes and fields."""
+    torch.manual_seed(0)
+    sizes = BODY | {"num_attention_heads": 8, "qk_nope_head_dim": 128, "rms_norm_eps": 1e-5}
+    table = [[5e5 ** (-f / 32) for f in range(32)]]
+    rope = {"rope_type": "default", "rope_theta": 5e5}
+    scale = {"softmax_scale": 128**-0.5}
+    config = LlamaMLAConfig(vocab_size=len(tokenizer), **sizes, **scale, rope_inv_freq=table, rope_parameters=rope)
+    LlamaMLAForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def save_stock(layout: Path, folder: Path) -> None:
+    """The same model as vLLM's own DeepSeek-V3."""
+    subprocess.run(["mla", "export", str(layout), str(folder), "--to", "deepseek_v3"], check=True)
+
+
 def save_refused(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """A form that vLLM cannot fuse: the plugin has to say so."""
     model = Qwen3MLAForCausalLM(Qwen3MLAConfig(vocab_size=len(tokenizer), **BODY, qk_norm_head_dim=64))
@@ -62,13 +79,15 @@ def main(source: str, folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(source, **({"gguf_file": gguf_files[0]} if gguf_files else {}))
     makers = {
         "random": lambda path: save_random(path, tokenizer),
+        "layout": lambda path: save_layout(path, tokenizer),
+        "stock": lambda path: save_stock(folder / "layout", path),
         "refused": lambda path: save_refused(path, tokenizer),
         "converted": lambda path: save_converted(source, path),
     }
     for name, make in makers.items():
         if not (folder / name).exists():
             make(folder / name)
-    for name in ("random", "converted"):
+    for name in ("random", "layout", "stock", "converted"):
         write_answers(folder / name, [tokenizer(text)["input_ids"] for text in TEXTS])
 
 

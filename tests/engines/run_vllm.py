@@ -14,7 +14,10 @@ def main(folder: str, answers: Path, result: Path) -> None:
 
     Writes tokens with the log-probabilities of decoding, and ``read_logprobs`` of every given token from the second on.
     """
-    engine = LLM(folder, dtype="float32", enforce_eager=True, max_model_len=256, max_num_seqs=4, seed=0)
+    # Its rotary kernel for CPUs is wrong for the queries of its own DeepSeek-V3.
+    ops = {"custom_ops": ["-rotary_embedding"]}
+    sizes = {"max_model_len": 256, "max_num_seqs": 4}
+    engine = LLM(folder, dtype="float32", enforce_eager=True, seed=0, compilation_config=ops, **sizes)
     expected = json.loads(answers.read_text())
     length = len(expected[0]["tokens"])
     decoding = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True, logprobs=1)

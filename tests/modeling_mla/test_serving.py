@@ -20,8 +20,6 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "transformers_serve.py"
 @pytest.mark.one_route
 @pytest.mark.parametrize("code", [None, CODE], ids=["latents", "coded"])
 def test_answers_over_http_are_those_of_generate(code: dict | None, tmp_path: Path) -> None:
-    for package in ("fastapi", "openai", "uvicorn"):
-        pytest.importorskip(package)
     model = tiny_model(dtype=torch.float32, vocab_size=258, latent_norm="identity", latent_code=code)
     tokenizer = byte_tokenizer()
     model.save_pretrained(tmp_path / "model")
@@ -35,4 +33,6 @@ def test_answers_over_http_are_those_of_generate(code: dict | None, tmp_path: Pa
     command += ["--cb-block-size", "4", "--cb-num-blocks", "40", "--cb-max-batch-tokens", "16"]
     with serving(command, port, os.environ | {"HF_HUB_OFFLINE": "1"}) as address:
         found = "".join(chat(address, str(tmp_path / "model"), prompt, max_tokens=NEW))
-    assert found == tokenizer.decode(expected, skip_special_tokens=True)
+    # A stream holds back the bytes of a character that is not complete.
+    assert found == tokenizer.decode(expected, skip_special_tokens=True).rstrip("\ufffd")
+    assert len(found) > 1

@@ -32,7 +32,7 @@ from modeling_mla import (
     SmolLM3MLAConfig,
 )
 from modeling_mla.attention_mla import IdentityRMSNorm
-from modeling_mla.vllm_mla import refuse_unservable
+from modeling_mla.vllm_mla import refuse_unservable, refuse_width
 
 LONGROPE = {
     "original_max_position_embeddings": 16,
@@ -118,6 +118,17 @@ def test_plugin_refuses_float16_where_the_latent_norm_is_a_constant_that_it_cann
     with pytest.raises(ValueError, match=r"float16 cannot hold .*--dtype bfloat16"):
         refuse_unservable(tiny_config(latent_norm="identity"), max_model_len=256, dtype=torch.float16)
     refuse_unservable(tiny_config(latent_norm="rms_norm"), max_model_len=256, dtype=torch.float16)
+
+
+@pytest.mark.parametrize(("rank", "rope"), [(256, 64), (448, 64), (512, 64), (544, 32)])
+def test_plugin_serves_widths_of_vllm_unpadded(rank: int, rope: int) -> None:
+    refuse_width(tiny_config(kv_lora_rank=rank, qk_rope_head_dim=rope))
+
+
+@pytest.mark.parametrize(("rank", "rope"), [(80, 64), (257, 64), (512, 32)])
+def test_plugin_refuses_other_widths(rank: int, rope: int) -> None:
+    with pytest.raises(ValueError, match=f"a cache of {rank + rope} values, .* 320, 512, 576; .*mla export"):
+        refuse_width(tiny_config(kv_lora_rank=rank, qk_rope_head_dim=rope))
 
 
 @pytest.mark.parametrize("fields", [{"sliding_window": None}, {"sliding_window": 256}])
