@@ -64,8 +64,9 @@ class RowWriter:
             best = error.argmin(0, keepdim=True)
             scales = scales.gather(0, best)
             levels = levels.gather(0, self._by_channel(best).expand(1, *states.shape))
-        fields = torch.cat((scales[0].view(torch.uint8), levels[0].to(torch.int8).view(torch.uint8)), -1)
-        return self.packing.rows(fields)
+        # Of one scale a token, the last stride may be any, and only of 1 bytes are seen.
+        scale_bytes = scales[0].reshape(-1).view(torch.uint8).view(len(states), -1)
+        return self.packing.rows(torch.cat((scale_bytes, levels[0].to(torch.int8).view(torch.uint8)), -1))
 
     def _by_channel(self, by_group: torch.Tensor) -> torch.Tensor:
         """``[..., groups]`` spread over the channels, or, of one, as it is."""

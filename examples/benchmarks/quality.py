@@ -163,7 +163,7 @@ def markdown(result: dict[str, Any]) -> str:
         "|---|---:|---:|---:|---:|---:|" + "---:|" * len(longer) + "---:|---:|---:|---:|---:|",
     ]
     lines += [
-        f"| {row['method']} | {row['cache_share']:.1%} | {row['qk_rope_head_dim']:g} + {row['kv_lora_rank']:g} | "
+        f"| {row['method']} | {row['cache_share']:.1%} | {row['qk_rope_head_dim']:.0f} + {row['kv_lora_rank']:.0f} | "
         f"{row['rope_bits']:g} + {row['latent_bits']:g} | "
         f"{row['perplexity']:.2f} | {row['perplexity'] / base:.3f} | "
         + "".join(f"{shown_ratio(row['perplexity_by_context'].get(length), sources[length])} | " for length in longer)

@@ -100,6 +100,13 @@ def test_values_are_those_of_the_oracle(name, magnitude):
 
 
 @pytest.mark.parametrize("name", CODES)
+def test_states_may_lie_in_memory_in_any_order(name):
+    codec = Codec(CODES[name], torch.float32, CPU)
+    states = torch.randn(codec.code.channels, 40, generator=torch.Generator().manual_seed(0)).mT
+    assert torch.equal(codec.encode(states), codec.encode(states.clone(memory_format=torch.contiguous_format)))
+
+
+@pytest.mark.parametrize("name", CODES)
 def test_zeros_stay_zeros_and_what_is_not_finite_stays_so(name):
     codec = Codec(CODES[name], torch.float32, CPU)
     assert not codec.decode(codec.encode(torch.zeros(2, codec.code.channels))).any()
