@@ -64,7 +64,7 @@ class RowWriter:
             best = error.argmin(0, keepdim=True)
             scales = scales.gather(0, best)
             levels = levels.gather(0, self._by_channel(best).expand(1, *states.shape))
-        # Of one scale a token, the last stride may be any, and only of 1 bytes are seen.
+        # Scales are laid out as their factors are, and bytes are seen only where they lie in their order.
         scale_bytes = scales[0].reshape(-1).view(torch.uint8).view(len(states), -1)
         return self.packing.rows(torch.cat((scale_bytes, levels[0].to(torch.int8).view(torch.uint8)), -1))
 

@@ -99,11 +99,13 @@ def test_values_are_those_of_the_oracle(name, magnitude):
     assert (least < 0.95 * lost).any() == (code.channels > 1 and all(bits < 5 for _, bits in code.segments))
 
 
-@pytest.mark.parametrize("name", CODES)
-def test_states_may_lie_in_memory_in_any_order(name):
-    codec = Codec(CODES[name], torch.float32, CPU)
-    states = torch.randn(codec.code.channels, 40, generator=torch.Generator().manual_seed(0)).mT
-    assert torch.equal(codec.encode(states), codec.encode(states.clone(memory_format=torch.contiguous_format)))
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_parts_side_by_side_are_coded_as_each_alone(bits):
+    codec = LatentCodec(uniform_code(bits, 32, 16), torch.float32, CPU)
+    rotated = torch.randn(64, 48, generator=torch.Generator().manual_seed(bits))
+    latent, rope = rotated.split([32, 16], dim=-1)
+    alone = torch.cat((codec.latent.encode(latent), codec.rope.encode(rope)), dim=-1)
+    assert torch.equal(codec.encode(rotated), alone)
 
 
 @pytest.mark.parametrize("name", CODES)
