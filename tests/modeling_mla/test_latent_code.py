@@ -101,7 +101,7 @@ def test_values_are_those_of_the_oracle(name, magnitude):
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 def test_parts_side_by_side_are_coded_as_each_alone(bits):
-    codec = LatentCodec(uniform_code(bits, 32, 16), torch.float32, CPU)
+    codec = LatentCodec(LatentCode(PartCode(((32, bits),)), PartCode(((16, bits),))), torch.float32, CPU)
     rotated = torch.randn(64, 48, generator=torch.Generator().manual_seed(bits))
     latent, rope = rotated.split([32, 16], dim=-1)
     alone = torch.cat((codec.latent.encode(latent), codec.rope.encode(rope)), dim=-1)
