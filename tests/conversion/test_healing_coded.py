@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from healing_runs import LOGITS, prepare, run, small_default
+from healing_runs import prepare, small_default
 
 from conversion.checkpoint.location import locate
 from conversion.healing.pair import Pair, load_pair
 from conversion.healing.stages import Layers, Logits
 from conversion.healing.trained_parameters import trainable_names, unfrozen
-from conversion.healing.validation import mean
 from conversion.sources import open_source
 from modeling_mla import LatentCache
 from modeling_mla.coded_states_mla import CodedStates
@@ -90,20 +89,3 @@ def test_both_stages_have_the_code_in_the_loop(checkpoints: dict[str, Path], sta
             stage.losses(pair, ids, terms.append)
         losses[bits] = float(sum(terms))
     assert losses[None] > 1.05 * losses[EXACT], "codes are what is lost here"
-
-
-def test_what_is_learnt_with_the_code_serves_better_with_it(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    settings = {"stages": LOGITS, "steps": 24}
-    coded = run(checkpoints, tmp_path / "coded", **settings)
-    assert coded.improved
-    with pytest.MonkeyPatch.context() as patch:
-        original = Pair.student_arguments
-
-        def uncoded(self: Pair, ids: torch.Tensor) -> dict:
-            learning = torch.is_grad_enabled()
-            return {"input_ids": ids, "use_cache": False} if learning else original(self, ids)
-
-        patch.setattr(Pair, "student_arguments", uncoded)
-        blind = run(checkpoints, tmp_path / "blind", **settings)
-    assert coded.before == pytest.approx(blind.before)
-    assert coded.kl_after < mean(blind.looks[-1].kl) - 1e-4
