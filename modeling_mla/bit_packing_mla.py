@@ -7,7 +7,6 @@ equal runs; levels at the same place of a byte, and further levels that come fro
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -49,7 +48,6 @@ class _Piece(NamedTuple):
     width: int
 
 
-@functools.cache
 def _layout(channels: int, bits: int) -> _Layout:
     whole, spare = divmod(8, bits)
     together = math.lcm(spare, bits) if spare else 0

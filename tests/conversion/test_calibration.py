@@ -200,7 +200,7 @@ def test_wrong_byte_is_found_far_into_a_file(tmp_path, tokenizer, monkeypatch):
     [
         (
             [{"role": "user", "content": "w1"}],
-            "holds list, no text; render messages in the model's chat template first",
+            "holds messages, and the model has no chat template; give rows of text",
         ),
         (5, "holds int, no text; rename one to 'text'"),
         ({"a": "w1"}, "holds dict, no text; rename one"),

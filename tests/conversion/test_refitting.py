@@ -71,6 +71,8 @@ def refitted(output_scale: float = 1.0, *, normed: bool = False, gain: float = 1
     draw = torch.Generator().manual_seed(4)
     stream, moved, inputs = torch.randn(3, 40, geometry.hidden_size, generator=draw, dtype=torch.float64)
     converted = get_method("exact").factorise(geometry, weights, None, get_method("exact").smallest(geometry))
+    # An intercept is fitted where the conversion has a bias.
+    converted = replace(converted, o_proj_bias=converted.o_proj.new_zeros(geometry.hidden_size))
     ridge = ValueRidge(geometry, weights, converted)
     ridge.update(LayerInputs(inputs, stream), LayerInputs(inputs, stream + shift * moved))
     return ridge.weights()
