@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import yaml
@@ -19,6 +19,7 @@ from .devices.choice import AUTO, chosen_device
 from .errors import BudgetError, ConversionError, first_line
 from .layers import AttentionGeometry
 
+AnyRecipe = TypeVar("AnyRecipe", bound=BaseModel)
 DtypeName = Literal["float32", "float16", "bfloat16"]
 
 _BUDGET = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>%|B|KB|KiB|)")
@@ -141,10 +142,10 @@ class Recipe(BaseModel):
         return {name: str(value) for name, value in self.model_dump(exclude={"output", "statistics", "device"}).items()}
 
 
-def make_recipe(**values: object) -> Recipe:
-    """A recipe; raises `ConversionError` in one line where a value is wrong."""
+def validated(kind: type[AnyRecipe], values: dict[str, Any]) -> AnyRecipe:
+    """A recipe of some kind; raises `ConversionError` in one line where a value is wrong."""
     try:
-        return Recipe.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
@@ -152,15 +153,25 @@ def make_recipe(**values: object) -> Recipe:
         raise ConversionError(f"{name} is {first['input']!r}: {message}.") from error
 
 
-def read_recipe(file: Path) -> Recipe:
-    """A recipe from a YAML file; raises `ConversionError` in one line where it cannot be read or a value is wrong."""
+def read_values(file: Path, wanted: str) -> dict[str, Any]:
+    """What a YAML file says; raises `ConversionError` in one line where that is no recipe, but what is ``wanted``."""
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConversionError(f"{file} cannot be read as a recipe: {first_line(error)}") from error
     if not isinstance(values, dict):
-        raise ConversionError(f"{file} is no recipe; give source, output and the options of convert, one a line.")
-    return make_recipe(**values)
+        raise ConversionError(f"{file} is no recipe; give {wanted}.")
+    return values
+
+
+def make_recipe(**values: object) -> Recipe:
+    """A recipe, as `validated`."""
+    return validated(Recipe, values)
+
+
+def read_recipe(file: Path) -> Recipe:
+    """A recipe from a YAML file, as `read_values` and `validated`."""
+    return make_recipe(**read_values(file, "source, output and the options of convert, one a line"))
 
 
 def cache_share(cache: str, source_bytes: int) -> Fraction | None:

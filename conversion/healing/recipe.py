@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from ..checkpoint.paths import expanded
 from ..devices.choice import AUTO, chosen_device
-from ..errors import ConversionError, first_line
-from ..recipe import LARGEST_SEED
+from ..errors import ConversionError
+from ..recipe import LARGEST_SEED, read_values, validated
 from ..text.mix import DEFAULT, WeightedText
 from .stages import DEFAULT_STAGES, AnyStage
 
@@ -98,26 +97,11 @@ class HealingRecipe(BaseModel):
 
 
 def make_healing_recipe(**values: Any) -> HealingRecipe:
-    """A recipe; raises `ConversionError` in one line where a value is wrong."""
-    try:
-        return HealingRecipe.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        raise ConversionError(f"{name} is {first['input']!r}: {message}.") from error
+    """A recipe, as `validated`."""
+    return validated(HealingRecipe, values)
 
 
 def read_healing_recipe(file: Path, **given: Any) -> HealingRecipe:
-    """A recipe from a YAML file; ``given`` takes the place of what stands there.
-
-    Raises:
-        ConversionError: the file cannot be read, or a value is wrong.
-    """
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConversionError(f"{file} cannot be read as a recipe: {first_line(error)}") from error
-    if not isinstance(values, dict):
-        raise ConversionError(f"{file} is no recipe; give the options of heal, one a line, and stages as a list.")
+    """A recipe from a YAML file, as `read_values` and `validated`; ``given`` takes the place of what stands there."""
+    values = read_values(file, "the options of heal, one a line, and stages as a list")
     return make_healing_recipe(**(values | given))
