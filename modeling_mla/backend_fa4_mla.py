@@ -8,13 +8,22 @@ from __future__ import annotations
 import torch
 
 from .backend_base_mla import AbsorbedShape
-from .kernel_packages_mla import installed, load, why_no_gpu, why_not_from_zero, why_not_plain, why_trial_fails
+from .kernel_packages_mla import (
+    DEEPSEEK_RANK,
+    DEEPSEEK_ROPE,
+    installed,
+    load,
+    why_no_gpu,
+    why_not_deepseek,
+    why_not_from_zero,
+    why_trial_fails,
+)
 from .latent_tiles_mla import CodedLatents
 from .masks_mla import VisibleKeys
 
 _MODULE = "flash_attn.cute"
 _LEAST, _MOST = (10, 0), (11, 0)
-_RANK, _ROPE, _HEADS = 512, 64, 128
+_HEADS = 128
 
 
 class FlashAttention4Backend:
@@ -22,29 +31,21 @@ class FlashAttention4Backend:
 
     name = "fa4"
     serves = (
-        f"NVIDIA GPUs of sm100 to sm110; bfloat16, float16; rank {_RANK}, rotary keys of {_ROPE}, at most {_HEADS} "
-        "heads, causal, padding on the right; no other mask, no window, no softcap, no codes, no gradient"
+        f"NVIDIA GPUs of sm100 to sm110; bfloat16, float16; rank {DEEPSEEK_RANK}, rotary keys of {DEEPSEEK_ROPE}, at "
+        f"most {_HEADS} heads, causal, padding on the right; no other mask, no window, no softcap, no codes, no gradient"
     )
 
     def why_unavailable(self, device: torch.device) -> str | None:
         """None on a Blackwell GPU where a trial gives the right result; else the reason why not."""
         if installed(_MODULE) is None:
             return "flash-attn-4 is not installed"
-        return why_no_gpu(device, _LEAST, _MOST) or why_trial_fails(self, device, _RANK, _ROPE)
+        return why_no_gpu(device, _LEAST, _MOST) or why_trial_fails(self, device, DEEPSEEK_RANK, DEEPSEEK_ROPE)
 
     def supports(self, shape: AbsorbedShape) -> str | None:
         """None for DeepSeek's widths, over runs of keys from the first one on; else the reason why not."""
-        reason = why_not_plain(shape)
-        if reason is not None:
-            return reason
-        if (shape.kv_lora_rank, shape.qk_rope_head_dim) != (_RANK, _ROPE):
-            widths = f"{shape.kv_lora_rank} and {shape.qk_rope_head_dim}"
-            return f"it takes rank {_RANK} and rotary keys of {_ROPE}, not {widths}"
         if shape.num_heads > _HEADS:
             return f"it takes at most {_HEADS} heads, not {shape.num_heads}"
-        if shape.softcap is not None:
-            return "it takes no softcap"
-        return why_not_from_zero(shape)
+        return why_not_deepseek(shape) or why_not_from_zero(shape)
 
     def attend(
         self,

@@ -12,13 +12,22 @@ from typing import Any
 import torch
 
 from .backend_base_mla import AbsorbedShape
-from .kernel_packages_mla import installed, load, pages, why_no_gpu, why_not_from_zero, why_not_plain, why_trial_fails
+from .kernel_packages_mla import (
+    DEEPSEEK_RANK,
+    DEEPSEEK_ROPE,
+    installed,
+    load,
+    pages,
+    why_no_gpu,
+    why_not_deepseek,
+    why_not_from_zero,
+    why_trial_fails,
+)
 from .latent_tiles_mla import CodedLatents
 from .masks_mla import RowBounds, VisibleKeys
 
 _MODULE = "flash_mla"
 _HOPPER = (9, 0)
-_RANK, _ROPE = 512, 64
 
 
 class FlashMLABackend:
@@ -26,8 +35,8 @@ class FlashMLABackend:
 
     name = "flashmla"
     serves = (
-        f"NVIDIA GPUs of sm90; bfloat16, float16; rank {_RANK} and rotary keys of {_ROPE}, causal, padding on the "
-        "right; no other mask, no window, no softcap, no codes, no gradient"
+        f"NVIDIA GPUs of sm90; bfloat16, float16; rank {DEEPSEEK_RANK} and rotary keys of {DEEPSEEK_ROPE}, causal, "
+        "padding on the right; no other mask, no window, no softcap, no codes, no gradient"
     )
 
     def __init__(self) -> None:
@@ -37,21 +46,11 @@ class FlashMLABackend:
         """None on a Hopper GPU where a trial gives the right result; else the reason why not."""
         if installed(_MODULE) is None:
             return "the package flash-mla (or sgl-flash-mla) is not installed"
-        return why_no_gpu(device, _HOPPER, _HOPPER) or why_trial_fails(self, device, _RANK, _ROPE)
+        return why_no_gpu(device, _HOPPER, _HOPPER) or why_trial_fails(self, device, DEEPSEEK_RANK, DEEPSEEK_ROPE)
 
     def supports(self, shape: AbsorbedShape) -> str | None:
         """None for DeepSeek's widths over runs of keys that begin with the cache; else the reason why not."""
-        reason = why_not_plain(shape)
-        if reason is not None:
-            return reason
-        if (shape.kv_lora_rank, shape.qk_rope_head_dim) != (_RANK, _ROPE):
-            return (
-                f"it takes rank {_RANK} and rotary keys of {_ROPE}, not {shape.kv_lora_rank} and "
-                f"{shape.qk_rope_head_dim}"
-            )
-        if shape.softcap is not None:
-            return "it takes no softcap"
-        return why_not_from_zero(shape)
+        return why_not_deepseek(shape) or why_not_from_zero(shape)
 
     def attend(
         self,

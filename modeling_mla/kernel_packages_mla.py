@@ -20,6 +20,8 @@ from .masks_mla import VisibleKeys
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 PAGE = 64
 """Rows of a page: a capacity of `LatentCache` is a multiple of it."""
+DEEPSEEK_RANK, DEEPSEEK_ROPE = 512, 64
+"""For which packages have kernels of their own."""
 _TRIAL_KEYS = 70
 _TRIAL_ERROR = 2e-2
 
@@ -94,6 +96,16 @@ def why_not_plain(shape: AbsorbedShape) -> str | None:
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return "it has no gradient and is not compiled"
     return None
+
+
+def why_not_deepseek(shape: AbsorbedShape) -> str | None:
+    """As `why_not_plain`, for kernels of `DEEPSEEK_RANK` and `DEEPSEEK_ROPE` alone, which take no softcap."""
+    if reason := why_not_plain(shape):
+        return reason
+    if (shape.kv_lora_rank, shape.qk_rope_head_dim) != (DEEPSEEK_RANK, DEEPSEEK_ROPE):
+        widths = f"{shape.kv_lora_rank} and {shape.qk_rope_head_dim}"
+        return f"it takes rank {DEEPSEEK_RANK} and rotary keys of {DEEPSEEK_ROPE}, not {widths}"
+    return None if shape.softcap is None else "it takes no softcap"
 
 
 def why_not_runs(shape: AbsorbedShape) -> str | None:
