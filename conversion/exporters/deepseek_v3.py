@@ -15,7 +15,7 @@ from transformers import DeepseekV3Config, PreTrainedConfig
 from typing_extensions import override
 
 from ..errors import BudgetError, SourceError
-from ..planning.deepseek_layout import HEAD_DIMS, KV_LORA_RANKS, QK_ROPE_HEAD_DIM, engine_rank
+from ..planning.deepseek_layout import HEAD_DIMS, KV_LORA_RANKS, QK_ROPE_HEAD_DIM, engine_head_dims, engine_rank
 from .base import CheckpointExporter
 from .deepseek_form import INSTEAD, DeepseekForm, deepseek_form
 
@@ -72,13 +72,13 @@ def padded_sizes(config: PreTrainedConfig) -> tuple[int, tuple[int, int]]:
             f"kv_lora_rank is {config.kv_lora_rank}, and engines have {KV_LORA_RANKS[-1]} at most; convert with "
             f"--kv-lora-rank {KV_LORA_RANKS[-1]} or less."
         )
-    for sizes in HEAD_DIMS:
-        if config.qk_nope_head_dim <= sizes[0] and config.v_head_dim <= sizes[1]:
-            return rank, sizes
-    raise SourceError(
-        f"qk_nope_head_dim {config.qk_nope_head_dim} and v_head_dim {config.v_head_dim} are more than engines' largest "
-        f"head, {HEAD_DIMS[-1]}; {INSTEAD}."
-    )
+    sizes = engine_head_dims(config.qk_nope_head_dim, config.v_head_dim)
+    if sizes is None:
+        raise SourceError(
+            f"qk_nope_head_dim {config.qk_nope_head_dim} and v_head_dim {config.v_head_dim} are more than engines' "
+            f"largest head, {HEAD_DIMS[-1]}; {INSTEAD}."
+        )
+    return rank, sizes
 
 
 def _stock_config(config: PreTrainedConfig, rank: int, nope: int, value: int) -> DeepseekV3Config:

@@ -17,7 +17,7 @@ from modeling_mla.configuration_mla import identity_norm_weight
 from modeling_mla.vllm_mla import why_no_mla_attention
 
 from ..errors import BudgetError, SourceError
-from ..planning.deepseek_layout import HEAD_DIMS, KV_LORA_RANKS, QK_ROPE_HEAD_DIM
+from ..planning.deepseek_layout import HEAD_DIMS, KV_LORA_RANKS, QK_ROPE_HEAD_DIM, engine_head_dims
 from .base import CheckpointExporter
 from .padding import pad_parts
 
@@ -47,10 +47,8 @@ class VllmExporter(CheckpointExporter):
                     f"{field} is {getattr(config, field)}, and vLLM's kernels have {limit}; convert the model with "
                     f"--{field.replace('_', '-')} {limit} or less."
                 )
-        fitting = [
-            sizes for sizes in HEAD_DIMS if config.qk_nope_head_dim <= sizes[0] and config.v_head_dim <= sizes[1]
-        ]
-        if not fitting:
+        sizes = engine_head_dims(config.qk_nope_head_dim, config.v_head_dim)
+        if sizes is None:
             raise SourceError(
                 f"qk_nope_head_dim {config.qk_nope_head_dim} and v_head_dim {config.v_head_dim} are more than vLLM's "
                 f"largest head, {HEAD_DIMS[-1]}; serve the model with Transformers."
@@ -71,9 +69,9 @@ class VllmExporter(CheckpointExporter):
                 "kv_lora_ranks": None,
                 "qk_rope_head_dim": QK_ROPE_HEAD_DIM,
                 "qk_rope_head_dims": None,
-                "qk_nope_head_dim": fitting[0][0],
+                "qk_nope_head_dim": sizes[0],
                 "qk_nope_head_dims": None,
-                "v_head_dim": fitting[0][1],
+                "v_head_dim": sizes[1],
                 "softmax_scale": qk_head_dim**-0.5 if config.softmax_scale is None else config.softmax_scale,
             }
         )

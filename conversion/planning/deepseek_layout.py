@@ -30,6 +30,11 @@ def engine_rank(rank: int) -> int | None:
     return next((wide for wide in KV_LORA_RANKS if rank <= wide), None)
 
 
+def engine_head_dims(nope: int, value: int) -> tuple[int, int] | None:
+    """The least of `HEAD_DIMS` that holds a head of these sizes; None where none does."""
+    return next((sizes for sizes in HEAD_DIMS if nope <= sizes[0] and value <= sizes[1]), None)
+
+
 def refuse_unfit(source: SourceModel) -> None:
     """Raises `SourceError`, by name and with what serves it instead, for attention that the layout cannot hold."""
     reason = why_unfit(source)
