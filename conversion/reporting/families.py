@@ -11,16 +11,13 @@ import torch
 from rich.table import Table
 from transformers import CONFIG_MAPPING
 
-import modeling_mla
-from modeling_mla.vllm_mla import refuse_unservable
-
 from ..checkpoint.location import Location
 from ..errors import ConversionError
 from ..methods import METHODS, Method
 from ..planning.exact_form import exact_config
 from ..sources import SOURCES, SourceModel, source_of
 
-_COLUMNS = ("family", "models", "what is special", "exact", "compressed by", "served by")
+_COLUMNS = ("family", "models", "what is special", "exact", "compressed by")
 SMALLEST = dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads"), 1)
 SMALLEST |= dict.fromkeys(("hidden_size", "intermediate_size", "head_dim", "vocab_size"), 8)
 
@@ -29,8 +26,8 @@ SMALLEST |= dict.fromkeys(("hidden_size", "intermediate_size", "head_dim", "voca
 class Family:
     """One family that converts.
 
-    ``quirks`` are what its source has beside plain attention; ``exact`` says whether nothing need be lost,
-    ``compressed_by`` which methods take it, and ``served_by`` which engines run the result.
+    ``quirks`` are what its source has beside plain attention; ``exact`` says whether nothing need be lost, and
+    ``compressed_by`` which methods take it.
     """
 
     name: str
@@ -38,12 +35,11 @@ class Family:
     quirks: str
     exact: bool
     compressed_by: tuple[str, ...]
-    served_by: tuple[str, ...]
 
     def row(self) -> tuple[str, ...]:
         """The family in the order of the table's columns."""
         exact = "yes" if self.exact else "no"
-        return self.name, self.models, self.quirks, exact, ", ".join(self.compressed_by), ", ".join(self.served_by)
+        return self.name, self.models, self.quirks, exact, ", ".join(self.compressed_by)
 
 
 def families() -> list[Family]:
@@ -61,7 +57,6 @@ def _family(name: str, source: type[SourceModel]) -> Family:
         quirks,
         exact=_succeeds(lambda: exact_config(smallest, torch.float32)),
         compressed_by=tuple(method.name for method in compressing if _takes(method, smallest)),
-        served_by=("Transformers", *(["vLLM (padded)"] if _is_served_by_vllm(source) else [])),
     )
 
 
@@ -74,16 +69,6 @@ def _succeeds(attempt: Callable[[], object]) -> bool:
     try:
         attempt()
     except ConversionError:
-        return False
-    return True
-
-
-def _is_served_by_vllm(source: type[SourceModel]) -> bool:
-    config = getattr(modeling_mla, f"{source.mla_name}Config")()
-    try:
-        # Of one token: how long a text may be depends on the checkpoint.
-        refuse_unservable(config, 1, torch.bfloat16)
-    except ValueError:
         return False
     return True
 

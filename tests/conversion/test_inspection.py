@@ -13,6 +13,7 @@ from tiny_source import save_source
 from transformers import CONFIG_MAPPING
 
 from conversion.checkpoint.location import Location
+from conversion.exporters.engines import engine_rows
 from conversion.reporting import families as reporting
 from conversion.reporting.inspection import inspect_model
 from conversion.reporting.quirks import quirks_of
@@ -64,11 +65,19 @@ def test_every_family_is_inspected() -> None:
     for family in reporting.families():
         assert family.exact, family
         assert family.compressed_by[0] == "attention_aware"
-        assert family.served_by[0] == "Transformers"
     methods = {family.name: family.compressed_by for family in reporting.families()}
     # It refuses what lies behind norms, and biases beside sinks.
     assert "mha2mla" in methods["llama"]
     assert "mha2mla" not in methods["qwen3"] + methods["gpt_oss"]
+
+
+def test_every_family_has_its_engines() -> None:
+    found = {row[0]: row[1:] for row in engine_rows()}
+    assert list(found) == sorted(SOURCES)
+    assert all(row[:2] == ("yes", "yes") for row in found.values())
+    assert found["llama"] == ("yes",) * 4
+    assert "caps its scores" in found["gemma2"][2]
+    assert found["qwen2"][2:] == ("yes", "no: has biases on its attention projections")
 
 
 def test_what_is_possible_is_said(tmp_path: Path) -> None:
