@@ -18,6 +18,7 @@ from .checkpoint.writer import SHARD_SIZE
 from .devices.choice import AUTO, chosen_device
 from .errors import BudgetError, ConversionError, first_line
 from .layers import AttentionGeometry
+from .text import SELF_WRITTEN
 
 AnyRecipe = TypeVar("AnyRecipe", bound=BaseModel)
 DtypeName = Literal["float32", "float16", "bfloat16"]
@@ -26,8 +27,6 @@ _BUDGET = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>%|B|KB|KiB|)")
 _SHARD_SIZE = re.compile(r"(?=.*[1-9])\d{1,9}(\.\d+)?(KB|MB|GB|TB)")
 _BYTES = {"B": 1, "KB": 1000, "KiB": 1024}
 DEFAULT_TOKENS = 65536
-SELF_WRITTEN = "self"
-"""The calibration text that the source writes itself."""
 _MOST_TOKENS = 2**31
 LARGEST_SEED = 50_000_000
 """Seeds of layers and windows are made of it, and remain below 2**63."""

@@ -31,8 +31,9 @@ class FlashAttention4Backend:
 
     name = "fa4"
     serves = (
-        f"NVIDIA GPUs of sm100 to sm110; bfloat16, float16; rank {DEEPSEEK_RANK}, rotary keys of {DEEPSEEK_ROPE}, at "
-        f"most {_HEADS} heads, causal, padding on the right; no other mask, no window, no softcap, no codes, no gradient"
+        f"NVIDIA GPUs of sm100 to sm110; bfloat16, float16; rank {DEEPSEEK_RANK}, rotary keys of {DEEPSEEK_ROPE}, "
+        f"at most {_HEADS} heads, causal, padding on the right; no other mask, no window, no softcap, no "
+        "codes, no gradient"
     )
 
     def why_unavailable(self, device: torch.device) -> str | None:

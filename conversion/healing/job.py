@@ -12,7 +12,8 @@ from ..checkpoint.location import Location
 from ..checkpoint.reader import SafetensorsReader
 from ..devices.processes import Processes
 from ..sources import SourceModel
-from ..text.mix import SELF, Domain, written_domain
+from ..text import SELF_WRITTEN
+from ..text.mix import Domain, written_domain
 from .folder import HealingFolder
 from .recipe import HealingRecipe
 
@@ -49,7 +50,7 @@ class HealingJob:
     def written_share(self) -> float:
         """Of all text, what the teacher writes."""
         texts = self.recipe.texts
-        return sum(text.weight for text in texts if text.spec == SELF) / sum(text.weight for text in texts)
+        return sum(text.weight for text in texts if text.spec == SELF_WRITTEN) / sum(text.weight for text in texts)
 
     @cached_property
     def domains(self) -> list[Domain]:

@@ -20,7 +20,7 @@ from ..evaluation.recall import Recall
 from ..evaluation.verify import Verification
 from ..layers import LayerBudget
 from ..planning.plan import ConversionPlan
-from ..recipe import SELF_WRITTEN
+from ..text import SELF_WRITTEN
 
 JSON_NAME = "conversion.json"
 TEXT_NAME = "conversion.txt"

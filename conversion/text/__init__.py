@@ -3,3 +3,6 @@
 In: what the user names, and a tokenizer. Out: ``[N, S]`` token ids. A new kind of source is one branch in `windows`; a
 domain of the default mix one entry there.
 """
+
+SELF_WRITTEN = "self"
+"""What a user names for text that the model writes itself."""

@@ -13,13 +13,12 @@ from transformers import PreTrainedTokenizerBase
 
 from ..checkpoint.paths import expanded
 from ..errors import CalibrationError
+from . import SELF_WRITTEN
 from .default_mix import calibration_documents, turns
 from .windows import documents_of, head, pack, pages_of, tokenised
 
 DEFAULT = "default"
 """The text that a conversion calibrates on, as a source of a mix."""
-SELF = "self"
-"""Text that the model writes itself, as a source of a mix."""
 VALIDATION_WINDOWS = 2
 """Of every domain, which are not learnt from."""
 _PAGE = 32_768
@@ -35,7 +34,7 @@ class WeightedText:
     """One source of a mix.
 
     Args:
-        spec: as for `load_windows`, or `DEFAULT`, or `SELF`.
+        spec: as for `load_windows`, or `DEFAULT`, or `SELF_WRITTEN`.
         weight: of its text among all.
     """
 
@@ -98,7 +97,7 @@ def load_mix(
         tokens: to learn from, of all texts together; texts that have fewer begin again.
         seed: of the shuffle.
 
-    A source `SELF` is left out: what it is takes a model, see `written_domain`.
+    A source `SELF_WRITTEN` is left out: what it is takes a model, see `written_domain`.
 
     Raises:
         CalibrationError: see `load_windows`; a text is too short to hold some of it back.
@@ -109,7 +108,7 @@ def load_mix(
     default = sum(share.weight for share in shares if share.spec == DEFAULT)
     domains = _default_domains(default, tokenizer, window, tokens, seed)
     for share in shares:
-        if share.spec not in (DEFAULT, SELF):
+        if share.spec not in (DEFAULT, SELF_WRITTEN):
             wanted = math.ceil(share.weight * tokens)
             documents = head(documents_of(share.spec, tokenizer, seed), wanted + VALIDATION_WINDOWS * window)
             name = _unlike(share.name, [domain.name for domain in domains])
