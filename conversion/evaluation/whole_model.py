@@ -161,6 +161,6 @@ def greedy(model: PreTrainedModel, prompt: Tensor, count: int) -> Tensor:
 
 
 def leading_match(expected: Tensor, found: Tensor) -> float:
-    """The share of tokens before the first difference."""
+    """The share of the tokens ``expected [n]`` before the first difference from ``found [n]``."""
     differing = (expected != found).nonzero()
     return 1.0 if len(differing) == 0 else float(differing[0, 0]) / len(expected)
