@@ -1,4 +1,4 @@
-"""The command line: ``mla families | backends | inspect | plan | convert | run | verify | heal | export``.
+"""The command line: ``mla families | backends | inspect | plan | convert | run | verify | heal | export | push``.
 
 In: arguments. Out: results on stdout, everything else on stderr, and an exit code. A new command is one file with one
 function, and one name in `COMMANDS`.
@@ -12,10 +12,11 @@ from .families import families
 from .heal import heal
 from .inspect import inspect
 from .plan import plan
+from .push import push
 from .run import run
 from .verify import verify
 
-COMMANDS = (families, backends, inspect, plan, convert, run, verify, heal, export)
+COMMANDS = (families, backends, inspect, plan, convert, run, verify, heal, export, push)
 
 app = make_app(COMMANDS)
 
