@@ -11,6 +11,7 @@ from ..checkpoint.atomic import write_json, write_text
 from ..checkpoint.writer import ShardWriter
 from ..pipeline.runner import in_first
 from ..pipeline.work.partial_output import versions
+from ..reporting.card_metadata import CARD, healed_card
 from .curve import draw_curve
 from .folder import Healed
 from .job import HealingJob
@@ -42,10 +43,11 @@ def _write_report(job: HealingJob, folder: Path, healed: Healed) -> None:
     found = healed.model_dump() | {"kl_before": healed.kl_before, "kl_after": healed.kl_after}
     write_json(folder / "healing.json", {"recipe": recipe, "versions": versions()} | found)
     draw_curve(healed, job.location.name, folder / "healing.png")
-    card = job.location.folder / "README.md"
+    card = job.location.folder / CARD
     if card.is_file():
-        told = f"{card.read_text(encoding='utf-8').rstrip()}\n\n## Healing\n\n{_told(healed, recipe)}\n"
-        write_text(folder / "README.md", told)
+        texts = [text.name for text in job.recipe.texts]
+        told = healed_card(card.read_text(encoding="utf-8"), _told(healed, recipe), texts, healed.after)
+        write_text(folder / CARD, told)
 
 
 def _told(healed: Healed, recipe: dict) -> str:
