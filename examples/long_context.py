@@ -40,7 +40,7 @@ def main(
             raise SystemExit(f"{prefix} holds another document; name another --prefix.")
         asked = tokenizer(f"\n\nQuestion: {question}\nAnswer:", add_special_tokens=False, return_tensors="pt")
         ids = torch.cat((text, asked["input_ids"].to(model.device)), dim=-1)
-        said = model.generate(ids, past_key_values=cache, max_new_tokens=tokens, do_sample=False)
+        said = model.generate(ids, **cache_argument(cache), max_new_tokens=tokens, do_sample=False)
         answer = tokenizer.decode(said[0, ids.shape[1] :], skip_special_tokens=True)
         print(
             f"{question} {answer!r} [{time.perf_counter() - started:.1f} s, {cache.nbytes / 2**20:.2f} MiB of latents]"
@@ -54,6 +54,7 @@ def load(checkpoint: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     tokenizer = ByT5Tokenizer() if checkpoint.endswith(".json") else AutoTokenizer.from_pretrained(checkpoint)
     if checkpoint.endswith(".json"):
         model = shrunk_model(Path(checkpoint), torch.bfloat16)
+        model.resize_token_embeddings(len(tokenizer))
     else:
         model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto", device_map="auto")
     if not any(isinstance(module, MLAttention) for module in model.modules()):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -106,7 +106,7 @@ def healed_card(card: str, paragraph: str, texts: Iterable[str], kl: dict[str, f
         kl: to the source, nats a token by domain; they take the place of the conversion's results.
     """
     healed = ModelCard(card, ignore_metadata_errors=True)
-    data = healed.data
+    data = cast(ModelCardData, healed.data)
     if data.get("base_model"):
         data.base_model_relation = HEALED
     data.datasets = list(dict.fromkeys([*(data.get("datasets") or []), *hub_datasets(texts)])) or None
