@@ -1,4 +1,4 @@
-"""The command line: ``mla families | backends | inspect | plan | convert | run | verify | heal | export``.
+"""The command line: ``mla sweep | families | backends | inspect | plan | convert | run | verify | heal | export``.
 
 In: arguments. Out: results on stdout, everything else on stderr, and an exit code. A new command is one file with one
 function, and one name in `COMMANDS`.
@@ -13,9 +13,10 @@ from .heal import heal
 from .inspect import inspect
 from .plan import plan
 from .run import run
+from .sweep import sweep
 from .verify import verify
 
-COMMANDS = (families, backends, inspect, plan, convert, run, verify, heal, export)
+COMMANDS = (sweep, families, backends, inspect, plan, convert, run, verify, heal, export)
 
 app = make_app(COMMANDS)
 

@@ -17,7 +17,7 @@ from ..terminal import accept_all_characters, console
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 _INTERRUPTED = 130
-_RESUMABLE = ("convert", "run", "heal")
+_RESUMABLE = ("convert", "run", "heal", "sweep")
 
 _Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from ..progress import durations, peak_memory, shown_progress
+from ..progress import durations, peak_memory, shown_progress, told
 from ..terminal import console
 from .options import DryRun, Model, Output, taking_recipe
 from .output import show
@@ -39,6 +39,5 @@ def convert_by(recipe: Recipe, *, dry_run: bool) -> None:
         finished = run_plan(plan, source, progress)
     show(finished.report.tables()[:-1])
     took = Costs(time.monotonic() - started, peak_memory(), finished.disk_bytes)
-    steps = ", ".join(f"{name} {seconds:.0f}" for name, seconds in durations(progress).items())
-    ready = f"{output} is ready after {took} (expected: {plan.costs}); in seconds: {steps}."
+    ready = f"{output} is ready after {took} (expected: {plan.costs}); in seconds: {told(durations(progress))}."
     console().print(ready, soft_wrap=True)
