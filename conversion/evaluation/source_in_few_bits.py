@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import sdpa_mask
 
 from ..forward.products import fast_float32
-from .scores import Score, Scores
+from .scores import ROWS, Score, Scores
 
 GROUP = 32
 EXACT_TOKENS = 4
@@ -57,28 +57,33 @@ def kivi_attention(bits: int) -> Callable[..., tuple[Tensor, None]]:
         s_aux: Tensor | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
-        length, groups = key.shape[2], query.shape[1] // key.shape[1]
+        kv_heads, length = key.shape[1:3]
         place = torch.arange(length, device=key.device)
         first = (place < EXACT_TOKENS)[:, None]
         # The first tokens would widen every group that they are in.
         held = torch.where(first, key[..., EXACT_TOKENS : EXACT_TOKENS + 1, :], key)
         coded_key = torch.where(first, key, rounded(held, bits, dim=-2))
         coded_value = torch.where(first, value, rounded(value, bits, dim=-1))
-        own = (place // GROUP)[:, None] == place // GROUP
-        key, value, coded_key, coded_value = (
-            states.repeat_interleave(groups, dim=1) for states in (key, value, coded_key, coded_value)
-        )
-        scores = torch.where(own, query @ key.mT, query @ coded_key.mT) * scaling
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
-        # Where a mask would be the plain causal one, Transformers makes none.
-        visible = place[:, None] >= place if attention_mask is None else attention_mask
-        scores = scores.masked_fill(~visible, float("-inf"))
-        if s_aux is not None:
-            scores = torch.cat((scores, s_aux.view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)), dim=-1)
-        weights = scores.softmax(-1)[..., :length]
-        output = weights.where(own, 0) @ value + weights.where(~own, 0) @ coded_value
-        return output.transpose(1, 2).contiguous(), None
+        outputs = []
+        # As many queries as share what is coded: scores of all at once would be many times the model's own memory.
+        for start in range(0, length, GROUP):
+            end = min(start + GROUP, length)
+            read_key = torch.cat((coded_key[:, :, :start], key[:, :, start:end]), dim=2)
+            read_value = torch.cat((coded_value[:, :, :start], value[:, :, start:end]), dim=2)
+            queries = query[:, :, start:end].unflatten(1, (kv_heads, -1))
+            scores = queries @ read_key.mT[:, :, None] * scaling
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
+            # Where a mask would be the plain causal one, Transformers makes none.
+            visible = place[start:end, None] >= place[:end]
+            if attention_mask is not None:
+                visible = attention_mask[:, :, None, start:end, :end]
+            scores = scores.masked_fill(~visible, float("-inf"))
+            if s_aux is not None:
+                sinks = s_aux.view(1, kv_heads, -1, 1, 1).expand(*scores.shape[:-1], 1)
+                scores = torch.cat((scores, sinks), dim=-1)
+            outputs.append((scores.softmax(-1)[..., :end] @ read_value[:, :, None]).flatten(1, 2))
+        return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
     return attend
 
@@ -118,7 +123,9 @@ def score_in_few_bits(model: PreTrainedModel, windows: Tensor, text: str, step: 
         expected = _logits(model, window)
         for bits, score in scores.items():
             with reading_in_few_bits(model, bits):
-                score.add(expected, _logits(model, window), window[1:])
+                found = _logits(model, window)
+            for rows in torch.arange(len(found), device=found.device).split(ROWS):
+                score.add(expected[rows], found[rows], window[1:][rows])
         step()
     return {bits: score.result(text, *windows.shape) for bits, score in scores.items()}
 
