@@ -20,6 +20,7 @@ def heal_together(folder: Path) -> None:
         run(checkpoints, folder / "together", steps=STEPS)
 
 
+@pytest.mark.long
 def test_the_result_is_that_of_one_process_with_batches_of_two(tmp_path: Path) -> None:
     with small_default():
         checkpoints = prepare(tmp_path, "llama")
