@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from conversion.cli import app
 from conversion.exporters.engines import engines_markdown
 from conversion.reporting.families import families, markdown
+from conversion.sweep import job
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -36,6 +37,7 @@ STAND_INS = {
 LITTLE_TEXT = ["--tokens", "1024"]
 """For a conversion: all of the default text takes longer than its commands are worth here."""
 SHORTER = {
+    "50%,25%,12.5%": "50%",
     "--minutes 10": "--steps 2",
     "--minutes 60": "--steps 4",
     "torchrun --nproc-per-node 4": "python -m torch.distributed.run --nproc-per-node 2",
@@ -56,6 +58,7 @@ def with_stand_ins(code: str) -> str:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working directory, with what the snippets take."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(job, "CONTEXTS", (64,))
     save_source(tmp_path / "source", dtype=torch.float32, num_key_value_heads=4, max_position_embeddings=256)
     write_text(tmp_path / "text.txt", 20000)
     (tmp_path / "recipe.yaml").write_text("source: source\noutput: from-recipe\nmethod: exact\n")
@@ -77,7 +80,7 @@ def run_shell(code: str) -> int:
         if line.startswith(ELSEWHERE):
             continue
         command = shlex.split(line, comments=True)
-        if "convert" in command and "--tokens" not in command:
+        if {"convert", "sweep"} & {*command} and "--tokens" not in command:
             command += LITTLE_TEXT
         if command[:2] == ["mla", "convert"] and Path(command[3]).exists():
             shutil.rmtree(command[3])
@@ -93,6 +96,7 @@ def run_shell(code: str) -> int:
 @pytest.mark.long
 def test_commands_run(folder: Path) -> None:
     assert sum(run_shell(code) for code in snippets("bash")) >= 9
+    assert (folder / "sizes" / "50%" / "config.json").is_file()
     assert (folder / "healed" / "healing.json").is_file()
     assert (folder / "out-healed" / "healing.json").is_file()
 
