@@ -16,6 +16,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,16 +24,9 @@ from typing import Annotated, Any
 import torch
 import typer
 from quality_picture import draw
+from quanto_cache import QUANTO_BITS, quanto_perplexity, quanto_share
 from rich.console import Console
 from rich.progress import Progress
-from source_in_few_bits import (
-    KIVI_BITS,
-    QUANTO_BITS,
-    kivi_perplexity,
-    kivi_share,
-    quanto_perplexity,
-    quanto_share,
-)
 from transformers import PreTrainedModel
 from transformers.utils import is_optimum_quanto_available
 
@@ -43,6 +37,7 @@ from conversion.errors import BudgetError
 from conversion.evaluation.loading import load_model
 from conversion.evaluation.recall import measure_recall
 from conversion.evaluation.scores import perplexity
+from conversion.evaluation.source_in_few_bits import KIVI_BITS, kivi_share, reading_in_few_bits
 from conversion.evaluation.verify import text_windows
 from conversion.methods import METHODS
 from conversion.pipeline.conversion import run_plan
@@ -112,6 +107,12 @@ def perplexities(
     """By window, in which a text of as many tokens is read."""
     with counting(progress, name, sum(len(windows) for windows in texts.values())) as step:
         return {str(length): perplexity(model, windows, step) for length, windows in texts.items()}
+
+
+def kivi_perplexity(model: PreTrainedModel, windows: torch.Tensor, bits: int, step: Callable[[], None]) -> float:
+    """Of windows ``[N, S]`` read through KIVI's form of the cache."""
+    with reading_in_few_bits(model, bits):
+        return perplexity(model, windows, step)
 
 
 def quantised_source(model: PreTrainedModel, windows: torch.Tensor, progress: Progress) -> list[dict[str, Any]]:
