@@ -96,9 +96,9 @@ def run_shell(code: str) -> int:
 @pytest.mark.long
 def test_commands_run(folder: Path) -> None:
     assert sum(run_shell(code) for code in snippets("bash")) >= 9
-    assert (folder / "sizes" / "50%" / "config.json").is_file()
-    assert (folder / "healed" / "healing.json").is_file()
-    assert (folder / "out-healed" / "healing.json").is_file()
+    assert (folder / "sizes" / "50%" / "report.html").is_file()
+    assert (folder / "healed" / "report.json").is_file()
+    assert (folder / "out-healed" / "report.json").is_file()
 
 
 def test_python_runs(folder: Path) -> None:

@@ -38,10 +38,12 @@ def sweep(
 
     Example: mla sweep HuggingFaceTB/SmolLM2-135M-Instruct sizes --cache 50%,25%,12.5%
     """
+    from ..reporting.page import HTML_NAME
+    from ..reporting.report_files import JSON_NAME
     from ..sources import open_source
     from ..sweep.recipe import make_sweep
     from ..sweep.recommendation import recommended
-    from ..sweep.result import JSON_NAME, PICTURE_NAME
+    from ..sweep.result import PICTURE_NAME
     from ..sweep.sweep import run_sweep
     from ..sweep.tables import sweep_tables
 
@@ -59,7 +61,7 @@ def sweep(
         return
     if not quiet:
         show(sweep_tables(found))
-    files = f"{recipe.folder / JSON_NAME} and {recipe.folder / PICTURE_NAME}"
+    files = ", ".join(str(recipe.folder / name) for name in (HTML_NAME, JSON_NAME, PICTURE_NAME))
     ready = f"{files} are ready after {found.seconds:.0f} s; in seconds: {told(durations(progress))}."
     console().print(f"{ready}\n{found.recommendation}", soft_wrap=True)
     if not quiet:

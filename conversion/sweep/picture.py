@@ -4,21 +4,26 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..reporting.picture_style import picture, save_png
+from ..reporting.quality_chart import Way, draw_quality
 from .result import SweepResult
 
 
 def draw_sweep(found: SweepResult, file: Path) -> None:
-    """Draws the perplexity, in times the source's, over the bytes of the cache, as a PNG."""
-    from matplotlib.figure import Figure
+    """Draws the perplexity, in times the source's, over the bytes of the cache, as a PNG.
 
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
+    Raises:
+        OutputError: the file cannot be written.
+    """
     base = found.source_figures.perplexity
-    for name, rows in (("converted", found.sizes), ("source, its own cache in few bits", found.quantised_source)):
-        places = sorted((100 * row.bytes_share, row.perplexity / base) for row in rows)
-        if places:
-            axes.plot(*zip(*places, strict=True), "o-", label=name)
-    axes.set_xlabel("bytes of the cache, % of the source's")
-    axes.set_ylabel("perplexity, times the source's")
-    axes.legend()
-    figure.savefig(file, format="png", dpi=150)
+    kinds = (("converted", found.sizes), ("the source's own cache in few bits", found.quantised_source))
+    ways = [
+        Way(name, tuple((row.bytes_share, row.perplexity / base) for row in rows), dashed=rows is not found.sizes)
+        for name, rows in kinds
+        if rows
+    ]
+    with picture(620, 400) as figure:
+        axes = figure.subplots()
+        draw_quality(axes, ways)
+        axes.set_title(f"{found.source.name} by the bytes of its cache", loc="left")
+        save_png(figure, file)

@@ -1,27 +1,27 @@
-"""Reports what a sweep found: as JSON, and as a picture."""
+"""Reports what a sweep found: as JSON, as a page, and as a picture."""
 
 from __future__ import annotations
 
-from ..checkpoint.atomic import write_json
 from ..errors import VerificationError
 from ..pipeline.runner import in_first
 from ..pipeline.work.partial_output import versions
+from ..reporting.report_files import write_report_files
 from .job import SweepJob, by_context
 from .picture import draw_sweep
 from .recommendation import recommendation
-from .result import JSON_NAME, PICTURE_NAME, SourceFigures, SourceName, SweepResult
+from .result import PICTURE_NAME, SourceFigures, SourceName, SweepResult
 
 
 @in_first
 def report(job: SweepJob) -> None:
-    """Leaves both in the folder.
+    """Leaves all three in the folder.
 
     Raises:
         VerificationError: every size was refused.
     """
     job.work.save()
     found = _result(job)
-    write_json(job.work.path / JSON_NAME, found.as_json())
+    write_report_files(found.as_json(), job.work.path)
     draw_sweep(found, job.work.path / PICTURE_NAME)
 
 

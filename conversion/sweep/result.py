@@ -10,7 +10,6 @@ from pydantic import BaseModel, ConfigDict
 from ..evaluation.scores import Score
 from ..evaluation.verify import Verification
 
-JSON_NAME = "report.json"
 PICTURE_NAME = "sweep.png"
 CONTEXTS = (1024, 32768, 131072)
 """Tokens at which memory and speed are told."""

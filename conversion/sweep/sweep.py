@@ -10,6 +10,7 @@ from ..pipeline.inputs import calibration_windows
 from ..pipeline.runner import run_stages
 from ..planning.plan import ConversionPlan
 from ..progress import silent_progress
+from ..reporting.report_files import JSON_NAME
 from ..sources import SourceModel
 from .convert_sizes import convert_sizes
 from .folder import SweepFolder
@@ -17,7 +18,7 @@ from .job import SweepJob
 from .measure_source import measure_source
 from .recipe import SweepRecipe
 from .report import report
-from .result import JSON_NAME, SweepResult
+from .result import SweepResult
 
 STAGES = (measure_source, convert_sizes, report)
 

@@ -23,7 +23,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from matplotlib.figure import Figure
+from quality_picture import draw
 from quanto_cache import QUANTO_BITS, quanto_perplexity, quanto_share
 from rich.console import Console
 from rich.progress import Progress
@@ -181,34 +181,11 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot(result: dict[str, Any]) -> Figure:
-    """Perplexity over the cache's share, one line a method, and one where it was to spend bytes on values alone."""
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for method, bits in dict.fromkeys((row["method"], row["asked_bits"]) for row in result["rows"]):
-        own = (row for row in result["rows"] if (row["method"], row["asked_bits"]) == (method, bits))
-        rows = sorted(own, key=lambda row: row["cache_share"])
-        label = method if bits is None else f"{method}, {bits} bits"
-        axes.plot([100 * row["cache_share"] for row in rows], [row["perplexity"] for row in rows], "o-", label=label)
-    for form in dict.fromkeys(row["form"] for row in result["quantised_source"]):
-        rows = [row for row in result["quantised_source"] if row["form"] == form]
-        shares = [100 * row["cache_share"] for row in rows]
-        axes.plot(shares, [row["perplexity"] for row in rows], "s--", label=f"source, {form}")
-    axes.axhline(result["perplexity_source"], color="black", linestyle=":", label="source")
-    axes.set_yscale("log")
-    axes.set_xlabel("cache, % of the source's")
-    axes.set_ylabel(f"perplexity, {result['settings']['text']}")
-    axes.set_title(result["settings"]["model"])
-    axes.grid(alpha=0.3, which="both")
-    axes.legend()
-    return figure
-
-
 def write(result: dict[str, Any], folder: Path) -> None:
     """The three files, each complete or as it was."""
     write_text(folder / "quality.json", json.dumps(result, indent=2) + "\n")
     write_text(folder / "quality.md", markdown(result))
-    plot(result).savefig(folder / "quality.png", dpi=150)
+    draw(folder)
 
 
 def main(

@@ -36,7 +36,7 @@ def test_demo_answers_and_replaces_an_earlier_one(folder: Path) -> None:
         assert line in finished.stdout
     assert "modeling_mla cannot be imported here" in finished.stdout
     assert "model class: transformers_modules.out." in finished.stdout
-    assert json.loads((folder / "out" / "conversion.json").read_text())["recipe"]["cache"] == "75%"
+    assert json.loads((folder / "out" / "report.json").read_text())["recipe"]["cache"] == "75%"
 
 
 def test_demo_replaces_nothing_that_it_did_not_make(folder: Path) -> None:
