@@ -24,6 +24,11 @@ def shown_progress() -> Progress:
     return Progress(*columns, *remaining, console=terminal, disable=not terminal.is_terminal)
 
 
+def progress_for(*, quiet: bool) -> Progress:
+    """`shown_progress`, or one that shows nothing."""
+    return silent_progress() if quiet else shown_progress()
+
+
 def silent_progress() -> Progress:
     """A progress that shows nothing."""
     return Progress(console=Console(quiet=True), disable=True)
@@ -55,8 +60,16 @@ def counting(progress: Progress, description: str, total: int, done: int = 0) ->
 
 
 def durations(progress: Progress) -> dict[str, float]:
-    """Seconds of every step that `counting` has shown, in their order."""
-    return {task.description: task.elapsed or 0.0 for task in progress.tasks}
+    """Seconds of every step that `counting` has shown, in their order; those of a step that came again are added."""
+    found: dict[str, float] = {}
+    for task in progress.tasks:
+        found[task.description] = found.get(task.description, 0.0) + (task.elapsed or 0.0)
+    return found
+
+
+def told(seconds: dict[str, float]) -> str:
+    """What `durations` found, for one line."""
+    return ", ".join(f"{name} {spent:.0f}" for name, spent in seconds.items())
 
 
 def peak_memory() -> int:

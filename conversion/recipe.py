@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from modeling_mla.latent_code_mla import check_latent_bits
 
-from .checkpoint.paths import expanded
+from .checkpoint.paths import did_you_mean, expanded
 from .checkpoint.writer import SHARD_SIZE
 from .devices.choice import AUTO, chosen_device
 from .errors import BudgetError, ConversionError, first_line
@@ -157,10 +157,16 @@ def read_values(file: Path, wanted: str) -> dict[str, Any]:
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConversionError(f"{file} cannot be read as a recipe: {first_line(error)}") from error
+        raise ConversionError(f"{file} cannot be read as a recipe: {_reason(error, file)}.") from error
     if not isinstance(values, dict):
         raise ConversionError(f"{file} is no recipe; give {wanted}.")
     return values
+
+
+def _reason(error: Exception, file: Path) -> str:
+    if isinstance(error, OSError):
+        return f"{error.strerror}{did_you_mean(file)}"
+    return first_line(error)
 
 
 def make_recipe(**values: object) -> Recipe:

@@ -9,7 +9,7 @@ import sys
 
 from rich.console import Console
 
-_ASCII = {"→": "->"}
+_ASCII = {"→": "->", "▶": ">"}
 _UNKNOWN = "?"
 
 

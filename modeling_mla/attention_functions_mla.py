@@ -25,9 +25,10 @@ def is_flash(attn_implementation: str | None) -> bool:
 def with_equal_widths(function: Callable) -> Callable:
     """An attention function that is given heads of one width, the narrower ones filled up with zeros.
 
-    PyTorch's fused attention on a CPU knows no other. What it does instead keeps the attention weights of every layer
-    for the gradient: at thousands of tokens they take many times the memory of the model. Zeros change no score, for
-    the scale is given, and those of values are cut off again.
+    PyTorch's fused attention on a CPU knows no other. What it does instead holds the attention weights of all heads,
+    and keeps those of every layer for the gradient: at thousands of tokens a prompt takes several times as long, and
+    learning many times the memory of the model. Zeros change no score, for the scale is given, and those of values are
+    cut off again.
     """
 
     @functools.wraps(function)

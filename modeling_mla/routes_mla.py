@@ -177,13 +177,9 @@ def attend_latents(
     key, value = module.expand_latents(kv_c, k_pe)
     if is_flash(attn_implementation):
         expanded_function = without_padding(expanded_function, attn_implementation, query, value)
-    elif attn_implementation == "sdpa" and query.device.type == "cpu" and _has_gradient(query, key, value):
+    elif attn_implementation == "sdpa" and query.device.type == "cpu":
         expanded_function = with_equal_widths(expanded_function)
     return expanded_function(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
-
-
-def _has_gradient(*states: torch.Tensor) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in states)
 
 
 def _visible_keys(

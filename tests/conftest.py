@@ -20,6 +20,14 @@ def _deterministic() -> None:
     torch.manual_seed(0)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # A long test that is begun last is waited for by all other processes.
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 def pytest_configure() -> None:
     # Tiny matrices gain nothing from threads, and workers of pytest-xdist share the cores.
     torch.set_num_threads(1)
+    # Processes are killed here, but no power is cut: what the system holds is as good as on the disk, and a disk is
+    # waited for in every tenth second of a conversion this small.
+    os.fsync = lambda descriptor: None

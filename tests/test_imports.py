@@ -12,7 +12,19 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LIST = [
     *("errors", "terminal", "progress", "layers", "devices", "checkpoint", "sources", "text", "forward", "methods"),
-    *("recipe", "planning", "evaluation", "reporting", "pipeline", "healing", "exporters", "__init__", "cli"),
+    *(
+        "recipe",
+        "planning",
+        "evaluation",
+        "reporting",
+        "pipeline",
+        "healing",
+        "sweep",
+        "answering",
+        "exporters",
+        "__init__",
+        "cli",
+    ),
 ]
 """Of `conversion`, as in ARCHITECTURE.md."""
 MOST_MODULES = 6

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, DeepseekV2Config
 from typer.testing import CliRunner
 
 from conversion.cli import app
+from conversion.sweep import job
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -31,7 +32,10 @@ STAND_INS = {
     "SOURCE": "source",
     "examples/": f"{ROOT}/examples/",
 }
+LITTLE_TEXT = ["--tokens", "1024"]
+"""For a conversion: all of the default text takes longer than its commands are worth here."""
 SHORTER = {
+    "50%,25%,12.5%": "50%",
     "--minutes 10": "--steps 2",
     "--minutes 60": "--steps 4",
     "torchrun --nproc-per-node 4": "python -m torch.distributed.run --nproc-per-node 2",
@@ -52,6 +56,7 @@ def with_stand_ins(code: str) -> str:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working directory, with what the snippets take."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(job, "CONTEXTS", (64,))
     save_source(tmp_path / "source", dtype=torch.float32, num_key_value_heads=4, max_position_embeddings=256)
     write_text(tmp_path / "text.txt", 20000)
     (tmp_path / "recipe.yaml").write_text("source: source\noutput: from-recipe\nmethod: exact\n")
@@ -73,6 +78,8 @@ def run_shell(code: str) -> int:
         if line.startswith(ELSEWHERE):
             continue
         command = shlex.split(line, comments=True)
+        if {"convert", "sweep"} & {*command} and "--tokens" not in command:
+            command += LITTLE_TEXT
         if command[:2] == ["mla", "convert"] and Path(command[3]).exists():
             shutil.rmtree(command[3])
         if command[0] == "mla":
@@ -84,10 +91,12 @@ def run_shell(code: str) -> int:
     return count
 
 
+@pytest.mark.long
 def test_commands_run(folder: Path) -> None:
     assert sum(run_shell(code) for code in snippets("bash")) >= 9
-    assert (folder / "healed" / "healing.json").is_file()
-    assert (folder / "out-healed" / "healing.json").is_file()
+    assert (folder / "sizes" / "50%" / "report.html").is_file()
+    assert (folder / "healed" / "report.json").is_file()
+    assert (folder / "out-healed" / "report.json").is_file()
 
 
 def test_python_runs(folder: Path) -> None:

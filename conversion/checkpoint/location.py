@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 
 from ..errors import SourceError, first_line
 from .json_fields import check_config, check_sizes, check_tokenizer_config, passed_on, read_fields
-from .paths import expanded, inside
+from .paths import did_you_mean, expanded, inside
 from .weight_files import INDEX, SINGLE, weight_files
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
@@ -124,7 +124,7 @@ def locate(model: str, *, weights: bool = True) -> Location:
     if path.is_dir():
         return _in_folder(model, path)
     if not _HUB_ID.fullmatch(model) or model.startswith("."):
-        raise SourceError(f"{model} does not exist; give a folder, a .gguf file or a Hub id.")
+        raise SourceError(f"{model} does not exist{did_you_mean(model)}; give a folder, a .gguf file or a Hub id.")
     name, _, revision = model.partition("@")
     folder = _fetched(model, name, revision or None, _SMALL_FILES)
     location = Location(model, folder, revision=folder.name)
@@ -145,8 +145,8 @@ def _fetched(model: str, name: str, revision: str | None, patterns: Sequence[str
     except Exception as error:
         # The Hub client raises its own, the network library's and the system's exceptions.
         raise SourceError(
-            f"{model} is neither a folder nor a .gguf file here, and the Hub does not give it ({first_line(error)}); "
-            "check the name and the network."
+            f"{model} is neither a folder nor a .gguf file here{did_you_mean(model)}, and the Hub does not give it "
+            f"({first_line(error)}); check the name and the network."
         ) from error
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
+from difflib import get_close_matches
 from pathlib import Path
 
 from ..errors import ConversionError, OutputError, SourceError
@@ -16,6 +18,23 @@ def expanded(path: str | Path) -> Path:
         raise ConversionError(
             f"{path} begins with the home folder of an unknown user; write the path in full."
         ) from error
+
+
+def did_you_mean(path: str | Path) -> str:
+    """A question behind the name of a ``path`` that is missing, where almost such a one is there; else nothing."""
+    missing = expanded(path).absolute()
+    for folder in missing.parents:
+        if not folder.is_dir():
+            continue
+        first, *rest = missing.relative_to(folder).parts
+        with suppress(OSError):
+            names = [name for name in os.listdir(folder) if name.startswith(".") == first.startswith(".")]
+            for close in get_close_matches(first, names, n=3):
+                if (folder / close).joinpath(*rest).exists():
+                    given = Path(path).parts
+                    return f" (did you mean {Path(*given[: len(given) - 1 - len(rest)], close, *rest)}?)"
+        break
+    return ""
 
 
 def inside(folder: Path, name: str) -> Path:

@@ -6,9 +6,10 @@ import functools
 import inspect
 import os
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
+from typer.models import OptionInfo
 
 from ..errors import ConversionError, EndedTogetherError, first_line, one_line
 from ..terminal import accept_all_characters, console
@@ -17,7 +18,9 @@ from ..terminal import accept_all_characters, console
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 _INTERRUPTED = 130
-_RESUMABLE = ("convert", "run", "heal")
+_STOPPED = dict.fromkeys(("convert", "run", "heal"), "; nothing was published. The same mla {} goes on from there")
+_STOPPED |= {"sweep": "; finished sizes stay. The same mla {} goes on from there", "export": "; nothing was written"}
+"""What a user who stops a command should know."""
 
 _Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -25,7 +28,7 @@ _Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an 
 def make_app(commands: Sequence[Callable[..., None]]) -> typer.Typer:
     """An application of these commands, each under its function's name and with ``--debug`` beside its own options."""
     app = typer.Typer(
-        help="Converts standard attention to Multi-head Latent Attention.",
+        help="Converts standard attention to Multi-head Latent Attention; mla sweep MODEL OUT shows what it gives.",
         no_args_is_help=True,
         pretty_exceptions_enable=False,
     )
@@ -51,8 +54,7 @@ def _reported(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(error.exit_code) from error
         except KeyboardInterrupt:
             name = command.__name__
-            goes_on = f" The same mla {name} goes on from there." if name in _RESUMABLE else ""
-            _fail(f"stopped; nothing was published.{goes_on}", _INTERRUPTED)
+            _fail(f"stopped{_STOPPED.get(name, '').format(name)}.", _INTERRUPTED)
         except Exception as error:
             if debug:
                 raise
@@ -62,8 +64,19 @@ def _reported(command: Callable[..., None]) -> Callable[..., None]:
 
     own = inspect.signature(command, eval_str=True)
     debug = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=_Debug)
-    run.__signature__ = own.replace(parameters=[*own.parameters.values(), debug])  # type: ignore[attr-defined]
+    parameters = [*own.parameters.values(), debug]
+    for parameter in parameters:
+        _show_as_flag(parameter)
+    run.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
     return run
+
+
+def _show_as_flag(parameter: inspect.Parameter) -> None:
+    """Typer's help names a type behind an option that takes no value."""
+    kind, *infos = get_args(parameter.annotation) or (parameter.annotation,)
+    for info in infos:
+        if kind is bool and isinstance(info, OptionInfo):
+            info.metavar = ""
 
 
 def _fail(message: str, code: int) -> None:

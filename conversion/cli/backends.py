@@ -7,7 +7,10 @@ from .output import show_either
 
 
 def backends(as_json: AsJson = False) -> None:
-    """What can run absorbed attention on this machine, for which shapes, and what cannot, and why."""
+    """What can run absorbed attention on this machine, for which shapes, and what cannot, and why.
+
+    Example: mla backends --json
+    """
     from ..reporting.backends import as_json as to_json
     from ..reporting.backends import backends as ask
     from ..reporting.backends import orders, table

@@ -8,9 +8,10 @@ from typing import Annotated, Any
 import typer
 
 from ..checkpoint.paths import expanded
-from ..progress import shown_progress
+from ..progress import progress_for
 from ..terminal import console
-from .options import Device, Seed
+from .options import Device, Quiet, Seed
+from .output import command, show_next
 
 
 def heal(
@@ -40,8 +41,12 @@ def heal(
     also: Annotated[list[str] | None, typer.Option(help="mlp-out: first solve every dense down_proj anew.")] = None,
     seed: Seed = 0,
     device: Device = "auto",
+    quiet: Quiet = False,
 ) -> None:
-    """Teaches a converted model to do what its source does; a stopped healing goes on with the same command."""
+    """Teaches a converted model to do what its source does; a stopped healing goes on with the same command.
+
+    Example: mla heal out --teacher HuggingFaceTB/SmolLM2-135M-Instruct --minutes 30
+    """
     from ..healing.heal import heal as heal_by
     from ..healing.recipe import make_healing_recipe, read_healing_recipe
 
@@ -52,7 +57,7 @@ def heal(
     given = {name: value for name, value in options.items() if value not in defaults}
     given |= {"model": model, "teacher": teacher}
     asked = make_healing_recipe(**given) if recipe is None else read_healing_recipe(expanded(recipe), **given)
-    with shown_progress() as progress:
+    with progress_for(quiet=quiet) as progress:
         healed = heal_by(asked, progress)
     change = f"validation KL {healed.kl_before:.4f} → {healed.kl_after:.4f} nats a token after {healed.steps} steps"
     end = (
@@ -62,3 +67,10 @@ def heal(
     )
     note = "" if healed.note is None else f" ({healed.note})"
     console().print(f"{change}{note}; {end}", soft_wrap=True)
+    if not quiet:
+        show_next(
+            {
+                command("mla", "verify", asked.folder, "--against", asked.teacher): "all measures, on held-out text",
+                command("mla", "compare", asked.teacher, asked.folder): "answers beside its source's",
+            }
+        )

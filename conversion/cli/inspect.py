@@ -14,13 +14,16 @@ from .output import show_either
 
 
 def inspect(
-    model: Annotated[str | None, typer.Argument(help="As for the other commands; or give --config.")] = None,
+    model: Annotated[str | None, typer.Argument(help="A folder, a .gguf file or a Hub id; or give --config.")] = None,
     config: Annotated[Path | None, typer.Option(help="A config.json of any model, with or without weights.")] = None,
     context: Annotated[int | None, typer.Option(min=1, help="Tokens of a sequence. \\[default: 131072]")] = None,
     plot: Annotated[Path | None, typer.Option(help="A PNG of the cache over the context.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """What a model is, and what its cache costs."""
+    """What a model is, what can be done with it, and what its cache costs.
+
+    Example: mla inspect HuggingFaceTB/SmolLM2-135M-Instruct
+    """
     from ..reporting.cache_report import report_memory
     from ..reporting.inspection import inspect_model
 

@@ -20,6 +20,7 @@ Device = Annotated[
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no tables: the last line alone.")]
 
 
 def _of_recipe(
@@ -72,9 +73,13 @@ def _of_recipe(
 
 
 def taking_recipe(command: Callable[..., None]) -> Callable[..., None]:
-    """Adds the options of a recipe to a command, which gets those that were given as the dictionary ``options``."""
-    shared = inspect.signature(_of_recipe, eval_str=True).parameters
+    """Adds the options of a recipe to a command, which gets those that were given as the dictionary ``options``.
+
+    A parameter of the command's own takes the place of the recipe's of that name.
+    """
     own = inspect.signature(command, eval_str=True)
+    of_recipe = inspect.signature(_of_recipe, eval_str=True).parameters
+    shared = {name: parameter for name, parameter in of_recipe.items() if name not in own.parameters}
 
     @functools.wraps(command)
     def run(**arguments: Any) -> None:

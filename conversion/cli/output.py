@@ -1,10 +1,11 @@
-"""Results on stdout: as tables, or as one JSON object."""
+"""Results on stdout: as tables, or as one JSON object; and what a user may do next."""
 
 from __future__ import annotations
 
 import json
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..terminal import console
@@ -19,6 +20,24 @@ def show(tables: Sequence[Any]) -> None:
 def show_either(value: dict[str, Any], tables: Sequence[Any], *, as_json: bool) -> None:
     """Prints ``value`` as JSON, or the tables that say the same."""
     if as_json:
-        sys.stdout.write(json.dumps(value) + "\n")
+        show_json(value)
     else:
         show(tables)
+
+
+def show_json(value: dict[str, Any]) -> None:
+    """Prints ``value`` as one line of JSON."""
+    sys.stdout.write(json.dumps(value) + "\n")
+
+
+def command(*words: object) -> str:
+    """A command as a shell takes it."""
+    return shlex.join(map(str, words))
+
+
+def show_next(commands: Mapping[str, str]) -> None:
+    """Prints what may come next: what it is for, by command."""
+    width = max(map(len, commands))
+    console().print("\nNext:")
+    for line, purpose in commands.items():
+        console().print(f"  {line:{width}}  # {purpose}", soft_wrap=True)

@@ -19,7 +19,10 @@ def plan(
     *,
     options: dict[str, Any],
 ) -> None:
-    """Ranks, cache size, expected time and memory of a conversion."""
+    """Ranks, cache size, expected time and memory of a conversion; nothing is written.
+
+    Example: mla plan HuggingFaceTB/SmolLM2-135M-Instruct --cache 25%
+    """
     from ..planning.plan import make_plan
     from ..recipe import make_recipe
     from ..sources import open_source

@@ -13,12 +13,15 @@ from ..devices.choice import CPU, free_bytes
 from ..errors import SourceError, first_line
 
 
-def load_model(location: Location, device: torch.device | str, **placement: Any) -> PreTrainedModel:
-    """The model in float32, as any user of Transformers loads it.
+def load_model(
+    location: Location, device: torch.device | str, dtype: torch.dtype = torch.float32, **placement: Any
+) -> PreTrainedModel:
+    """The model, as any user of Transformers loads it.
 
     Args:
         location: of its checkpoint.
         device: where it goes; ``disk`` is one.
+        dtype: of its weights.
         placement: what else ``from_pretrained`` is told of where it goes.
 
     Raises:
@@ -31,7 +34,7 @@ def load_model(location: Location, device: torch.device | str, **placement: Any)
     # Where it makes what no checkpoint holds.
     try:
         with CPU:
-            model = AutoModelForCausalLM.from_pretrained(**arguments, dtype=torch.float32, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_pretrained(**arguments, dtype=dtype, trust_remote_code=False)
     except Exception as error:
         # Transformers and its parsers raise many kinds; every one means that no user could load it.
         raise SourceError(f"{location.model} cannot be loaded by Transformers: {first_line(error)}") from error

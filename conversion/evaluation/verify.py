@@ -30,6 +30,7 @@ from ..sources import SourceModel, is_mla
 from ..text.default_mix import evaluation_texts
 from .accounting import check_tensors
 from .compare import compare_models
+from .continuations import TEXTS
 from .held_bytes import held_bytes
 from .loading import reason_to_leave_out
 from .scores import Score, Scores
@@ -123,7 +124,8 @@ def verify_checkpoint(
     tensors, unchanged = processes.from_first(check_tensors, folder, model, source)
     left_out = processes.from_first(reason_to_leave_out, model, source.device, allowed_bytes)
     windows, own = sum(map(len, texts.values())), _own_windows(texts, processes)
-    first = next(iter(texts.values()))[0]
+    names = list(texts)[:TEXTS]
+    firsts = torch.stack([texts[name][0] for name in names])
     steps = sum(map(len, own.values())) * source.num_layers + (STEPS if left_out is None else 0)
     with counting(progress, "verifying", steps) as step:
         reference = StreamedModel(source, source.meta_model, source.held_tensors)
@@ -132,9 +134,11 @@ def verify_checkpoint(
         (of_first, layer_errors), *others = processes.gathered(found_here)
         scores = {name: sum((others_scores[name] for others_scores, _ in others), of_first[name]) for name in texts}
         processes.from_first(_refuse_not_finite, scores, layer_errors, source.location.name, folder)
-        whole = processes.from_first(check_whole_model, location, source, first, step) if left_out is None else None
+        whole = None
+        if left_out is None:
+            whole = processes.from_first(check_whole_model, location, source, names, firsts, step)
     dtype = config.dtype or torch.float32
-    overall = sum(scores.values(), Scores()).result(", ".join(texts), windows, len(first))
+    overall = sum(scores.values(), Scores()).result(", ".join(texts), windows, firsts.shape[1])
     domains = tuple(score.result(name, *texts[name].shape) for name, score in scores.items())
     processes.from_first(_refuse_beyond_numbers, domains, source.location.name, folder)
     return Verification(
@@ -147,7 +151,7 @@ def verify_checkpoint(
         tensors_unchanged=unchanged,
         cache_bytes_per_token_source=source.cache_bytes_per_token(None if is_coded(config) else dtype),
         cache_bytes_per_token=config.cache_bytes_per_token(dtype),
-        cache_bytes_held=held_bytes(config, len(first), dtype),
+        cache_bytes_held=held_bytes(config, firsts.shape[1], dtype),
     )
 
 

@@ -5,7 +5,7 @@ Models are loaded as any user of Transformers loads them, one after the other.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,14 +20,12 @@ from modeling_mla.transformers_seams_mla import cache_argument
 from ..checkpoint.location import Location
 from ..checkpoint.model_reader import as_held
 from ..checkpoint.reader import SafetensorsReader
-from ..devices.choice import CPU
 from ..errors import VerificationError
 from ..sources import SourceModel
+from .continuations import PROMPT_TOKENS, Continuation, greedy, prompts_of, side_by_side
 from .loading import load_model
 from .reference import refuse_other_tensors
 
-GREEDY_TOKENS = 64
-PROMPT_TOKENS = 32
 DECODED_TOKENS = 8
 """Decoded one by one in the check of the cache."""
 ROUTE_TOLERANCE = 1e-3
@@ -39,24 +37,28 @@ STEPS = 3
 class WholeModel:
     """What was measured on whole models.
 
-    ``greedy_match`` is the share of the ``greedy_tokens`` before the first one that differs from the source's;
-    ``route_error`` and ``decode_error`` are relative to the largest logit.
+    ``greedy_match`` is the share of the ``greedy_tokens`` of all ``continuations`` before the first one of each that
+    differs from the source's; ``route_error`` and ``decode_error`` are relative to the largest logit.
     """
 
     greedy_match: float
     greedy_tokens: int
     route_error: float
     decode_error: float
+    continuations: tuple[Continuation, ...]
 
 
 @torch.inference_mode()
-def check_whole_model(converted: Location, source: SourceModel, window: Tensor, step: Callable[[], None]) -> WholeModel:
+def check_whole_model(
+    converted: Location, source: SourceModel, names: Sequence[str], windows: Tensor, step: Callable[[], None]
+) -> WholeModel:
     """Measures what only whole models show, and loads one of the two after the other.
 
     Args:
         converted: the converted checkpoint.
         source: the model that it was made from.
-        window: token ids ``[S]``.
+        names: of some texts.
+        windows: the first one of each, token ids ``[N, S]``.
         step: called ``STEPS`` times.
 
     Raises:
@@ -64,22 +66,23 @@ def check_whole_model(converted: Location, source: SourceModel, window: Tensor, 
             from the cache differs from a full forward pass.
         SourceError: one of the models cannot be loaded, or the source has other tensors than were converted.
     """
-    device = source.device
-    prompt = window[None, : min(PROMPT_TOKENS, len(window) // 2)]
-    new_tokens = min(GREEDY_TOKENS, len(window) - prompt.shape[1])
+    device, tokenizer = source.device, source.location.tokenizer()
+    prompts, new_tokens = prompts_of(windows)
     model = load_model(converted, device)
     check_loaded(converted, model)
-    route_error, decode_error = check_routes(model, window)
+    route_error, decode_error = check_routes(model, windows[0])
     step()
-    found = greedy(model, prompt, new_tokens)
+    found = greedy(model, prompts, new_tokens)
     step()
     # One at a time is in memory.
     del model
     reference = load_model(source.location, device)
     refuse_other_tensors(source, reference.named_parameters())
-    expected = greedy(reference, prompt, new_tokens)
+    expected = greedy(reference, prompts, new_tokens)
     step()
-    return WholeModel(leading_match(expected, found), new_tokens, route_error, decode_error)
+    continuations = side_by_side(names, prompts, expected, found, tokenizer)
+    equal, tokens = sum(continuation.equal_tokens for continuation in continuations), found.numel()
+    return WholeModel(equal / tokens, tokens, route_error, decode_error, continuations)
 
 
 def check_loaded(location: Location, model: PreTrainedModel) -> None:
@@ -142,25 +145,3 @@ def _difference(found: Tensor, wanted: Tensor) -> float:
 def _refuse_beyond(limit: float, what: str, error: float) -> None:
     if not error <= limit:
         raise VerificationError(f"{what} differ by {error:.1e} of the largest logit; at most {limit:.0e} is rounding.")
-
-
-def greedy(model: PreTrainedModel, prompt: Tensor, count: int) -> Tensor:
-    """``[count]`` greedy continuation tokens, the end token excluded so that there are always ``count``."""
-    prompt = prompt.to(model.device)
-    # Caches of Transformers begin on the default device.
-    with CPU:
-        generated = model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            do_sample=False,
-            num_beams=1,
-            min_new_tokens=count,
-            max_new_tokens=count,
-        )
-    return generated[0, prompt.shape[1] :]
-
-
-def leading_match(expected: Tensor, found: Tensor) -> float:
-    """The share of the tokens ``expected [n]`` before the first difference from ``found [n]``."""
-    differing = (expected != found).nonzero()
-    return 1.0 if len(differing) == 0 else float(differing[0, 0]) / len(expected)

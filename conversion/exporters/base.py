@@ -22,6 +22,8 @@ class Exporter(ABC):
     """One target of `mla export`."""
 
     name: ClassVar[str]
+    runs: ClassVar[tuple[str, ...]]
+    """Commands that run what was written to ``{folder}``."""
 
     @abstractmethod
     def write(self, location: Location, config: PreTrainedConfig, folder: Path, progress: Progress) -> int:

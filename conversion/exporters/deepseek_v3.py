@@ -35,6 +35,7 @@ class DeepseekV3Exporter(CheckpointExporter):
     """Rank 256, 448 or 512 and a rotary key of 64 in every layer, head sizes that engines have prefill kernels for."""
 
     name = "deepseek_v3"
+    runs = ("vllm serve {folder}", "transformers serve {folder}")
 
     @override
     def config(self, config: PreTrainedConfig) -> StockDeepseekV3:

@@ -38,6 +38,7 @@ class GgufExporter(Exporter):
     """bfloat16 or float32 weights, tokenizer and chat template; quantisation is left to ``llama-quantize``."""
 
     name = "gguf"
+    runs = (f"llama-cli -m {{folder}}/{FILE}", f"llama-server -m {{folder}}/{FILE}")
 
     @override
     def write(self, location: Location, config: PreTrainedConfig, folder: Path, progress: Progress) -> int:

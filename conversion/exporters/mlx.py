@@ -37,6 +37,7 @@ class MlxExporter(CheckpointExporter):
     """Every family, with per-layer ranks, biases, frequencies, norms and windows. Latents are cached uncoded."""
 
     name = "mlx"
+    runs = ("mlx_lm.chat --model {folder} --trust-remote-code", "mlx_lm.server --model {folder} --trust-remote-code")
 
     @override
     def config(self, config: PreTrainedConfig) -> dict[str, Any]:

@@ -30,6 +30,7 @@ class VllmExporter(CheckpointExporter):
     """Rank 512 and rotary key 64 in every layer, head sizes from `HEAD_DIMS`."""
 
     name = "vllm"
+    runs = ("vllm serve {folder}",)
 
     @override
     def config(self, config: PreTrainedConfig) -> PreTrainedConfig:

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from ..checkpoint.atomic import write_json, write_text
+from ..checkpoint.atomic import write_text
 from ..checkpoint.writer import ShardWriter
 from ..pipeline.runner import in_first
-from ..pipeline.work.partial_output import versions
 from ..reporting.card_metadata import CARD, healed_card
-from .curve import draw_curve
+from ..reporting.charts import draw_healing
+from ..reporting.picture_style import picture, save_png
+from ..reporting.report import TEXT_NAME
+from ..reporting.report_files import package_versions, read_report, write_report_files
 from .folder import Healed
 from .job import HealingJob
+
+PICTURE = "healing.png"
 
 
 @in_first
 def publish(job: HealingJob) -> None:
-    """Writes the checkpoint, with ``healing.json`` and a paragraph in the model card."""
+    """Writes the checkpoint, with a report, the picture of the curve and a paragraph in the model card."""
     folder, reader, changed = job.work.checkpoint, job.reader, job.work.changed()
     layout = {name: torch.empty(reader.shape(name), dtype=reader.dtype(name), device="meta") for name in reader.names}
     writer = ShardWriter(folder, layout)
@@ -35,19 +40,30 @@ def publish(job: HealingJob) -> None:
 
 
 def _write_report(job: HealingJob, folder: Path, healed: Healed) -> None:
-    for file in job.location.folder.glob("conversion.*"):
-        shutil.copy(file, folder)
+    told = job.location.folder / TEXT_NAME
+    if told.is_file():
+        shutil.copy(told, folder)
     recipe = job.recipe.model_dump(mode="json", exclude={"output"})
     recipe |= {"teacher": job.source.location.name, "model": job.location.name}
     recipe["data"] = [f"{text.name}:{text.weight:g}" for text in job.recipe.texts]
     found = healed.model_dump() | {"kl_before": healed.kl_before, "kl_after": healed.kl_after}
-    write_json(folder / "healing.json", {"recipe": recipe, "versions": versions()} | found)
-    draw_curve(healed, job.location.name, folder / "healing.png")
+    report = {"kind": "healing", "recipe": recipe, "versions": package_versions()} | found
+    write_report_files(report | {"origin": read_report(job.location.folder)}, folder)
+    draw_curve(report, folder / PICTURE)
     card = job.location.folder / CARD
     if card.is_file():
         texts = [text.name for text in job.recipe.texts]
-        told = healed_card(card.read_text(encoding="utf-8"), _told(healed, recipe), texts, healed.after)
-        write_text(folder / CARD, told)
+        text = healed_card(card.read_text(encoding="utf-8"), _told(healed, recipe), texts, healed.after)
+        write_text(folder / CARD, text)
+
+
+def draw_curve(report: dict[str, Any], file: Path) -> None:
+    """Draws the KL of every domain and their mean, as a PNG."""
+    with picture(620, 400) as figure:
+        axes = figure.subplots()
+        draw_healing(axes, report)
+        axes.set_title(report["recipe"]["model"], loc="left", pad=18)
+        save_png(figure, file)
 
 
 def _told(healed: Healed, recipe: dict) -> str:

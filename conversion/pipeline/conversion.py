@@ -64,7 +64,7 @@ def run_plan(plan: ConversionPlan, source: SourceModel, progress: Progress | Non
     processes = Processes()
     tokenizer = processes.together(open_inputs, plan, source, progress)
     windows = processes.together(calibration_windows, plan, source, tokenizer)
-    work = WorkFolder(recipe.output, _identity(plan, source, windows), source.device)
+    work = WorkFolder(recipe.output, identity_of(plan, source, windows), source.device)
     measurements, others = work.measurements, []
     if recipe.statistics is not None and plan.windows:
         identity = _contents(plan, source, windows) | versions() | {"method": recipe.method, "seed": str(recipe.seed)}
@@ -75,7 +75,7 @@ def run_plan(plan: ConversionPlan, source: SourceModel, progress: Progress | Non
     return Conversion(recipe.output, made_report(job), disk_bytes)
 
 
-def _identity(plan: ConversionPlan, source: SourceModel, windows: Tensor | None) -> dict[str, str]:
+def identity_of(plan: ConversionPlan, source: SourceModel, windows: Tensor | None) -> dict[str, str]:
     """What makes a conversion another one: settings, contents of its inputs, versions of what computes."""
     return plan.recipe.identity() | _contents(plan, source, windows) | versions() | {"device": source.device.type}
 
@@ -88,4 +88,4 @@ def _contents(plan: ConversionPlan, source: SourceModel, windows: Tensor | None)
     return {"source files": source.location.fingerprint(), "calibration tokens": tokens}
 
 
-__all__ = ["Conversion", "make_plan", "run_plan"]
+__all__ = ["Conversion", "identity_of", "make_plan", "run_plan"]

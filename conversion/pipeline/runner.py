@@ -8,21 +8,40 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import wraps
-from typing import Any, Protocol, TypeVar
+from pathlib import Path
+from typing import Any, Protocol, Self, TypeVar
 
 from ..checkpoint.atomic import refusing_full_disk
 from ..checkpoint.paths import folder_bytes
 from ..devices.processes import Processes
 from .work.locked_folder import LockedFolder
-from .work.partial_output import PartialOutput
+
+
+class Work(Protocol):
+    """A folder in which an output is made: locked as a context manager, with a `StagedJournal`."""
+
+    path: Path
+    journal: Any
+
+    def __enter__(self) -> Self:
+        """Locks it, and reads the journal."""
+
+    def __exit__(self, *exception: object) -> None:
+        """Lets it go."""
+
+    def save(self) -> None:
+        """Writes the journal."""
+
+    def publish(self) -> None:
+        """Finishes the output."""
 
 
 class Job(Protocol):
     """What the stages work on."""
 
     @property
-    def work(self) -> PartialOutput[Any]:
-        """The folder in which the output is made, with a `StagedJournal`."""
+    def work(self) -> Work:
+        """The folder in which the output is made."""
 
     @property
     def processes(self) -> Processes:
@@ -57,6 +76,7 @@ def run_stages(job: AnyJob, stages: Sequence[Callable[[AnyJob], None]], others: 
 
         processes.from_first(enter)
         work.journal = processes.from_first(lambda: work.journal)
+        folders = [work.path, *(folder.path for folder in others)]
         largest = 0
         for stage in stages:
             if stage.__name__ not in work.journal.finished:
@@ -64,7 +84,7 @@ def run_stages(job: AnyJob, stages: Sequence[Callable[[AnyJob], None]], others: 
                 work.journal.finished.append(stage.__name__)
                 processes.from_first(work.save)
                 work.journal = processes.from_first(lambda: work.journal)
-            there = processes.from_first(lambda: sum(folder_bytes(folder.path) for folder in (work, *others)))
+            there = processes.from_first(lambda: sum(map(folder_bytes, folders)))
             largest = max(largest, there)
         processes.from_first(work.publish)
     return largest

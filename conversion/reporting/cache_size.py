@@ -18,6 +18,7 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 
 from modeling_mla.configuration_mla import is_coded, latent_widths
 
+from ..checkpoint.paths import did_you_mean
 from ..errors import SourceError, first_line
 
 GROUPED_HEADS = 8
@@ -99,6 +100,8 @@ def read_config(file: Path) -> PreTrainedConfig:
     Raises:
         SourceError: it cannot be read, or leaves open what the cache depends on.
     """
+    if not file.is_file():
+        raise SourceError(f"{file} is no file{did_you_mean(file)}; give the config.json of a model.")
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import sys
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +13,19 @@ from rich.table import Table
 
 from modeling_mla.latent_code_mla import EXACT
 
-from ..checkpoint.atomic import write_json, write_text
-from ..checkpoint.location import Location
+from ..checkpoint.atomic import write_text
+from ..checkpoint.location import Location, locate
+from ..evaluation.assess import Assessment
 from ..evaluation.recall import Recall
 from ..evaluation.verify import Verification
 from ..layers import LayerBudget
 from ..planning.plan import ConversionPlan
+from ..sources import SourceModel
 from ..text import SELF_WRITTEN
+from .memory_by_context import memory_by_context
+from .report_files import package_versions, read_report, write_report_files
 
-JSON_NAME = "conversion.json"
 TEXT_NAME = "conversion.txt"
-_PACKAGES = ("modeling-mla", "torch", "transformers", "safetensors")
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,14 @@ class Report:
     """A plan and its outcome.
 
     ``errors`` are relative squared errors of each layer's attention output on the calibration text; None where
-    nothing was measured.
+    nothing was measured. ``sensitivity`` is the model's to each layer; empty where no ranks were moved.
     """
 
     plan: ConversionPlan
     location: Location
     budgets: list[LayerBudget]
     errors: list[float | None]
+    sensitivity: list[float]
     verification: Verification
 
     def as_json(self) -> dict[str, Any]:
@@ -47,17 +49,19 @@ class Report:
         recipe = plan.pop("recipe") | {"source": self.location.name, "revision": self.location.revision}
         recipe["calibration"] = calibration_name(recipe["calibration"])
         del recipe["output"], recipe["statistics"]
+        sensitivity: list[float] | list[None] = self.sensitivity or [None] * len(self.budgets)
         layers = [
-            asdict(budget) | {"attention_output_error": error}
-            for budget, error in zip(self.budgets, self.errors, strict=True)
+            asdict(budget) | {"attention_output_error": error, "sensitivity": weight}
+            for budget, error, weight in zip(self.budgets, self.errors, sensitivity, strict=True)
         ]
         estimates = [name for name in plan if name.startswith("estimated_")]
         return {
+            "kind": "conversion",
             "recipe": recipe,
             "plan": {name: value for name, value in plan.items() if name not in (*estimates, "layers")},
             "layers": layers,
             "verification": self.verification.as_json(),
-            "versions": {name: version(name) for name in _PACKAGES},
+            "versions": package_versions(),
         }
 
     def tables(self) -> list[Table]:
@@ -145,13 +149,28 @@ def _summary_table(verification: Verification) -> Table:
     return table
 
 
-def write_report(report: Report, folder: Path) -> None:
+def write_report(report: Report, source: SourceModel, folder: Path) -> None:
     """Writes the report into the checkpoint's folder."""
-    write_json(folder / JSON_NAME, report.as_json())
+    memory = memory_by_context(source, locate(str(folder)).config(), report.verification)
+    write_report_files(report.as_json() | {"memory": memory}, folder)
     console = Console(file=io.StringIO(), width=100, record=True, markup=False, emoji=False)
     for table in (report.plan.table(report.location.name, costs=False), *report.tables()):
         console.print(table)
     write_text(folder / TEXT_NAME, console.export_text())
+
+
+def write_verification(found: Assessment, model: Path, source: SourceModel, folder: Path, *, seed: int) -> None:
+    """Writes what was found of the checkpoint in ``model`` into another folder."""
+    location = locate(str(model))
+    report = {"kind": "verification", "model": location.name, "against": source.location.name, "seed": seed}
+    report |= {"verification": found.verification.as_json()}
+    if found.recall is not None:
+        report["recall"] = found.recall.as_json()
+    if found.tasks:
+        report["tasks"] = found.tasks
+    report["memory"] = memory_by_context(source, location.config(), found.verification)
+    report["versions"] = package_versions()
+    write_report_files(report | {"origin": read_report(location.folder)}, folder)
 
 
 def calibration_name(calibration: str | None) -> str:

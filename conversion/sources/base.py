@@ -162,9 +162,14 @@ class SourceModel(StoredModel):
         return inv_freq
 
     def cache_bytes_per_token(self, dtype: torch.dtype | None = None) -> int:
-        """Bytes that all layers cache for one token; None is the source's own type, for a GGUF bfloat16."""
-        dtype = dtype or (self.dtype if self.location.gguf_file is None else torch.bfloat16)
-        return sum(self.geometry(layer).cache_elements for layer in range(self.num_layers)) * dtype.itemsize
+        """Bytes that all layers cache for one token; None is the source's own type, see `cache_dtype`."""
+        elements = sum(self.geometry(layer).cache_elements for layer in range(self.num_layers))
+        return elements * (dtype or self.cache_dtype).itemsize
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """What the source keeps its cache in: its own type, for a GGUF bfloat16."""
+        return self.dtype if self.location.gguf_file is None else torch.bfloat16
 
     def attention(self, layer: int, dtype: torch.dtype | None = None) -> AttentionWeights:
         """One layer's attention weights in ``dtype``; by default float32, or float64 where one of them is stored so."""

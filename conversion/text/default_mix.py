@@ -33,6 +33,9 @@ _TOKENISED_SHARE = 3
 _TOKENS_PER_CHARACTER = 0.6
 """Of a language that the tokenizer knows, at most; one that it spells out byte by byte has more."""
 
+_SAMPLE = 5000
+"""Characters that tell whether it does."""
+
 _HELD_OUT_ARTICLES = ("Apollo 8", "Alchemy", "Atlantic Ocean", "Ayn Rand")
 _HELD_OUT_TOPICS = 6
 _HELD_OUT_MODULE = "argparse"
@@ -68,7 +71,7 @@ def turns(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     left_out = set()
     if tokenizer.chat_template is None or template_failure(tokenizer) is not None:
         left_out.add(_CHAT)
-    sample = "".join(text for _, text in _articles(_BULGARIAN))
+    sample = "".join(text for _, text in _articles(_BULGARIAN))[:_SAMPLE]
     if len(tokenizer(sample, verbose=False)["input_ids"]) > _TOKENS_PER_CHARACTER * len(sample):
         left_out.add(_LANGUAGE)
     return tuple(domain for domain in _TURNS if domain not in left_out)

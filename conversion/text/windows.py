@@ -14,6 +14,7 @@ import torch
 from torch import LongTensor, Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ..checkpoint.paths import did_you_mean
 from ..errors import CalibrationError, first_line
 from .default_mix import calibration_documents, turns
 from .rendering import TemplateError, render
@@ -92,7 +93,13 @@ def documents_of(spec: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> It
         rows = _rows(spec, seed, path=_BUILDERS[suffix], data_files=spec, split="train")
         yield from _rendered(rows, tokenizer, spec)
     elif path.exists() or suffix in _TEXT_SUFFIXES | set(_BUILDERS):
-        missing = "does not exist" if not path.exists() else "is a folder" if path.is_dir() else "is of an unknown kind"
+        missing = (
+            f"does not exist{did_you_mean(path)}"
+            if not path.exists()
+            else "is a folder"
+            if path.is_dir()
+            else "is of an unknown kind"
+        )
         known = ", ".join(sorted(_TEXT_SUFFIXES | set(_BUILDERS)))
         raise CalibrationError(f"calibration file {spec} {missing}; give a file ({known}) or the name of a dataset.")
     else:
@@ -137,7 +144,9 @@ def _require_utf8(path: Path) -> None:
                 done += len(block)
             decoder.decode(b"", final=True)
     except OSError as error:
-        raise CalibrationError(f"{path} cannot be read ({error.strerror}); give another file.") from error
+        raise CalibrationError(
+            f"{path} cannot be read ({error.strerror}){did_you_mean(path)}; give another file."
+        ) from error
     except UnicodeDecodeError as error:
         with open(path, "rb") as file:
             encoding = "UTF-16" if file.read(2) in _UTF_16 else "LATIN1"

@@ -25,6 +25,7 @@ from roof import copy_bandwidth, step_bytes
 from rows import print_rows
 from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM, DynamicCache, PreTrainedModel
 
+from conversion.evaluation.decode_speed import fill
 from modeling_mla import LatentCache, LlamaMLAConfig, LlamaMLAForCausalLM
 from modeling_mla.transformers_seams_mla import cache_argument
 
@@ -52,20 +53,6 @@ def deepseek_pair(dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedModel]
     ours = LlamaMLAForCausalLM(LlamaMLAConfig(**BODY, rope_interleave=True, rms_norm_eps=1e-6))
     ours.load_state_dict(theirs.state_dict())
     return theirs.to(dtype).eval(), ours.to(dtype).eval()
-
-
-def fill(model: PreTrainedModel, cache: DynamicCache, context: int, batch: int = 1) -> None:
-    """Writes ``context`` random tokens into every layer, in the shapes that the model's own forward wrote one token."""
-    token = torch.zeros((batch, 1), dtype=torch.long, device=model.device)
-    with torch.no_grad():
-        model(token, **cache_argument(cache))
-    generator = torch.Generator(model.device).manual_seed(1)
-    for index, layer in enumerate(cache.layers):
-        shapes = [(*states.shape[:2], context - 1, states.shape[-1]) for states in (layer.keys, layer.values)]
-        keys, values = (
-            torch.randn(shape, generator=generator, device=model.device).to(model.dtype) for shape in shapes
-        )
-        cache.update(keys, values, index)
 
 
 def step(model: PreTrainedModel, cache: DynamicCache, batch: int = 1) -> Callable[[], torch.Tensor]:

@@ -18,11 +18,12 @@ from typing import Annotated
 
 import torch
 import typer
-from decode import fill, step
+from decode import step
 from rows import print_rows
 from shrunk import shrunk_model
 from transformers import DynamicCache, PreTrainedModel
 
+from conversion.evaluation.decode_speed import fill
 from modeling_mla import LatentCache
 from modeling_mla.native_mla import enable_absorbed_attention
 

@@ -16,23 +16,17 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from matplotlib.figure import Figure
+from quality_picture import draw
+from quanto_cache import QUANTO_BITS, quanto_perplexity, quanto_share
 from rich.console import Console
 from rich.progress import Progress
-from source_in_few_bits import (
-    KIVI_BITS,
-    QUANTO_BITS,
-    kivi_perplexity,
-    kivi_share,
-    quanto_perplexity,
-    quanto_share,
-)
 from transformers import PreTrainedModel
 from transformers.utils import is_optimum_quanto_available
 
@@ -43,6 +37,7 @@ from conversion.errors import BudgetError
 from conversion.evaluation.loading import load_model
 from conversion.evaluation.recall import measure_recall
 from conversion.evaluation.scores import perplexity
+from conversion.evaluation.source_in_few_bits import KIVI_BITS, kivi_share, reading_in_few_bits
 from conversion.evaluation.verify import text_windows
 from conversion.methods import METHODS
 from conversion.pipeline.conversion import run_plan
@@ -114,6 +109,12 @@ def perplexities(
         return {str(length): perplexity(model, windows, step) for length, windows in texts.items()}
 
 
+def kivi_perplexity(model: PreTrainedModel, windows: torch.Tensor, bits: int, step: Callable[[], None]) -> float:
+    """Of windows ``[N, S]`` read through KIVI's form of the cache."""
+    with reading_in_few_bits(model, bits):
+        return perplexity(model, windows, step)
+
+
 def quantised_source(model: PreTrainedModel, windows: torch.Tensor, progress: Progress) -> list[dict[str, Any]]:
     """Rows of the source itself, its cache in few bits."""
     forms = {
@@ -180,34 +181,11 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot(result: dict[str, Any]) -> Figure:
-    """Perplexity over the cache's share, one line a method, and one where it was to spend bytes on values alone."""
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for method, bits in dict.fromkeys((row["method"], row["asked_bits"]) for row in result["rows"]):
-        own = (row for row in result["rows"] if (row["method"], row["asked_bits"]) == (method, bits))
-        rows = sorted(own, key=lambda row: row["cache_share"])
-        label = method if bits is None else f"{method}, {bits} bits"
-        axes.plot([100 * row["cache_share"] for row in rows], [row["perplexity"] for row in rows], "o-", label=label)
-    for form in dict.fromkeys(row["form"] for row in result["quantised_source"]):
-        rows = [row for row in result["quantised_source"] if row["form"] == form]
-        shares = [100 * row["cache_share"] for row in rows]
-        axes.plot(shares, [row["perplexity"] for row in rows], "s--", label=f"source, {form}")
-    axes.axhline(result["perplexity_source"], color="black", linestyle=":", label="source")
-    axes.set_yscale("log")
-    axes.set_xlabel("cache, % of the source's")
-    axes.set_ylabel(f"perplexity, {result['settings']['text']}")
-    axes.set_title(result["settings"]["model"])
-    axes.grid(alpha=0.3, which="both")
-    axes.legend()
-    return figure
-
-
 def write(result: dict[str, Any], folder: Path) -> None:
     """The three files, each complete or as it was."""
     write_text(folder / "quality.json", json.dumps(result, indent=2) + "\n")
     write_text(folder / "quality.md", markdown(result))
-    plot(result).savefig(folder / "quality.png", dpi=150)
+    draw(folder)
 
 
 def main(

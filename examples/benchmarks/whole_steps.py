@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from decode import fill, step
+from decode import step
 from device_timing import median_ms
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel, StaticCache
 
+from conversion.evaluation.decode_speed import fill
 from modeling_mla import LatentCache, StaticLatentCache, disable_absorbed_attention, enable_absorbed_attention
 from modeling_mla.transformers_seams_mla import cache_argument
 

@@ -108,7 +108,7 @@ def what_is_wrong(source: Path, output: Path, exact: bool) -> str | None:
     for file in output.glob("*.json"):
         text = file.read_text(encoding="utf-8")
         told = next((word for word in ("evil", SECRET, "../outside") if word in text), None)
-        if told is not None and file.name != "conversion.json":
+        if told is not None and file.name != "report.json":
             return f"{file.name} holds {told!r}"
     try:
         expected = _load(source)

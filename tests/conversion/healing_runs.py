@@ -55,9 +55,9 @@ def run(checkpoints: dict[str, Path], output: Path, family: str = "llama", **set
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file's bytes but those of the picture and of times."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in ("healing.png", *TIMED)}
+    """Every file's bytes but those that hang on time."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in TIMED}
 
 
-TIMED = ("healing.json", "README.md")
+TIMED = ("report.json", "report.html", "healing.png", "README.md")
 """They tell how long a healing took."""

@@ -100,6 +100,7 @@ def test_a_method_that_goes_wrong_publishes_nothing(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "text.txt"]
 
 
+@pytest.mark.long
 def test_rounding_is_no_contradiction(tmp_path: Path) -> None:
     for family in [name for name in FAMILIES if "-" not in name]:
         source = save_family(tmp_path / family, family, dtype=torch.float32)

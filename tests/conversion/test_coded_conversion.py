@@ -78,7 +78,7 @@ def test_report_and_card_tell_bytes_and_bits(conversion: Conversion) -> None:
     model(windows()[:1], **cache_argument(cache))
     assert found.cache_bytes_held == cache.nbytes > CONTEXT * found.cache_bytes_per_token
 
-    written = json.loads((conversion.output / "conversion.json").read_text())
+    written = json.loads((conversion.output / "report.json").read_text())
     budget = conversion.report.budgets[0]
     assert written["layers"][0]["latent_bits"] == budget.latent_bits < 16
     assert written["layers"][0]["rope_bits"] == budget.rope_bits < 16

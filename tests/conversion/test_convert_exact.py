@@ -96,7 +96,7 @@ def test_folder_is_complete(tmp_path: Path) -> None:
 def test_report_and_card_tell_how_it_was_made(tmp_path: Path) -> None:
     source = save_source(tmp_path / "source")
     conversion = convert(source, tmp_path / "out", method="exact", seed=7)
-    report = json.loads((conversion.output / "conversion.json").read_text())
+    report = json.loads((conversion.output / "report.json").read_text())
     assert report["recipe"]["seed"] == 7
     assert report["recipe"]["source"] == "source"
     assert report["verification"]["kl"] == pytest.approx(0, abs=1e-6)

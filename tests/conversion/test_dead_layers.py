@@ -40,7 +40,7 @@ def test_layer_with_dead_projections_converts(method: str, dead: tuple[str, ...]
     assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
     frequencies = torch.tensor(AutoConfig.from_pretrained(output).rope_inv_freq)
     assert torch.isfinite(frequencies).all()
-    report = json.loads((output / "conversion.json").read_text(), parse_constant=pytest.fail)
+    report = json.loads((output / "report.json").read_text(), parse_constant=pytest.fail)
     assert -1e-6 < report["verification"]["kl"] < 2
 
 

@@ -68,6 +68,7 @@ def test_what_the_source_writes_is_not_either(tmp_path: Path, request: pytest.Fi
     assert same_weights(convert(source, tmp_path / "found", **recipe).output, expected)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("lora", [(), ("--lora", 2)])
 def test_what_heals_and_verifies_is_not_either(lora: tuple, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     source = save_source(tmp_path / "source", torch.float32, max_position_embeddings=256)

@@ -21,6 +21,7 @@ PARTS = 2
 """Shared among processes; each starts one of its own."""
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("part", range(PARTS))
 def test_mutants_are_converted_rightly_or_refused_clearly(part: int) -> None:
     mutants = list(try_mutants(SEED, range(part, MUTANTS, PARTS)))
@@ -81,6 +82,7 @@ def _answer_spin_die(connection: Connection, seed: int, sound: Path) -> None:
         connection.send(Mutant(seed, index, "", Outcome.RIGHT, ""))
 
 
+@pytest.mark.long
 def test_hang_and_death_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fuzz, "SECONDS", 1)
     worker = Worker(0, tmp_path, _answer_spin_die)

@@ -46,7 +46,7 @@ def test_lowers_the_divergence_and_touches_only_attention(
 
 def test_what_is_reported_is_what_was_saved(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     healed = run(checkpoints, tmp_path / "healed")
-    report = json.loads((tmp_path / "healed" / "healing.json").read_text())
+    report = json.loads((tmp_path / "healed" / "report.json").read_text())
     assert report["kl_after"] == healed.kl_after
     assert report["recipe"]["teacher"] == "llama"
     assert str(checkpoints["text"].parent) not in json.dumps(report)
@@ -139,7 +139,7 @@ def test_command_line(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     made = mla(*command, "--steps", "12")
     assert made.exit_code == 0, made.output
     assert "validation KL" in made.stdout
-    report = json.loads((tmp_path / "model-healed" / "healing.json").read_text())
+    report = json.loads((tmp_path / "model-healed" / "report.json").read_text())
     assert [stage["stage"] for stage in report["recipe"]["stages"]] == ["layers", "logits", "long"]
     assert list(report["before"]) == ["prose", "code"]
     assert (tmp_path / "model-healed" / "healing.png").read_bytes().startswith(b"\x89PNG")
@@ -162,7 +162,7 @@ stages:
     )
     made = mla("heal", checkpoints["llama_mla"], "--teacher", checkpoints["llama"], "--recipe", file)
     assert made.exit_code == 0, made.output
-    report = json.loads((tmp_path / "healed" / "healing.json").read_text())
+    report = json.loads((tmp_path / "healed" / "report.json").read_text())
     assert report["recipe"]["data"] == ["text.txt:0.7", "default:0.3"]
     assert (report["recipe"]["seed"], report["steps"], report["tokens"]) == (3, 6, 2 * 32 + 4 * 2 * 32)
     file.write_text("stages: [{stage: layers, share: 0}]")

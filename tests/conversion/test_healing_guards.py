@@ -50,7 +50,7 @@ def test_loss_that_is_no_number_ends_with_the_last_good_weights(
     assert healed.steps == 31
     weights = load_file(tmp_path / "healed" / "model.safetensors")
     assert all(tensor.isfinite().all() for tensor in weights.values())
-    report = json.loads((tmp_path / "healed" / "healing.json").read_text())
+    report = json.loads((tmp_path / "healed" / "report.json").read_text())
     assert "diverged at step 31" in report["note"]
     assert healed.kl_after == pytest.approx(min(sum(look.kl.values()) / 3 for look in healed.looks), rel=0.01)
 

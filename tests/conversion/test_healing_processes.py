@@ -20,6 +20,7 @@ def heal_together(folder: Path) -> None:
         run(checkpoints, folder / "together", steps=STEPS)
 
 
+@pytest.mark.long
 def test_the_result_is_that_of_one_process_with_batches_of_two(tmp_path: Path) -> None:
     with small_default():
         checkpoints = prepare(tmp_path, "llama")
@@ -27,7 +28,7 @@ def test_the_result_is_that_of_one_process_with_batches_of_two(tmp_path: Path) -
         alone = run(
             checkpoints, tmp_path / "alone", steps=STEPS, stages=tuple(stage | {"batch": 2} for stage in STAGES)
         )
-    report = json.loads((tmp_path / "together" / "healing.json").read_text())
+    report = json.loads((tmp_path / "together" / "report.json").read_text())
     assert report["tokens"] == alone.tokens
     assert report["after"] == pytest.approx(alone.after, rel=1e-3)
     assert [look["loss"] for look in report["looks"]] == pytest.approx([look.loss for look in alone.looks], rel=1e-3)

@@ -113,7 +113,7 @@ def test_kill_gives_the_same_final_loss(checkpoints: dict[str, Path], tmp_path: 
     healed = run(checkpoints, tmp_path / "healed", steps=12)
     assert healed.kl_after == pytest.approx(whole.kl_after, abs=1e-4)
     assert contents(tmp_path / "healed") == contents(tmp_path / "whole")
-    reports = [json.loads((tmp_path / name / "healing.json").read_text()) for name in ("healed", "whole")]
+    reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("healed", "whole")]
     assert untimed(reports[0]) == untimed(reports[1])
 
 

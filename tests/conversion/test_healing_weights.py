@@ -40,7 +40,7 @@ def test_full_trains_all_weights_and_says_so(checkpoints: dict[str, Path], tmp_p
     names = changed(checkpoints, tmp_path / "healed")
     assert {"model.embed_tokens.weight", "lm_head.weight", MLP_OUT.format(1), "model.norm.weight"} <= names
     assert "All weights distilled" in (tmp_path / "healed" / "README.md").read_text()
-    assert json.loads((tmp_path / "healed" / "healing.json").read_text())["recipe"]["full"] is True
+    assert json.loads((tmp_path / "healed" / "report.json").read_text())["recipe"]["full"] is True
     attention = run(checkpoints, tmp_path / "attention", stages=LOGITS)
     assert attention.trained_parameters < healed.trained_parameters
     assert all(".self_attn." in name for name in changed(checkpoints, tmp_path / "attention"))

@@ -46,6 +46,7 @@ def convert_both_ways(folder: Path) -> None:
         convert(folder / "source", folder / method, **recipe(folder, method))
 
 
+@pytest.mark.long
 def test_the_result_is_that_of_one_process(prepared: Path) -> None:
     run_in_two(convert_both_ways, prepared)
     for method in SHARING:
@@ -88,6 +89,7 @@ def end_in_one(folder: Path) -> None:
     (folder / f"said-{rank}.json").write_text(json.dumps(said), encoding="utf-8")
 
 
+@pytest.mark.long
 def test_what_ends_one_process_ends_both_and_is_told_once(prepared: Path) -> None:
     run_in_two(end_in_one, prepared)
     first, second = (json.loads((prepared / f"said-{rank}.json").read_text("utf-8")) for rank in (0, 1))

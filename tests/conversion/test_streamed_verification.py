@@ -143,5 +143,5 @@ def test_a_conversion_tells_what_it_left_out(tmp_path: Path, monkeypatch: pytest
     conversion = convert(save_source(tmp_path / "source"), tmp_path / "out", method="exact")
     reason = conversion.report.verification.left_out
     assert reason is not None
-    for file in ("README.md", "conversion.json", "conversion.txt"):
+    for file in ("README.md", "report.json", "conversion.txt"):
         assert reason in " ".join((conversion.output / file).read_text().split()), file

@@ -12,11 +12,12 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tiny_source import CONTEXT, byte_tokenizer, convert, save_source, write_text
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conversion.errors import CalibrationError, VerificationError
+from conversion.evaluation.continuations import greedy, leading_equal
 from conversion.evaluation.verify import Verification, held_out_windows, text_windows, verify_checkpoint
-from conversion.evaluation.whole_model import check_routes, greedy, leading_match
+from conversion.evaluation.whole_model import check_routes
 from conversion.exporters import export_checkpoint
 from conversion.progress import silent_progress
 from conversion.reporting.report import verification_tables
@@ -66,7 +67,7 @@ def test_figures_follow_their_definitions(folders: tuple[Path, Path]) -> None:
     assert found.kl > 1e-3
     assert found.top1_agreement == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()))
     assert 0 < found.top1_agreement < 1
-    assert found.whole_model.greedy_match == leading_match(expected_tokens, found_tokens)
+    assert found.whole_model.greedy_match == leading_equal(expected_tokens[0], found_tokens[0]) / 32
     assert found.cache_bytes_per_token * 2 == found.cache_bytes_per_token_source
 
 
@@ -215,6 +216,22 @@ def test_error_of_a_layer_is_its_attention_on_the_sources_states(folders: tuple[
     assert found[1] > 1e-4
 
 
-@pytest.mark.parametrize(("found", "share"), [([1, 2, 3, 4], 1.0), ([1, 2, 9, 4], 0.5), ([9, 2, 3, 4], 0.0)])
-def test_leading_match(found: list[int], share: float) -> None:
-    assert leading_match(torch.tensor([1, 2, 3, 4]), torch.tensor(found)) == share
+@pytest.mark.parametrize(("found", "equal"), [([1, 2, 3, 4], 4), ([1, 2, 9, 4], 2), ([9, 2, 3, 4], 0)])
+def test_leading_equal(found: list[int], equal: int) -> None:
+    assert leading_equal(torch.tensor([1, 2, 3, 4]), torch.tensor(found)) == equal
+
+
+def test_both_models_go_on_with_the_first_window_of_three_texts(folders: tuple[Path, Path]) -> None:
+    source, converted = folders
+    texts = {name: windows()[[index % 3]] for index, name in enumerate("abcd")}
+    found = verify_checkpoint(converted, open_source(str(source)), texts, silent_progress()).whole_model
+    assert [continuation.text for continuation in found.continuations] == ["a", "b", "c"]
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    models = [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in folders]
+    for continuation, window in zip(found.continuations, windows(), strict=True):
+        expected, other = (greedy(model, window[None, :32], 32)[0] for model in models)
+        assert continuation.prompt == tokenizer.decode(window[:32])
+        assert (continuation.source, continuation.converted) == (tokenizer.decode(expected), tokenizer.decode(other))
+        assert continuation.equal_tokens == leading_equal(expected, other)
+    assert found.greedy_tokens == 3 * 32
+    assert found.greedy_match == sum(continuation.equal_tokens for continuation in found.continuations) / 96

@@ -14,6 +14,8 @@ from tiny import (
     tiny_model,
 )
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from typing_extensions import override
 
 from modeling_mla import LatentCache, MLAttention
 from modeling_mla.attention_mla import IdentityRMSNorm
@@ -245,3 +247,37 @@ def test_engines_of_other_names_get_expanded_keys_and_values(variants):
     model.set_attn_implementation("engine_of_a_test")
     assert_close(model(ids).logits, reference_logits(model, ids))
     assert seen[0] == ((2, 4, LENGTH, 12), (2, 4, LENGTH, 6))
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that an operator gave."""
+
+    elements = 0
+
+    @override
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+@pytest.mark.one_route
+@pytest.mark.parametrize("v_head_dim", [6, 12, 18])
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_prompt_on_a_cpu_holds_no_attention_weights(v_head_dim, padded):
+    """Whichever of keys (12 channels) and values is wider, PyTorch's fused attention reads it."""
+    length = 96
+    ids = random_ids(2, length)
+    mask = left_padding(2, length) if padded else torch.ones(2, length, dtype=torch.long)
+    inputs = {"attention_mask": mask, "position_ids": positions_of(mask), "use_cache": False}
+    logits, largest = {}, {}
+    for implementation in ("eager", "sdpa"):
+        model = tiny_model(attn_implementation=implementation, v_head_dim=v_head_dim)
+        model.set_attention_route("expanded")
+        with Largest() as seen:
+            logits[implementation] = model(ids, **inputs).logits
+        largest[implementation] = seen.elements
+    weights = 2 * model.config.num_attention_heads * length**2
+    assert largest["eager"] >= weights > largest["sdpa"]
+    assert_close(logits["sdpa"][mask.bool()], logits["eager"][mask.bool()])

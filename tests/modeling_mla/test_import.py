@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from tiny import decode, random_ids, tiny_model
-from transformers import GenerationConfig
+from transformers import ContinuousBatchingConfig, GenerationConfig
 
 import modeling_mla
 
@@ -50,7 +50,9 @@ def test_nothing_deprecated_is_called(tmp_path):
         for options in ({}, {"num_beams": 2}, {"cache_implementation": "static", "disable_compile": True}):
             model.generate(ids, max_new_tokens=3, do_sample=False, **options)
         short = GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=-1, pad_token_id=0)
-        model.generate_batch([ids[0].tolist()], generation_config=short)
+        # As many pages as memory holds, which is the default, take half a minute to be filled with zeros.
+        paging = ContinuousBatchingConfig(page_size=4, num_blocks=40, max_batch_tokens=16)
+        model.generate_batch([ids[0].tolist()], generation_config=short, continuous_batching_config=paging)
         model.train()(ids, labels=ids).loss.backward()
         model.save_pretrained(tmp_path)
         type(model).from_pretrained(tmp_path)

@@ -128,6 +128,7 @@ def compare(folder: Path) -> None:
     compare_native(folder)
 
 
+@pytest.mark.long
 def test_two_processes_equal_one(tmp_path):
     for name, (family, fields) in CASES.items():
         model = tiny_model(class_of(family), **fields)

@@ -56,6 +56,8 @@ def _try_small_files(job: ConversionJob) -> None:
         with torch.device("meta"):
             # It changes its configuration.
             getattr(modeling_mla, f"{source.mla_name}ForCausalLM")(deepcopy(config))
+        # The code that travels with it is ours, not the source's: nothing of it can fail here.
+        config._auto_class = None
         with TemporaryDirectory() as folder, refusing_full_disk(Path(folder)):
             config.save_pretrained(folder)
             source.location.generation_config(source.config).save_pretrained(folder)

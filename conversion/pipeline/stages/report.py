@@ -12,7 +12,7 @@ from ..runner import in_first
 def report(job: ConversionJob) -> None:
     """Leaves the report and the model card in the checkpoint."""
     made = made_report(job)
-    write_report(made, job.work.checkpoint)
+    write_report(made, job.source, job.work.checkpoint)
     write_card(made, job.work.checkpoint)
 
 
@@ -20,4 +20,4 @@ def made_report(job: ConversionJob) -> Report:
     """The report of a conversion that is verified."""
     journal = job.work.journal
     assert journal.verification is not None
-    return Report(job.plan, job.source.location, job.budgets, journal.errors, journal.verification)
+    return Report(job.plan, job.source.location, job.budgets, journal.errors, journal.sensitivity, journal.verification)

@@ -1,0 +1,45 @@
+"""Steps behind contexts that nobody has read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_source import convert, save_source, tiny_llama, write_text
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from conversion.evaluation import decode_speed
+from conversion.evaluation.decode_speed import decode_milliseconds, fill
+from modeling_mla import LatentCache
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> torch.nn.Module:
+    """Its cache is in few bits."""
+    folder = tmp_path_factory.mktemp("speed")
+    recipe = {"cache": "30%", "tokens": 256, "calibration": str(write_text(folder / "text.txt"))}
+    convert(save_source(folder / "source", dtype=torch.float32), folder / "out", **recipe)
+    return AutoModelForCausalLM.from_pretrained(Path(folder / "out")).eval()
+
+
+def test_a_cache_is_filled_to_the_token(converted: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_speed, "FILLED_AT_ONCE", 16)
+    source = tiny_llama()
+    for model, cache in ((source, DynamicCache(config=source.config)), (converted, LatentCache(converted.config))):
+        assert fill(model, cache, 50)
+        assert {layer.get_seq_length() for layer in cache.layers} == {50}
+    stopped = LatentCache(converted.config)
+    assert not fill(converted, stopped, 50, deadline=0.0)
+    assert stopped.get_seq_length() < 50
+
+
+def test_contexts_that_do_not_fit_are_left_out(converted: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tiny_llama()
+    for model in (source, converted):
+        found = decode_milliseconds(model, (16, 64, 256), lambda tokens: 0 if tokens < 256 else 2**60)
+        assert found["16"] > 0
+        assert found["64"] > 0
+        assert found["256"] is None
+    monkeypatch.setattr(decode_speed, "_PATIENCE", 0.0)
+    assert decode_milliseconds(source, (16, 64), lambda _: 0) == {"16": None, "64": None}
