@@ -21,11 +21,14 @@ MODEL ?= $(shell $(BIN)/python -c "import importlib.util as u; print(u.find_spec
 CACHE ?= 50%
 OUT ?= out/demo
 
+# What of the suite `make test` runs, by default all.
+TESTS ?=
+
 # How many broken checkpoints `make fuzz` tries to convert, and the seed of what is wrong with them.
 MUTANTS ?= 1000
 SEED ?= 0
 
-.PHONY: install demo test coverage test-floor test-floor-fast test-newest test-kernels fuzz lint bench vllm-check mlx-check \
+.PHONY: install demo test dist wheel-check newcomer docs figures coverage test-floor test-floor-fast test-newest test-kernels fuzz lint bench vllm-check mlx-check \
 	llamacpp-check clean
 
 # An environment $(1) under the constraints $(2); without any, torch alone keeps its own: a newer one may bring CUDA.
@@ -53,7 +56,27 @@ demo: install
 	$(BIN)/python examples/demo.py "$(MODEL)" "$(OUT)" --cache "$(CACHE)"
 
 test: install
-	$(TEST)
+	$(TEST) $(TESTS)
+
+# Built by the tools of this environment, the wheel from the source distribution.
+dist: install
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m twine check --strict dist/*
+
+wheel-check: dist
+	.ci/wheel-check dist/*.whl
+
+newcomer:
+	.ci/newcomer
+
+# The API reference, from the docstrings.
+docs: install
+	$(BIN)/python -m pdoc --docformat google --math --output-directory out/docs modeling_mla conversion
+
+# Every figure of a README, from the files of results.
+figures: install
+	$(BIN)/python examples/benchmarks/readme_figures.py
 
 # Watching every branch takes two fifths more time.
 coverage: install
@@ -123,4 +146,4 @@ llamacpp-check: install $(LLAMACPP)/.installed
 	$(BIN)/python tests/engines/check_llamacpp.py out/llamacpp $(LLAMACPP)/bin/python
 
 clean:
-	rm -rf out .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist out .pytest_cache .mypy_cache .ruff_cache

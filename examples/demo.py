@@ -6,13 +6,12 @@ python examples/demo.py MODEL OUT --cache 50%
 from __future__ import annotations
 
 import argparse
-import resource
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from rich.console import Console
 from rich.table import Table
@@ -20,28 +19,25 @@ from transformers.utils import logging
 
 from conversion.errors import ConversionError
 from conversion.pipeline.conversion import Conversion, make_plan, run_plan
-from conversion.progress import shown_progress
+from conversion.progress import peak_memory, shown_progress
 from conversion.recipe import make_recipe
 from conversion.reporting.report import JSON_NAME
 from conversion.sources import open_source
 
-PROMPT = "What is the capital of France?"
 _ANSWER = Path(__file__).resolve().with_name("generate_without_package.py")
 
 
 def main() -> None:
-    """Reads the command line, converts, shows what was measured, and asks the checkpoint."""
+    """Converts, shows what was measured, and asks the checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="a folder, a .gguf file, or a Hub id")
     parser.add_argument("output", type=Path, help="folder of the new checkpoint; that of an earlier demo is replaced")
     parser.add_argument("--cache", default="50%", help="share of the source's cache")
-    parser.add_argument("--prompt", default=PROMPT)
+    parser.add_argument("--prompt", default="What is the capital of France?")
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-
-    console = Console()
-    started = time.monotonic()
+    console, started = Console(), time.monotonic()
     try:
         finished = convert(arguments.model, arguments.output, arguments.cache, console)
     except ConversionError as error:
@@ -52,9 +48,8 @@ def main() -> None:
 
 def convert(model: str, output: Path, cache: str, console: Console) -> Conversion:
     """Converts and verifies; shows the plan and the progress."""
-    plan_of = make_recipe(source=model, output=output, cache=cache)
     source = open_source(model)
-    plan = make_plan(plan_of, source)
+    plan = make_plan(make_recipe(source=model, output=output, cache=cache), source)
     console.print(plan.table(f"{source.location.name} → {output}"))
     if (output / JSON_NAME).is_file():
         shutil.rmtree(output)
@@ -65,23 +60,18 @@ def convert(model: str, output: Path, cache: str, console: Console) -> Conversio
 def show(finished: Conversion, seconds: float, console: Console) -> None:
     """Prints what was measured."""
     found = finished.report.verification
-    # Linux counts the resident set in KiB, macOS in bytes.
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    table = Table(title=f"{finished.report.location.name}, {found.text}", title_justify="left")
-    for column in ("", "source", "converted"):
-        table.add_column(column, justify="right" if column else "left")
+    table = Table("", "source", "converted", title=f"{finished.report.location.name}, {found.text}")
     table.add_row("cache, bytes a token", str(found.cache_bytes_per_token_source), str(found.cache_bytes_per_token))
     table.add_row("perplexity", f"{found.perplexity_source:.2f}", f"{found.perplexity:.2f}")
     table.add_row("seconds, conversion and verification", "", f"{seconds:.0f}")
-    table.add_row("peak memory, GiB", "", f"{peak / 2**30:.2f}")
+    table.add_row("peak memory, GiB", "", f"{peak_memory() / 2**30:.2f}")
     console.print(table)
 
 
 def answer(checkpoint: Path, prompt: str) -> None:
     """Asks the checkpoint in a fresh, isolated interpreter, away from this folder."""
-    with tempfile.TemporaryDirectory() as elsewhere:
-        command = [sys.executable, "-I", str(_ANSWER), str(checkpoint.resolve()), prompt]
+    command = [sys.executable, "-I", str(_ANSWER), str(checkpoint.resolve()), prompt]
+    with TemporaryDirectory() as elsewhere:
         subprocess.run(command, cwd=elsewhere, check=True)
 
 

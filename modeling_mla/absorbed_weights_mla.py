@@ -111,7 +111,7 @@ def _has_hooks(module: nn.Module) -> bool:
 def absorbed_weights(
     kv_b_proj: nn.Module, kv_lora_rank: int, qk_nope_head_dim: int, v_head_dim: int, like: torch.Tensor
 ) -> AbsorbedWeights:
-    """Both matrices in ``like``'s dtype; the number of heads follows from the projection's output.
+    """Both matrices, ``[H, d_n, r]`` and ``[H, d_v, r]``, in ``like``'s dtype; H follows from the projection's output.
 
     Raises:
         ValueError: no single matrix stands for the projection.

@@ -19,7 +19,7 @@ _QUERY_BLOCK = 1024
 
 
 def expanded_bytes(query: torch.Tensor, kv_length: int, v_head_dim: int) -> int:
-    """Bytes that keys and values of all heads take for the whole context."""
+    """Bytes that keys and values of all heads take for the whole context, for a query ``[B, H, n, d_n + d_r]``."""
     batch, heads, _, qk_head_dim = query.shape
     return batch * heads * kv_length * (qk_head_dim + v_head_dim) * query.element_size()
 

@@ -128,7 +128,7 @@ class CodedStates:
         return self.rows.device
 
     def narrow(self, dim: int, start: int, length: int) -> CodedStates:
-        """As of a tensor, along the tokens."""
+        """As of a tensor, along the tokens. Raises `ValueError` for another dimension than 2."""
         if dim != 2:
             raise ValueError(f"coded states are cut along their tokens, dimension 2, not {dim}; decode them first.")
         starts = tuple(own - start for own in self.starts)

@@ -117,7 +117,7 @@ def scaled(by_token: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
 def latent_tiles(
     rows: torch.Tensor, latents: torch.Tensor | CodedLatents, index: int, kv_lora_rank: int, tokens: int
 ) -> Iterator[tuple[slice, Tile]]:
-    """Sequence ``index``, at most so many tokens at once, as numbers of the dtype of the queries ``rows``."""
+    """Sequence ``index``, at most so many tokens at once, in the dtype of the queries ``rows [m, r + d_r]``."""
     if not isinstance(latents, CodedLatents):
         for start in range(0, max(latents.shape[1], 1), tokens):
             part = slice(start, min(start + tokens, latents.shape[1]))

@@ -126,7 +126,7 @@ class VisibleKeys(NamedTuple):
         return self._given_block(slice(0, self.query_length), slice(0, self.keys_in_use))
 
     def dense(self) -> torch.Tensor | None:
-        """The whole mask over the keys in use."""
+        """The whole mask over the keys in use, as `block` gives it of a part."""
         return self.block(slice(0, self.query_length), slice(0, self.keys_in_use))
 
     def block(self, rows: slice, keys: slice) -> torch.Tensor | None:
@@ -161,7 +161,7 @@ class VisibleKeys(NamedTuple):
 
 
 def in_graph(tensor: torch.Tensor) -> bool:
-    """Whether what is called becomes part of a graph, compiled or captured, for which Python may read no values."""
+    """Whether a call with a tensor of any shape becomes part of a graph, for which Python may read no values."""
     return torch.compiler.is_compiling() or (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 

@@ -221,7 +221,11 @@ def generic_heads(pretrained_class: type[PreTrainedModel]) -> tuple[type, ...]:
         type(
             f"{family}{generic.__name__.removeprefix('Generic')}",
             (_BodysEmbeddings, generic, pretrained_class),
-            {"__module__": pretrained_class.__module__, "base_model_prefix": pretrained_class.base_model_prefix},
+            {
+                "__module__": pretrained_class.__module__,
+                "__doc__": f"`{family}Model` with Transformers' `{generic.__name__}` on top.",
+                "base_model_prefix": pretrained_class.base_model_prefix,
+            },
         )
         for generic in (GenericForSequenceClassification, GenericForTokenClassification, GenericForQuestionAnswering)
     )

@@ -72,7 +72,8 @@ def why_expand(
     """The reason why only the attention function itself, over expanded keys and values, serves a call; else None.
 
     The one place where this is decided: absorbed attention and expansion in pieces both ask it, for both honour the
-    mask, the window, a softcap, sinks and causality, and nothing else that a function may be given.
+    mask, the window, a softcap, sinks and causality, and nothing else that a function may be given. ``query`` is
+    ``[B, H, n, d_n + d_r]``, ``kwargs`` what the function would be given besides.
     """
     if dropout:
         return f"dropout is {dropout}"

@@ -22,7 +22,10 @@ def float32_products(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
 
 
 def capped_and_masked(scores: torch.Tensor, mask: torch.Tensor | None, softcap: float | None) -> torch.Tensor:
-    """``softcap * tanh(scores / softcap)`` behind a mask, bool (True attends) or additive, that broadcasts to them."""
+    """``softcap * tanh(scores / softcap)`` behind a mask, bool (True attends) or additive, that broadcasts to them.
+
+    Scores are ``[..., n, S]``, floating; so is what is returned.
+    """
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if mask is None:

@@ -31,5 +31,5 @@ def sink_share(lse: torch.Tensor, s_aux: torch.Tensor) -> torch.Tensor:
 
 
 def finite_lse(lse: torch.Tensor) -> torch.Tensor:
-    """``lse`` with 0 for ``-inf``: a row that sees nothing (left padding) then has zeros as its output, not NaN."""
+    """``lse``, of any shape, with 0 for ``-inf``: a row that sees nothing (left padding) then has zeros, not NaN."""
     return lse.masked_fill(lse == float("-inf"), 0.0)

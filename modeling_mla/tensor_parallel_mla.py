@@ -25,7 +25,7 @@ def tensor_parallel_group(projection: nn.Module) -> dist.ProcessGroup | None:
 
 
 def read_by_all_heads(x: torch.Tensor, projection: nn.Module) -> torch.Tensor:
-    """``x``, whose gradient is summed over the processes that share the heads of ``projection``."""
+    """``x``, of any shape, with its gradient summed over the processes that share the heads of ``projection``."""
     if not (torch.is_grad_enabled() and x.requires_grad):
         return x
     group = tensor_parallel_group(projection)

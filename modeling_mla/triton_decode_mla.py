@@ -148,7 +148,21 @@ def attend_in_splits(
     tile: Tile,
     launch: Callable[..., None],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention to splits of the keys by the kernel that ``launch`` starts, and the merge of the splits."""
+    """Attention to splits of the keys by the kernel that ``launch`` starts, and the merge of the splits.
+
+    Args:
+        query: ``[B, H, n, r + d_r]``.
+        keys: how many there are.
+        hidden: which of them a query does not see.
+        kv_lora_rank: r.
+        scale: of the scores.
+        softcap: on the scores, or None.
+        tile: rows and keys of a block.
+        launch: the kernel.
+
+    Returns:
+        The context ``[B, H, n, r]`` in the query's dtype, and the log-sum-exp ``[B, H, n]``, float32.
+    """
     batch, heads, queries, _ = query.shape
     rows, mask, additive = heads * queries, hidden.mask, is_additive(hidden.mask)
     row_blocks = -(-rows // tile.rows)
@@ -183,14 +197,14 @@ def attend_in_splits(
 
 
 def on_device_of(tensor: torch.Tensor) -> AbstractContextManager[object]:
-    """Where kernels for ``tensor`` are launched; entering a device costs microseconds, so only if it is another one."""
+    """Where kernels for a tensor of any shape are launched; entering a device costs time, so only another one is."""
     if not tensor.is_cuda or torch.cuda.current_device() == tensor.device.index:
         return nullcontext()
     return torch.cuda.device(tensor.device)
 
 
 def is_additive(mask: torch.Tensor | None) -> bool:
-    """Whether a mask is added to the scores, not a choice among them."""
+    """Whether a mask, of any shape, is added to the scores, not a choice among them."""
     return mask is not None and mask.dtype != torch.bool
 
 

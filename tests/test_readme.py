@@ -16,8 +16,6 @@ from transformers import AutoModelForCausalLM, DeepseekV2Config
 from typer.testing import CliRunner
 
 from conversion.cli import app
-from conversion.exporters.engines import engines_markdown
-from conversion.reporting.families import families, markdown
 from conversion.sweep import job
 
 ROOT = Path(__file__).parents[1]
@@ -109,8 +107,3 @@ def test_python_runs(folder: Path) -> None:
         for code in found:
             exec(with_stand_ins(code), names)
     assert isinstance(names["cache"], names["LatentCache"])
-
-
-def test_families_are_those_of_the_registry() -> None:
-    assert markdown(families()) in README
-    assert engines_markdown() in README

@@ -18,7 +18,7 @@ from .paths import did_you_mean, expanded, inside
 from .weight_files import INDEX, SINGLE, weight_files
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
-_SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
+_SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "README.md")
 _TEMPLATES = "additional_chat_templates"
 _PART = re.compile(r"-\d{5}-of-(\d{5})\.gguf$", re.IGNORECASE)
 

@@ -40,7 +40,7 @@ class TensorReader(ABC):
 
     @abstractmethod
     def tensor(self, name: str) -> Tensor:
-        """The tensor as it is stored, on the CPU."""
+        """The tensor as it is stored, on the CPU, in the shape that `shape` tells."""
 
     def rows(self, name: str, indices: Tensor) -> Tensor:
         """The rows ``indices [...]`` of the matrix ``name [R, C]``, ``[..., C]``: where few of a table are needed."""

@@ -14,11 +14,12 @@ from .families import families
 from .heal import heal
 from .inspect import inspect
 from .plan import plan
+from .push import push
 from .run import run
 from .sweep import sweep
 from .verify import verify
 
-COMMANDS = (sweep, inspect, plan, convert, run, verify, chat, compare, heal, export, families, backends)
+COMMANDS = (sweep, inspect, plan, convert, run, verify, chat, compare, heal, export, push, families, backends)
 
 app = make_app(COMMANDS)
 

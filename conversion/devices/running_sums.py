@@ -27,7 +27,7 @@ class RunningSums:
         self._rounded_off = {} if has_float64(device) else {name: total.clone() for name, total in self._totals.items()}
 
     def add(self, name: str, term: Tensor) -> None:
-        """Adds a term to the sum of that name."""
+        """Adds a term to the sum of that name, which has the same shape."""
         total = self._totals[name]
         if not self._rounded_off:
             total += term

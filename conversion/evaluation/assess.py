@@ -75,6 +75,7 @@ def assess(
         progress: shows the steps.
 
     Raises:
+        CalibrationError: the context is longer than the model's, or a text is shorter than one window.
         ConversionError: see `verify_checkpoint`, `measure_recall` and `evaluate_tasks`.
     """
     length, longest = asked.context or window_length(source), source.config.max_position_embeddings

@@ -96,7 +96,10 @@ class Scores:
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:
-    """The squared error relative to the squared norm of ``wanted``; where that is 0, the squared error itself."""
+    """The squared error relative to the squared norm of ``wanted``; where that is 0, the squared error itself.
+
+    Both are of any shape, the same.
+    """
     error, energy = (float(states.cpu().double().square().sum()) for states in (found - wanted, wanted))
     return error / energy if energy else error
 

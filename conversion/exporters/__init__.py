@@ -44,6 +44,7 @@ def export_checkpoint(model: str, output: Path, to: str, progress: Progress) -> 
         progress: counts what is written.
 
     Raises:
+        SourceError: it is no model of this library.
         ConversionError: the target is unknown or cannot express the model, or ``output`` exists.
     """
     if to not in EXPORTERS:

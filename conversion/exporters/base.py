@@ -56,7 +56,7 @@ class CheckpointExporter(Exporter):
 
         Args:
             name: in the checkpoint.
-            tensor: as the checkpoint stores it, or on the meta device where only shape and type are wanted.
+            tensor: of any shape, as the checkpoint stores it; on the meta device where only shape and type are wanted.
             before: the configuration of the checkpoint.
             after: that of the exported model, made by `config`.
         """

@@ -64,7 +64,7 @@ class DeepseekForm:
         return (self.epsilon / self.before.rms_norm_eps) ** 0.5
 
     def tensors(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
-        """What becomes of one tensor of the checkpoint; the head and the last norm are left to the target."""
+        """What becomes of one tensor, of any shape; the head and the last norm are left to the target."""
         if name == "model.embed_tokens.weight" or name.endswith(".mlp.down_proj.weight"):
             return {name: scaled(tensor, self.stream)}
         if name.endswith(".mlp.gate_up_proj.weight"):
@@ -169,5 +169,5 @@ def _places(config: PreTrainedConfig, layer: int, rotation: Rotation) -> list[in
 
 
 def scaled(tensor: Tensor, by: float) -> Tensor:
-    """In the tensor's type, rounded once."""
+    """A tensor of any shape times a number, in the tensor's type, rounded once."""
     return tensor if by == 1 else (tensor.double() * by).to(tensor.dtype)

@@ -65,7 +65,8 @@ def padded_sizes(config: PreTrainedConfig) -> tuple[int, tuple[int, int]]:
     """The rank of engines, and their head sizes, that hold a model's.
 
     Raises:
-        ConversionError: none do.
+        BudgetError: no rank does.
+        SourceError: no head size does.
     """
     rank = engine_rank(config.kv_lora_rank)
     if rank is None:

@@ -80,7 +80,7 @@ class GgufExporter(Exporter):
 def gguf_tensors(form: DeepseekForm, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
     """One tensor of the checkpoint by its names in the file: one of each, or the two halves of ``kv_b_proj``.
 
-    Vectors are float32, as llama.cpp wants them.
+    The tensor is of any shape; vectors become float32, as llama.cpp wants them.
     """
     names = gguf.get_tensor_name_map(ARCHITECTURE, form.before.num_hidden_layers)
     for target, made in form.tensors(name, tensor).items():

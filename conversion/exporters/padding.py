@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def pad_parts(tensor: Tensor, dim: int, parts: Sequence[tuple[int, int]]) -> Tensor:
-    """Zeros behind each of the parts of a dimension, given as (size, padded size)."""
+    """Zeros behind each of the parts of a dimension, given as (size, padded size), of a tensor of any shape."""
     padded = []
     for part, (size, wanted) in zip(tensor.split([size for size, _ in parts], dim=dim), parts, strict=True):
         shape = list(tensor.shape)
@@ -22,7 +22,7 @@ def placed_pairs(rows: Tensor, dim: int, places: Sequence[int], pairs: int) -> T
     """Half-split rotary channels as interleaved ones at their places in a wider table, zeros elsewhere.
 
     Args:
-        rows: real parts of its pairs, then imaginary parts, along ``dim``.
+        rows: of any shape; real parts of its pairs, then imaginary parts, along ``dim``.
         dim: of the channels.
         places: of each pair in the table.
         pairs: of the table.

@@ -55,7 +55,7 @@ def causal_softmax(scores: Tensor, rows: Tensor, sliding_window: int | None, sin
 
 
 def capped(geometry: AttentionGeometry, scores: Tensor) -> Tensor:
-    """Scores as the softmax sees them."""
+    """Scores of any shape as the softmax sees them."""
     return scores if geometry.softcap is None else geometry.softcap * torch.tanh(scores / geometry.softcap)
 
 

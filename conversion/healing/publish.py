@@ -11,6 +11,7 @@ import torch
 from ..checkpoint.atomic import write_text
 from ..checkpoint.writer import ShardWriter
 from ..pipeline.runner import in_first
+from ..reporting.card_metadata import CARD, healed_card
 from ..reporting.charts import draw_healing
 from ..reporting.picture_style import picture, save_png
 from ..reporting.report import TEXT_NAME
@@ -49,10 +50,11 @@ def _write_report(job: HealingJob, folder: Path, healed: Healed) -> None:
     report = {"kind": "healing", "recipe": recipe, "versions": package_versions()} | found
     write_report_files(report | {"origin": read_report(job.location.folder)}, folder)
     draw_curve(report, folder / PICTURE)
-    card = job.location.folder / "README.md"
+    card = job.location.folder / CARD
     if card.is_file():
-        text = f"{card.read_text(encoding='utf-8').rstrip()}\n\n## Healing\n\n{_told(healed, recipe)}\n"
-        write_text(folder / "README.md", text)
+        texts = [text.name for text in job.recipe.texts]
+        text = healed_card(card.read_text(encoding="utf-8"), _told(healed, recipe), texts, healed.after)
+        write_text(folder / CARD, text)
 
 
 def draw_curve(report: dict[str, Any], file: Path) -> None:

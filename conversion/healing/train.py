@@ -33,7 +33,11 @@ _WRITTEN = 128
 
 @in_first
 def compose(job: HealingJob) -> None:
-    """Leaves the text that the teacher writes in the work folder, where the recipe asks for it."""
+    """Leaves the text that the teacher writes in the work folder, where the recipe asks for it.
+
+    Raises:
+        CalibrationError: the teacher cannot be loaded whole.
+    """
     if not job.written_share:
         return
     reason = reason_to_leave_out(job.source.meta_model, job.source.device, None)

@@ -86,7 +86,7 @@ class AttentionStatistics(LayerStatistics):
 
 
 def sample_rows(length: int, count: int, seed: int, window: int) -> Tensor:
-    """``count`` distinct query positions of a window, ascending; all of them where the window is not longer.
+    """``[count]`` distinct query positions of a window, ascending; all of them where the window is not longer.
 
     They are drawn on the CPU, so that they are the same for every device.
     """

@@ -48,7 +48,7 @@ class ChannelStatistics:
 def rounding_loss(variance: Tensor, loss: Tensor) -> float:
     """What rounding costs behind the best scales, for rounding errors whose mean square is that of what is coded.
 
-    ``(sum_i sqrt(w_i v_i))^2 / n``, the minimum of the problem above.
+    ``(sum_i sqrt(w_i v_i))^2 / n`` for a variance ``v [n]`` and a loss ``w [n]``, the minimum of the problem above.
     """
     return float((variance * loss).sqrt().sum().square() / max(len(variance), 1))
 

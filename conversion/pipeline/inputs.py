@@ -67,7 +67,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, source: SourceModel) ->
 
 
 def check_ids(windows: Tensor, text: str, tokenizer: PreTrainedTokenizerBase, source: SourceModel) -> None:
-    """Raises `CalibrationError` where the token ids ``windows`` of ``text`` have no row in the embedding."""
+    """Raises `CalibrationError` where token ids in ``windows [N, S]`` of ``text`` have no row in the embedding."""
     largest = int(windows.max())
     if largest >= source.config.vocab_size:
         token = tokenizer.convert_ids_to_tokens(largest)

@@ -49,7 +49,7 @@ def window_length(source: SourceModel) -> int:
 
 
 def refitted_windows(count: int) -> Tensor:
-    """Which of ``count`` calibration windows a refit uses: their indices, ascending."""
+    """Which of ``count`` calibration windows a refit uses: their indices ``[n]``, ascending."""
     return spread_windows(count, min(REFIT_WINDOWS, math.ceil(REFIT_SHARE * count)))
 
 
@@ -59,5 +59,5 @@ def weighed_windows(windows: Tensor) -> Tensor:
 
 
 def spread_windows(count: int, at_most: int) -> Tensor:
-    """Indices of at most ``at_most`` of ``count`` windows, evenly spread."""
+    """Indices ``[n]`` of at most ``at_most`` of ``count`` windows, evenly spread."""
     return torch.linspace(0, count - 1, min(count, at_most), device="cpu").round().long()

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard
 
 from ..checkpoint.atomic import write_text
 from ..methods import get_method
+from .card_metadata import CARD, metadata
 from .report import Report, calibration_name
 
 _TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 
 
 def write_card(report: Report, folder: Path) -> None:
-    """Writes ``README.md`` into the checkpoint's folder."""
+    """Writes the card into the checkpoint's folder."""
     recipe, location = report.plan.recipe, report.location
-    data = ModelCardData(
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        base_model=location.name if location.revision else None,
-        tags=["mla", "latent-attention", "modeling-mla"],
-    )
+    data = metadata(location, recipe.calibration, report.verification.domains)
     card = ModelCard.from_template(
         data,
         template_path=str(_TEMPLATE),
@@ -34,4 +30,4 @@ def write_card(report: Report, folder: Path) -> None:
         verification=report.verification,
         versions=report.as_json()["versions"],
     )
-    write_text(folder / "README.md", str(card).rstrip() + "\n")
+    write_text(folder / CARD, str(card).rstrip() + "\n")

@@ -124,12 +124,12 @@ class SourceModel(StoredModel):
         return CPU if self.device.type == "meta" else self.device
 
     def layer_rotary(self, layer: int) -> tuple[Tensor, float]:
-        """Inverse frequencies of a layer, and the factor for its cosines and sines, from `rotary`."""
+        """Inverse frequencies ``[d_r/2]`` of a layer, and the factor for its cosines and sines, from `rotary`."""
         # What a longer text has left in the module is in the other table.
         return self.rotary.original_inv_freq, self.rotary.attention_scaling
 
     def layer_angles(self, layer: int, hidden_states: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of a layer, from `rotary`."""
+        """Cosines and sines ``[B, S, d_r]`` of a layer at ``position_ids [B, S]``, from `rotary`."""
         return self.rotary(hidden_states, position_ids)
 
     def _long_frequencies(self, layer: int) -> Tensor | None:
@@ -207,7 +207,7 @@ class SourceModel(StoredModel):
         return rows[:queries], rows[queries : queries + keys], rows[queries + keys :]
 
     def attention_input(self, module: nn.Module, hidden_states: Tensor) -> Tensor:
-        """What the projections of a decoder layer read, from the hidden states that enter it."""
+        """What the projections of a layer read ``[B, S, w]``, from the hidden states ``[B, S, D]`` that enter it."""
         return hidden_states if self.input_norm is None else module.get_submodule(self.input_norm)(hidden_states)
 
     def run_layer(

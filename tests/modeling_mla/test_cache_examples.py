@@ -59,5 +59,5 @@ def test_a_step_reads_its_weights_and_its_cache_once(monkeypatch, tied):
 
 def test_long_context_holds_kimis_layer_in_four_bits():
     arguments = ("--context", "4096", "--cache-bits", "4", "--prefill", "2", "--threads", "1", "--json")
-    found = json.loads(_run("benchmarks/long_context.py", *arguments))
+    found = json.loads(_run("benchmarks/long_context_memory.py", *arguments))
     assert found["cache_mib"] * 262144 / 4098 <= 80

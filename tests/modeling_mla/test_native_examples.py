@@ -34,7 +34,7 @@ def test_the_deepseek_v4_benchmark_compares_equal_models():
 
 def test_the_example_generates_the_same_tokens():
     config = str(EXAMPLES.parent / "hub_configs" / "minicpm3-4b.json")
-    arguments = ("--config", config, "--prompt-tokens", "64", "--new-tokens", "3", "--dtype", "float32")
+    arguments = (config, "--prompt-tokens", "64", "--new-tokens", "3", "--dtype", "float32")
     shown = _run("native_mla.py", *arguments)
     assert "absorbed" in shown
     assert "yes" in shown

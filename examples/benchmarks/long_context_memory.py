@@ -2,8 +2,8 @@
 
 The cache is filled with random latents. Peak memory is that of the whole process, measured by a thread that samples it.
 
-    python examples/benchmarks/long_context.py --context 262144
-    python examples/benchmarks/long_context.py --context 262144 --cache-bits 4
+    python examples/benchmarks/long_context_memory.py --context 262144
+    python examples/benchmarks/long_context_memory.py --context 262144 --cache-bits 4
 """
 
 from __future__ import annotations
