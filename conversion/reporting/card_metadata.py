@@ -108,7 +108,7 @@ def healed_card(card: str, paragraph: str, texts: Iterable[str], kl: dict[str, f
     healed = ModelCard(card, ignore_metadata_errors=True)
     data = cast(ModelCardData, healed.data)
     if data.get("base_model"):
-        data.base_model_relation = HEALED
+        data["base_model_relation"] = HEALED
     data.datasets = list(dict.fromkeys([*(data.get("datasets") or []), *hub_datasets(texts)])) or None
     if data.eval_results:
         data.eval_results = [_result(text, "kl", "KL to the source, nats a token", value) for text, value in kl.items()]
