@@ -59,6 +59,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(job, "CONTEXTS", (64,))
     save_source(tmp_path / "source", dtype=torch.float32, num_key_value_heads=4, max_position_embeddings=256)
     write_text(tmp_path / "text.txt", 20000)
+    write_text(tmp_path / "book.txt", 120)
     (tmp_path / "recipe.yaml").write_text("source: source\noutput: from-recipe\nmethod: exact\n")
     torch.manual_seed(0)
     config = DeepseekV2Config(

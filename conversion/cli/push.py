@@ -33,13 +33,13 @@ def push(
     from ..checkpoint.hub_upload import planned_upload, upload
 
     planned = planned_upload(expanded(folder), repository, private=private)
-    console().print(f"{folder} → {repository}, {'private' if private else 'public'}", soft_wrap=True)
     table = Table("file")
     table.add_column("size", justify="right")
     for name, size in planned.files.items():
         table.add_row(name, decimal(size))
     table.add_row(f"{len(planned.files)} files", decimal(planned.nbytes))
     if not quiet:
+        console().print(f"{folder} → {repository}, {'private' if private else 'public'}", soft_wrap=True)
         show([table])
     if dry_run:
         console().print("nothing was uploaded; without --dry-run it is.")
