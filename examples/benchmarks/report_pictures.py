@@ -1,7 +1,8 @@
 """Pictures of a report's page as a desk and a telephone show it; it takes Playwright and Chromium.
 
-make report-pictures
-python examples/benchmarks/report_pictures.py out/report/report.html examples
+`make report-pictures` makes a sweep, and these of it.
+
+    python examples/benchmarks/report_pictures.py out/report/report.html examples
 """
 
 from __future__ import annotations
