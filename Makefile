@@ -28,7 +28,7 @@ TESTS ?=
 MUTANTS ?= 1000
 SEED ?= 0
 
-.PHONY: install demo test dist wheel-check newcomer docs figures coverage test-floor test-floor-fast test-newest test-kernels fuzz lint bench vllm-check mlx-check \
+.PHONY: install demo test dist wheel-check newcomer docs figures browser report-check report-pictures coverage test-floor test-floor-fast test-newest test-kernels fuzz lint bench vllm-check mlx-check \
 	llamacpp-check clean
 
 # An environment $(1) under the constraints $(2); without any, torch alone keeps its own: a newer one may bring CUDA.
@@ -77,6 +77,19 @@ docs: install
 # Every figure of a README, from the files of results.
 figures: install
 	$(BIN)/python examples/benchmarks/readme_figures.py
+
+# A Chromium that is installed is taken; Playwright brings one where there is none. The suite skips what needs it.
+browser: install
+	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt playwright axe-playwright-python
+	command -v chromium || command -v google-chrome || $(BIN)/python -m playwright install --with-deps chromium
+
+report-check: browser
+	$(TEST) tests/conversion/test_report_browser.py
+
+# A sweep that is finished is not made again.
+report-pictures: browser
+	test -f out/report/report.html || $(BIN)/mla sweep "$(MODEL)" out/report --cache 50%,25%,12.5%
+	$(BIN)/python examples/benchmarks/report_pictures.py out/report/report.html examples
 
 # Watching every branch takes two fifths more time.
 coverage: install

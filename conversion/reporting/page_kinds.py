@@ -118,6 +118,7 @@ def serving(source: str, conversion: Json, *, healed: bool = False) -> Section:
     section = Section("next", "Use it")
     section.text.append(f"In the folder of this page; {source} is the model that it was made from, by id or folder.")
     section.commands.append(Command("Talk to it", "mla chat ."))
+    section.commands.append(Command("Read both answers side by side", f"mla compare {quote(source)} ."))
     if not healed:
         section.commands.append(Command("Win quality back", f"mla heal . --teacher {quote(source)} --minutes 30"))
     section.commands += [

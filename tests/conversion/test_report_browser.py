@@ -5,24 +5,20 @@ It takes Chromium, and the packages playwright and axe-playwright-python; `make 
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from report_cases import ALL
+from report_pictures import WIDTHS, launch
 
 from conversion.reporting.page import HTML_NAME, write_page
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-if CHROMIUM is None:
-    pytest.skip("no Chromium is installed; make report-check installs one", allow_module_level=True)
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: make report-check")
 axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe is not installed: make report-check")
 
 KINDS = ("conversion", "verification", "healing", "sweep", "conversion not run whole")
-WIDTHS = (1280, 390)
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +34,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     with playwright.sync_playwright() as running:
-        # As root, which tests often are in a container, Chromium has no sandbox.
-        found = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        found = launch(running)
+        if found is None:
+            pytest.skip("no Chromium is installed; make report-check installs one")
         yield found
         found.close()
 
