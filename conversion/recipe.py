@@ -23,7 +23,8 @@ from .text import SELF_WRITTEN
 AnyRecipe = TypeVar("AnyRecipe", bound=BaseModel)
 DtypeName = Literal["float32", "float16", "bfloat16"]
 
-_BUDGET = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>%|B|KB|KiB|)")
+# Without a unit it counts values, which are whole: 0.5 is no half.
+_BUDGET = re.compile(r"(?P<number>\d+(?:\.\d+(?=\s*[%BK]))?)\s*(?P<unit>%|B|KB|KiB|)")
 _SHARD_SIZE = re.compile(r"(?=.*[1-9])\d{1,9}(\.\d+)?(KB|MB|GB|TB)")
 _BYTES = {"B": 1, "KB": 1000, "KiB": 1024}
 DEFAULT_TOKENS = 65536
@@ -148,8 +149,10 @@ def validated(kind: type[AnyRecipe], values: dict[str, Any]) -> AnyRecipe:
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        raise ConversionError(f"{name} is {first['input']!r}: {message}.") from error
+        given, message = first["input"], first["msg"].removeprefix("Value error, ")
+        if first["type"] == "union_tag_invalid":
+            given, message = first["ctx"]["tag"], f"choose one of {first['ctx']['expected_tags']}"
+        raise ConversionError(f"{name} is {given!r}: {message}.") from error
 
 
 def read_values(file: Path, wanted: str) -> dict[str, Any]:

@@ -9,6 +9,9 @@ from pathlib import Path
 
 from ..errors import ConversionError, OutputError, SourceError
 
+_NEAR = 0.7
+"""How alike two names are, by `difflib`, of which one may have been meant by the other."""
+
 
 def expanded(path: str | Path) -> Path:
     """``path`` with a leading ``~`` replaced by the home folder. Raises `ConversionError` where there is none."""
@@ -29,7 +32,7 @@ def did_you_mean(path: str | Path) -> str:
         first, *rest = missing.relative_to(folder).parts
         with suppress(OSError):
             names = [name for name in os.listdir(folder) if name.startswith(".") == first.startswith(".")]
-            for close in get_close_matches(first, names, n=3):
+            for close in get_close_matches(first, names, n=3, cutoff=_NEAR):
                 if (folder / close).joinpath(*rest).exists():
                     given = Path(path).parts
                     return f" (did you mean {Path(*given[: len(given) - 1 - len(rest)], close, *rest)}?)"

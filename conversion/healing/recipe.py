@@ -73,7 +73,7 @@ class HealingRecipe(BaseModel):
     @model_validator(mode="after")
     def _fit_together(self) -> HealingRecipe:
         if (self.minutes is None) == (self.steps is None):
-            raise ConversionError("give either minutes or steps.")
+            raise ConversionError("give either minutes or steps: --minutes 30, or --steps 200.")
         if self.full and self.lora_rank is not None:
             raise ConversionError(f"full trains all weights, and lora {self.lora_rank} adapters alone; give one.")
         return self

@@ -221,7 +221,7 @@ def recall(found: Json) -> Section:
         [word(told), share(found[f"{name}_source"]), share(found[name])]
         for name, told in (("needle", "needle in a haystack, numbers"), ("copy", "copy of a passage, tokens"))
     ]
-    section.tables.append(Table(f"{found['samples']} samples each", ("", "source", "converted"), rows))
+    section.tables.append(Table(f"{found['samples']} samples each", ("found again", "source", "converted"), rows))
     return section
 
 

@@ -74,7 +74,7 @@ def save_png(figure: Figure, file: Path) -> None:
     try:
         figure.savefig(file, format="png", dpi=2 * _POINTS)
     except OSError as error:
-        raise OutputError(f"{file} cannot be written: {error}.") from error
+        raise OutputError(f"{file} cannot be written: {error.strerror}; choose another file.") from error
 
 
 def plain_ticks(axis: Axis, ticks: Sequence[float], unit: str = "") -> None:

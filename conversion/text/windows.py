@@ -145,7 +145,7 @@ def _require_utf8(path: Path) -> None:
             decoder.decode(b"", final=True)
     except OSError as error:
         raise CalibrationError(
-            f"{path} cannot be read ({error.strerror}){did_you_mean(path)}; give another file."
+            f"{path} cannot be read: {error.strerror}{did_you_mean(path)}; give another file."
         ) from error
     except UnicodeDecodeError as error:
         with open(path, "rb") as file:

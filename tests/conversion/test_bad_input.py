@@ -123,6 +123,7 @@ def test_weights_that_are_not_finite(tmp_path: Path, output: Path) -> None:
         (("--cache", "65"), ("65 values", "the source's 64")),
         (("--cache", "90KB"), ("90KB", "more than the source's 64")),
         (("--cache", "much"), ("cache", "'much'", "50%")),
+        (("--cache", "0.5"), ("cache", "'0.5'", "50%")),
         (("--kv-lora-rank", "60", "--qk-rope-head-dim", "8"), ("kv_lora_rank 60", "16 to 56")),
         (("--kv-lora-rank", "4", "--qk-rope-head-dim", "8"), ("kv_lora_rank 4", "16 to 56")),
         (("--kv-lora-rank", "20", "--qk-rope-head-dim", "40"), ("qk_rope_head_dim 40", "2 to 32")),

@@ -108,6 +108,11 @@ def test_the_nearest_path_is_named(folder: Path, tmp_path: Path, monkeypatch: py
     assert_refused(mla("run", tmp_path / "notes.tx"), "as a recipe: No such file", "notes.txt?)")
 
 
+def test_the_stages_that_there_are_are_named(folder: Path) -> None:
+    refused = mla("heal", folder / "exact", "--teacher", "x", "--minutes", 1, "--stages", "layer")
+    assert_refused(refused, "stages.0 is 'layer': choose one of 'layers', 'logits', 'long'")
+
+
 def test_no_path_is_named_where_none_is_near(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "llama").mkdir()

@@ -8,7 +8,7 @@ import pytest
 from tiny_source import LAYERS, convert, save_source, write_text
 
 from conversion.devices.choice import CPU
-from conversion.errors import JournalError
+from conversion.errors import JournalError, OutputError
 from conversion.methods.attention_aware.method import AttentionAwareMethod
 from conversion.pipeline.work.measurements import SharedMeasurements
 
@@ -94,6 +94,12 @@ def test_a_folder_of_something_else_is_not_written_to(folder: Path, tmp_path: Pa
     with pytest.raises(JournalError, match="choose an empty or a new folder"), SharedMeasurements(tmp_path, {}, CPU):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_file_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"notes.txt is a file; choose another folder for statistics"):
+        SharedMeasurements(tmp_path / "notes.txt", {}, CPU).__enter__()
 
 
 def test_two_conversions_do_not_measure_into_one_folder(tmp_path: Path) -> None:

@@ -33,6 +33,8 @@ class LockedFolder(ABC):
         """Reads the journal, or begins one. The folder is there, and locked."""
 
     def __enter__(self) -> Self:
+        if self.path.exists() and not self.path.is_dir():
+            raise OutputError(f"{self.path} is a file; choose another {self._kind}.")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
