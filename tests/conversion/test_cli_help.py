@@ -21,7 +21,7 @@ from conversion.exporters import EXPORTERS
 
 WIDTH = 100
 NAMES = [command.__name__ for command in COMMANDS]
-LONG = ("sweep", "convert", "run", "verify", "heal", "export")
+LONG = ("sweep", "convert", "run", "verify", "heal", "export", "push")
 AS_JSON = ("sweep", "inspect", "plan", "verify", "compare", "families", "backends")
 
 
@@ -74,7 +74,7 @@ def test_options_mean_the_same_everywhere() -> None:
     }
     assert {name for name in NAMES if "--quiet" in takes[name]} == set(LONG)
     assert {name for name in NAMES if "--json" in takes[name]} == set(AS_JSON)
-    assert {name for name in NAMES if "--dry-run" in takes[name]} == {"sweep", "convert", "run"}
+    assert {name for name in NAMES if "--dry-run" in takes[name]} == {"sweep", "convert", "run", "push"}
 
 
 def test_flags_take_no_value() -> None:
