@@ -50,9 +50,9 @@ def run(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> NotebookNod
 
 
 def said(notebook: NotebookNode) -> str:
-    return "".join(
-        output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ()) if "text" in output
-    )
+    """What was printed, and tables, which Rich displays."""
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    return "".join(output.get("text", "") + output.get("data", {}).get("text/plain", "") for output in outputs)
 
 
 def test_convert_sweep_heal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,7 +76,10 @@ def run_plan(plan: ConversionPlan, source: SourceModel, progress: Progress | Non
 
 
 def identity_of(plan: ConversionPlan, source: SourceModel, windows: Tensor | None) -> dict[str, str]:
-    """What makes a conversion another one: settings, contents of its inputs, versions of what computes."""
+    """What makes a conversion another one: settings, contents of its inputs, versions of what computes.
+
+    ``windows`` are the token ids ``[N, S]`` of the calibration text, None where there is none.
+    """
     return plan.recipe.identity() | _contents(plan, source, windows) | versions() | {"device": source.device.type}
 
 
