@@ -19,10 +19,10 @@ from ..sources import is_mla
 FILLED_AT_ONCE = 4096
 """Tokens that are written into a cache at a time."""
 _LEAST_STEPS, _MOST_STEPS = 3, 10
-_SECONDS = 0.5
+_SECONDS = 1.0
 """For the steps at one context, once the least are done."""
-_PATIENCE = 20.0
-"""Seconds that the least steps, or filling the cache, may take at one context."""
+_PATIENCE = 40.0
+"""Seconds that the least steps, or filling the caches, may take at one context."""
 _BESIDE = 1.5
 """Memory for a cache, in units of it: what a layer needs while it appends, and attends, comes on top."""
 
@@ -63,47 +63,54 @@ def fill(model: PreTrainedModel, cache: Cache, context: int, batch: int = 1, dea
 
 @torch.no_grad()
 def decode_milliseconds(
-    model: PreTrainedModel, contexts: Sequence[int], cache_bytes: Callable[[int], int]
-) -> dict[str, float | None]:
-    """Median milliseconds of a step of one sequence, by the tokens that are cached.
+    models: Sequence[PreTrainedModel], contexts: Sequence[int], cache_bytes: Callable[[int], int]
+) -> list[dict[str, float | None]]:
+    """Median milliseconds of a step of one sequence, of each model by the tokens that are cached.
 
-    A context may be longer than the model was trained for: a step costs the same. Contexts whose cache does not fit
-    into memory, or that would take longer than anybody waits, are None, and so are all beyond them.
+    The models' steps alternate, so that whatever slows the machine slows all. A context may be longer than a model was
+    trained for: a step costs the same. Contexts whose caches do not fit into memory, or that would take longer than
+    anybody waits, are None, and so are all beyond them.
 
     Args:
-        model: with the cache that ``generate`` would make: of latents, or Transformers' own.
+        models: with the caches that ``generate`` would make: of latents, or Transformers' own.
         contexts: ascending.
-        cache_bytes: what so many tokens take.
+        cache_bytes: what so many tokens take in all caches together.
     """
-    found: dict[str, float | None] = dict.fromkeys(map(str, contexts))
-    least_known, before = 0.0, 1
+    found: list[dict[str, float | None]] = [dict.fromkeys(map(str, contexts)) for _ in models]
+    known, before = 0.0, 1
     for context in contexts:
-        expected = least_known * context / before
-        fits = _BESIDE * cache_bytes(context) < free_bytes(model.device)
-        if not fits or _LEAST_STEPS * expected > _PATIENCE:
+        fits = _BESIDE * cache_bytes(context) < free_bytes(models[0].device)
+        if not fits or _LEAST_STEPS * known * context / before > _PATIENCE:
             break
-        cache = LatentCache(config=model.config) if is_mla(model.config) else DynamicCache(config=model.config)
-        if not fill(model, cache, context, deadline=time.monotonic() + _PATIENCE):
+        caches = [_cache(model) for model in models]
+        deadline = time.monotonic() + _PATIENCE
+        if not all(fill(*pair, context, deadline=deadline) for pair in zip(models, caches, strict=True)):
             break
-        seconds = _step_seconds(model, cache)
-        found[str(context)] = 1000 * seconds
-        least_known, before = seconds, context
+        seconds = _step_seconds(models, caches)
+        for of_model, taken in zip(found, seconds, strict=True):
+            of_model[str(context)] = 1000 * taken
+        known, before = sum(seconds), context
     return found
 
 
-def _step_seconds(model: PreTrainedModel, cache: Cache) -> float:
-    """The median; the steps lengthen the cache by as many tokens."""
-    token = torch.ones((1, 1), dtype=torch.long, device=model.device)
+def _cache(model: PreTrainedModel) -> Cache:
+    return LatentCache(config=model.config) if is_mla(model.config) else DynamicCache(config=model.config)
 
-    def step() -> float:
+
+def _step_seconds(models: Sequence[PreTrainedModel], caches: Sequence[Cache]) -> list[float]:
+    """The median of each model; the steps lengthen its cache by as many tokens."""
+
+    def step(model: PreTrainedModel, cache: Cache) -> float:
+        token = torch.ones((1, 1), dtype=torch.long, device=model.device)
         started = time.perf_counter()
         # Fetching a value waits for the device.
         float(model(token, **cache_argument(cache)).logits[0, -1, 0])
         return time.perf_counter() - started
 
-    step()
-    ends = time.monotonic() + _SECONDS
-    taken: list[float] = []
-    while len(taken) < _LEAST_STEPS or (time.monotonic() < ends and len(taken) < _MOST_STEPS):
-        taken.append(step())
-    return statistics.median(taken)
+    rounds: list[list[float]] = []
+    ends = math.inf
+    while len(rounds) <= _LEAST_STEPS or (time.monotonic() < ends and len(rounds) < _MOST_STEPS):
+        rounds.append([step(*pair) for pair in zip(models, caches, strict=True)])
+        # The first one warms up.
+        ends = time.monotonic() + _SECONDS if len(rounds) == 1 else ends
+    return [statistics.median(taken) for taken in zip(*rounds[1:], strict=True)]

@@ -52,13 +52,15 @@ def _keep(job: SweepJob, cache: str, plan: ConversionPlan, found: Verification) 
     location = locate(str(output))
     config = location.config()
     with counting(job.progress, "timing", 1) as step:
-        decode_ms = job.decode_speed(location, config)
+        timed = job.decode_speeds(location, config)
         step()
     memory = job.cache_memory(config)
     # First tokens, which a coded cache keeps as they are, and what is allocated ahead.
     besides = max(0, found.cache_bytes_held - memory.bytes_at(found.window))
     folder = None if job.recipe.figures_only else output.name
-    journal.sizes[cache] = size_of(cache, found, folder, by_context(memory, besides), decode_ms)
+    journal.sizes[cache] = size_of(cache, found, folder, by_context(memory, besides))
+    if timed is not None:
+        journal.timed[cache] = timed
     journal.refused.pop(cache, None)
     journal.perplexity_source = found.perplexity_source
     journal.text, journal.windows, journal.window = found.text, found.windows, found.window

@@ -22,18 +22,19 @@ _JOURNAL = "sweep.json"
 class SweepJournal(StagedJournal):
     """What was found so far.
 
-    ``quantised_source`` and ``source_decode_ms`` are there once the source was measured, ``perplexity_source`` once a
-    size was: on ``windows`` of ``window`` tokens of ``text``. ``sizes`` and ``refused`` are by what was asked for.
+    ``quantised_source`` is there once the source was measured, ``perplexity_source`` once a size was: on ``windows`` of
+    ``window`` tokens of ``text``. ``sizes``, ``refused`` and ``timed`` are by what was asked for; the last are steps of
+    the source and of the conversion, measured side by side.
     """
 
     quantised_source: list[QuantisedSource] | None = None
-    source_decode_ms: ByContext | None = None
     perplexity_source: float = 0.0
     text: str = ""
     windows: int = 0
     window: int = 0
     sizes: dict[str, Size] = {}
     refused: dict[str, str] = {}
+    timed: dict[str, list[ByContext]] = {}
     seconds: float = 0.0
 
 

@@ -51,12 +51,16 @@ class SweepJob:
         is_source = config is self.source.config
         return replace(cache_memory(config), dtype=self.source.cache_dtype if is_source else self.dtype)
 
-    def decode_speed(self, location: Location, config: PreTrainedConfig) -> ByContext | None:
-        """Milliseconds of a step by context, in ``dtype``; None where the model is not loaded whole."""
+    def decode_speeds(self, converted: Location, config: PreTrainedConfig) -> list[ByContext] | None:
+        """Milliseconds of a step by context, of the source and of a checkpoint of it, side by side in ``dtype``.
+
+        None where the source is not loaded whole.
+        """
         if reason_to_leave_out(self.source.meta_model, self.source.device, None) is not None:
             return None
-        model = load_model(location, self.source.device, self.dtype)
-        return decode_milliseconds(model, CONTEXTS, self.cache_memory(config).bytes_at)
+        models = [load_model(one, self.source.device, self.dtype) for one in (self.source.location, converted)]
+        memories = [self.cache_memory(one) for one in (self.source.config, config)]
+        return decode_milliseconds(models, CONTEXTS, lambda tokens: sum(memory.bytes_at(tokens) for memory in memories))
 
 
 def by_context(memory: CacheMemory, besides: int = 0) -> dict[str, int]:

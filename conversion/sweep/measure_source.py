@@ -1,4 +1,4 @@
-"""Measures the source itself: how its own cache does in few bits, and how fast it decodes."""
+"""Measures the source itself: how its own cache does in few bits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .result import QuantisedSource
 
 @in_first
 def measure_source(job: SweepJob) -> None:
-    """Leaves both in the journal; nothing of a source that cannot be loaded whole."""
+    """Leaves that in the journal; nothing of a source that cannot be loaded whole."""
     journal, source = job.work.journal, job.source
     if journal.quantised_source is not None:
         return
@@ -28,11 +28,6 @@ def measure_source(job: SweepJob) -> None:
     with counting(job.progress, "source in few bits", len(windows)) as step:
         model = load_model(source.location, source.device)
         scores = score_in_few_bits(model, windows, ", ".join(job.texts), step)
-    # One at a time is in memory.
-    del model
-    with counting(job.progress, "timing the source", 1) as step:
-        journal.source_decode_ms = job.decode_speed(source.location, source.config)
-        step()
     journal.quantised_source = [
         QuantisedSource(
             bits=bits,

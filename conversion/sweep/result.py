@@ -112,9 +112,8 @@ def size_of(
     found: Verification,
     folder: str | None,
     memory: Mapping[str, int],
-    decode_ms: ByContext | None,
 ) -> Size:
-    """One conversion, by its verification."""
+    """One conversion, by its verification; not timed."""
     return Size(
         cache=cache,
         bytes_share=found.cache_bytes_held / (found.window * found.cache_bytes_per_token_source),
@@ -124,5 +123,5 @@ def size_of(
         domains=[Domain.of(domain) for domain in found.domains],
         folder=folder,
         memory=dict(memory),
-        decode_ms=decode_ms,
+        decode_ms=None,
     )

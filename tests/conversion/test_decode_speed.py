@@ -36,10 +36,9 @@ def test_a_cache_is_filled_to_the_token(converted: torch.nn.Module, monkeypatch:
 
 def test_contexts_that_do_not_fit_are_left_out(converted: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tiny_llama()
-    for model in (source, converted):
-        found = decode_milliseconds(model, (16, 64, 256), lambda tokens: 0 if tokens < 256 else 2**60)
+    for found in decode_milliseconds((source, converted), (16, 64, 256), lambda n: 0 if n < 256 else 2**60):
         assert found["16"] > 0
         assert found["64"] > 0
         assert found["256"] is None
     monkeypatch.setattr(decode_speed, "_PATIENCE", 0.0)
-    assert decode_milliseconds(source, (16, 64), lambda _: 0) == {"16": None, "64": None}
+    assert decode_milliseconds([source], (16, 64), lambda _: 0) == [{"16": None, "64": None}]

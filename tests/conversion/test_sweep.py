@@ -16,6 +16,7 @@ from conversion.methods.attention_aware.method import AttentionAwareMethod
 from conversion.pipeline.conversion import run_plan
 from conversion.sweep import convert_sizes, job
 from conversion.sweep.recommendation import recommendation, recommended
+from conversion.sweep.report import speeds
 from conversion.sweep.result import Domain, QuantisedSource, Size, SweepResult
 
 CONTEXTS = (64, 128)
@@ -50,7 +51,7 @@ def visible(folder: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def done(source: Path) -> Path:
+def done(source: Path, with_pages: None) -> Path:
     """A finished sweep, which has measured every layer once."""
     measured, original = 0, AttentionAwareMethod.statistics
 
@@ -126,11 +127,11 @@ def test_finished_sizes_are_kept_and_others_join_them(
     before = SweepResult.model_validate_json((output / "report.json").read_text())
     joined = swept(source, output, "--cache", "30%")
     assert [size.cache for size in joined.sizes] == ["50%", "30%", "25%"]
-    assert [joined.sizes[0], joined.sizes[2]] == before.sizes
+    assert [untimed(joined.sizes[0]), untimed(joined.sizes[2])] == [untimed(size) for size in before.sizes]
     monkeypatch.setattr(convert_sizes, "run_plan", refuse_to_convert)
     again = swept(source, output, "--cache", "50%,25%")
     assert again.sizes == joined.sizes
-    assert again.source_figures == before.source_figures
+    assert again.source_figures == joined.source_figures
 
 
 def test_another_recipe_is_refused_by_name(source: Path, output: Path, tmp_path: Path) -> None:
@@ -155,7 +156,7 @@ def test_sizes_that_cannot_be_are_refused_first(
     assert visible(tmp_path) == []
 
 
-def test_figures_alone(source: Path, tmp_path: Path) -> None:
+def test_figures_alone(source: Path, with_pages: None, tmp_path: Path) -> None:
     figures = swept(source, tmp_path / "out", "--cache", "25%", "--dry")
     assert visible(tmp_path / "out") == ["report.html", "report.json", "sweep.json", "sweep.png"]
     assert figures.sizes[0].folder is None
@@ -223,6 +224,21 @@ def size(cache: str, share: float, kl: float, folder: str | None = "x") -> Size:
         cache=cache, bytes_share=share, perplexity=10 + kl, kl=kl, top1_agreement=0.9, domains=[domain], folder=folder,
         memory={}, decode_ms=None,
     )  # fmt: skip
+
+
+def untimed(size: Size) -> Size:
+    return size.model_copy(update={"decode_ms": None})
+
+
+def test_a_slow_moment_slows_no_size() -> None:
+    timed = {
+        "50%": [{"1": 10.0, "2": None}, {"1": 20.0, "2": None}],
+        "25%": [{"1": 40.0, "2": 50.0}, {"1": 60.0, "2": None}],
+    }
+    source, sizes = speeds(timed)
+    assert source == {"1": 10.0, "2": 50.0}
+    assert sizes == {"50%": {"1": 20.0, "2": None}, "25%": {"1": 15.0, "2": None}}
+    assert speeds({}) == (None, {})
 
 
 def test_recommendation() -> None:
