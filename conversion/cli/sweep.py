@@ -56,7 +56,7 @@ def sweep(
         return
     with progress_for(quiet=quiet) as progress:
         longest = sum(plan.costs.seconds for plan in plans.values())
-        progress.console.print(f"{len(plans)} sizes of {model}; expected are {longest:.0f} s at most.", soft_wrap=True)
+        progress.console.print(f"{model} to {', '.join(plans)}: at most {longest:.0f} s.", soft_wrap=True)
         found = run_sweep(recipe, plans, source, progress)
     if as_json:
         show_json(found.as_json())
