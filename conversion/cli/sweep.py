@@ -55,8 +55,6 @@ def sweep(
         show_either(shown, [plan.table(f"{model} → {plan.recipe.output}") for plan in plans.values()], as_json=as_json)
         return
     with progress_for(quiet=quiet) as progress:
-        longest = sum(plan.costs.seconds for plan in plans.values())
-        progress.console.print(f"{model} to {', '.join(plans)}: at most {longest:.0f} s.", soft_wrap=True)
         found = run_sweep(recipe, plans, source, progress)
     if as_json:
         show_json(found.as_json())

@@ -19,6 +19,8 @@ def convert_sizes(job: SweepJob) -> None:
 
     A size that gives nothing to publish is noted, with the reason, and the others follow.
     """
+    longest = sum(plan.costs.seconds for plan in job.plans.values())
+    job.progress.console.print(f"{', '.join(job.plans)}: at most {longest:.0f} s.", soft_wrap=True)
     for number, (cache, plan) in enumerate(job.plans.items(), 1):
         if job.processes.from_first(job.work.has, cache, figures_only=job.recipe.figures_only):
             continue

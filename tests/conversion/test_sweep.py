@@ -135,7 +135,7 @@ def test_finished_sizes_are_kept_and_others_join_them(
 
 
 def test_another_recipe_is_refused_by_name(source: Path, output: Path, tmp_path: Path) -> None:
-    refused = mla(*arguments(source, output, "--cache", "50%", "--seed", "1", "--quiet"))
+    refused = mla(*arguments(source, output, "--cache", "50%", "--seed", "1"))
     assert_refused(refused, str(output)[-20:], "with seed 0, not 1", "choose another folder")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
