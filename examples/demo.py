@@ -21,7 +21,7 @@ from conversion.errors import ConversionError
 from conversion.pipeline.conversion import Conversion, make_plan, run_plan
 from conversion.progress import peak_memory, shown_progress
 from conversion.recipe import make_recipe
-from conversion.reporting.report import JSON_NAME
+from conversion.reporting.report_files import JSON_NAME
 from conversion.sources import open_source
 
 _ANSWER = Path(__file__).resolve().with_name("generate_without_package.py")

@@ -140,11 +140,16 @@ def cache_memory(config: PreTrainedConfig) -> CacheMemory:
         raise SourceError(f"the configuration of type {config.model_type!r} lacks a field: {error}.") from error
     if hasattr(text, "compress_rates"):
         attention = "compressed shared head"
-    elif all(getattr(layer, "kv_lora_rank", None) is not None for layer in layers):
+    elif all(map(_has_latents, layers)):
         attention = "MLA"
     else:
         attention, kv_heads = "keys and values", max(map(_kv_heads, layers))
     return CacheMemory(attention, len(layers), heads, kv_heads, dtype, parts)
+
+
+def _has_latents(layer: Any) -> bool:
+    # One of the two alone may have been left in the file of a model that knows neither.
+    return all(getattr(layer, name, None) is not None for name in ("kv_lora_rank", "qk_rope_head_dim"))
 
 
 def _dtype(config: Any) -> torch.dtype:
@@ -194,7 +199,7 @@ def _layers(config: Any) -> Iterator[CachePart]:
 def _attention(config: Any, index: int, entries: Callable[[int], int]) -> CachePart:
     layer = config.per_layer_config[index]
     heads = layer.num_attention_heads
-    if getattr(layer, "kv_lora_rank", None) is None:
+    if not _has_latents(layer):
         head_dim = getattr(layer, "head_dim", None) or layer.hidden_size // heads
         kv_heads = _kv_heads(layer)
         per_head = 2 * head_dim

@@ -18,7 +18,7 @@ from conversion.devices.processes import Processes
 from conversion.errors import OutputError
 from conversion.forward.hidden_states import HiddenStates
 from conversion.methods.attention_statistics import ROWS_PER_WINDOW
-from conversion.reporting.report import JSON_NAME
+from conversion.reporting.report_files import JSON_NAME
 
 SHARING = ("attention_aware", "transmla")
 """One that refits and one that measures twice."""
