@@ -148,8 +148,9 @@ def cache_memory(config: PreTrainedConfig) -> CacheMemory:
 
 
 def _has_latents(layer: Any) -> bool:
-    # One of the two alone may have been left in the file of a model that knows neither.
-    return all(getattr(layer, name, None) is not None for name in ("kv_lora_rank", "qk_rope_head_dim"))
+    # A file may hold a field that its model does not know; of a model that Transformers does not know, all count.
+    known = type(layer) is PreTrainedConfig or hasattr(type(layer), "kv_lora_rank")
+    return known and getattr(layer, "kv_lora_rank", None) is not None
 
 
 def _dtype(config: Any) -> torch.dtype:

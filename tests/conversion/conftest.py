@@ -11,7 +11,7 @@ from conversion.reporting.page import write_page
 WRITES_PAGES = "conversion.reporting.report_files.write_page"
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _without_pages() -> Iterator[None]:
     # Few of the many conversions here are looked at, and drawing takes longer than converting something this small.
     with pytest.MonkeyPatch.context() as patch:
