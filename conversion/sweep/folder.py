@@ -7,7 +7,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import ValidationError
 from typing_extensions import override
 
 from ..checkpoint.atomic import write_text
@@ -65,10 +64,7 @@ class SweepFolder(LockedFolder):
                 raise OutputError(f"{self.path} exists already and holds no sweep; choose another folder.")
             self.save()
             return
-        try:
-            found = SweepJournal.model_validate_json(file.read_bytes())
-        except ValidationError as error:
-            raise JournalError(f"the journal {file} is damaged; delete {self.path} to start over.") from error
+        found = self.read_journal(file, SweepJournal)
         different = first_difference(self.journal.identity, found.identity)
         if different is not None:
             name, other, wanted = different

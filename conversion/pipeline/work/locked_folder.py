@@ -5,11 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeVar
 
 from filelock import FileLock, Timeout
+from pydantic import BaseModel, ValidationError
 
 from ...errors import JournalError, OutputError
+
+AnyModel = TypeVar("AnyModel", bound=BaseModel)
 
 
 class LockedFolder(ABC):
@@ -31,6 +34,17 @@ class LockedFolder(ABC):
     @abstractmethod
     def open(self) -> None:
         """Reads the journal, or begins one. The folder is there, and locked."""
+
+    def read_journal(self, file: Path, kind: type[AnyModel]) -> AnyModel:
+        """A journal in the folder, as ``kind`` describes it.
+
+        Raises:
+            JournalError: it is damaged.
+        """
+        try:
+            return kind.model_validate_json(file.read_bytes())
+        except ValidationError as error:
+            raise JournalError(f"the journal {file} is damaged; delete {self.path} to start over.") from error
 
     def __enter__(self) -> Self:
         if self.path.exists() and not self.path.is_dir():

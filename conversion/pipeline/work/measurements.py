@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
+from pydantic import BaseModel, ConfigDict, NonNegativeInt
 from torch import Tensor
 from typing_extensions import override
 
@@ -113,10 +113,7 @@ class SharedMeasurements(Measurements, LockedFolder):
                 raise JournalError(f"{self.folder} has files but no statistics; choose an empty or a new folder.")
             self.advance(0)
             return
-        try:
-            found = _Journal.model_validate_json(file.read_bytes())
-        except ValidationError as error:
-            raise JournalError(f"the journal {file} is damaged; delete {self.folder} to start over.") from error
+        found = self.read_journal(file, _Journal)
         different = first_difference(self._journal.identity, found.identity)
         if different is not None:
             name, other, wanted = different

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import ClassVar, Generic, TypeVar
 
 from filelock import Timeout
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from typing_extensions import override
 
 from ...checkpoint.atomic import write_text
@@ -81,7 +81,7 @@ class PartialOutput(LockedFolder, Generic[AnyJournal]):
             if any(found.suffix != ".tmp" for found in self.path.iterdir()):
                 raise JournalError(f"{self.path} has files but no journal; delete the folder to start over.")
         else:
-            found = self._read(file)
+            found = self.read_journal(file, type(self.journal))
             # The last folder to be made, and the first to leave: without it a run had not begun, or has published.
             if self.checkpoint.exists():
                 self._require_same(found.identity)
@@ -119,12 +119,6 @@ class PartialOutput(LockedFolder, Generic[AnyJournal]):
             ) from error
         # What cannot be deleted now is by the next run.
         shutil.rmtree(self.path, ignore_errors=True)
-
-    def _read(self, file: Path) -> AnyJournal:
-        try:
-            return type(self.journal).model_validate_json(file.read_bytes())
-        except ValidationError as error:
-            raise JournalError(f"the journal {file} is damaged; delete {self.path} to start over.") from error
 
     def _require_same(self, identity: dict[str, str]) -> None:
         different = first_difference(self.journal.identity, identity)
