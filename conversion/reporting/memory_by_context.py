@@ -24,8 +24,7 @@ def memory_by_context(
     The first tokens, which a coded cache keeps as they are besides, are what the verification found.
     """
     dtype = converted.dtype or torch.float32
-    source_dtype = source.dtype if source.location.gguf_file is None else torch.bfloat16
-    before = replace(cache_memory(source.config), dtype=source_dtype if is_coded(converted) else dtype)
+    before = replace(cache_memory(source.config), dtype=source.cache_dtype if is_coded(converted) else dtype)
     after = replace(cache_memory(converted), dtype=dtype)
     besides = max(0, verification.cache_bytes_held - after.bytes_at(verification.window))
     return {
