@@ -21,7 +21,7 @@ from .folder import Healed, Look
 from .job import HealingJob
 from .mlp_ridge import WINDOWS, mlp_out_names, solve_mlp_out
 from .pair import Pair, load_pair
-from .trained_parameters import round_as_stored, trainable_names, unfrozen, with_adapters
+from .trained_parameters import pace, round_as_stored, trainable_names, unfrozen, with_adapters
 from .training import Progress, Training, load_weights
 from .validation import Standing, Validation, mean, risen
 
@@ -125,7 +125,9 @@ def _train(
     validation: Validation,
     before: Standing,
 ) -> Progress:
-    recipe = job.recipe
+    recipe, factor = job.recipe, pace(mean(before))
+    for group in groups:
+        group["lr"] *= factor
     seconds = None if recipe.minutes is None else 60 * recipe.minutes
     unit = "seconds" if recipe.steps is None else "steps"
     whole = math.ceil(recipe.steps or seconds or 0)

@@ -156,7 +156,7 @@ seed: 3
 steps: 6
 data: ["{checkpoints["text"]}:0.7", "default:0.3"]
 stages:
-  - {{stage: layers, share: 1, window: 32}}
+  - {{stage: layers, share: 1, window: 32, batch: 1}}
   - {{stage: logits, share: 2, window: 32, batch: 2, temperature: 2.0, cross_entropy: 0.1}}
 """
     )

@@ -14,10 +14,14 @@ from two_processes import run_in_two
 STEPS = 12
 
 
+def in_batches(count: int) -> tuple:
+    return tuple(stage | {"batch": count} for stage in STAGES)
+
+
 def heal_together(folder: Path) -> None:
     checkpoints = {name: folder / name for name in ("llama", "llama_mla")} | {"text": folder / "text.txt"}
     with small_default():
-        run(checkpoints, folder / "together", steps=STEPS)
+        run(checkpoints, folder / "together", steps=STEPS, stages=in_batches(1))
 
 
 @pytest.mark.long
@@ -25,9 +29,7 @@ def test_the_result_is_that_of_one_process_with_batches_of_two(tmp_path: Path) -
     with small_default():
         checkpoints = prepare(tmp_path, "llama")
         run_in_two(heal_together, tmp_path)
-        alone = run(
-            checkpoints, tmp_path / "alone", steps=STEPS, stages=tuple(stage | {"batch": 2} for stage in STAGES)
-        )
+        alone = run(checkpoints, tmp_path / "alone", steps=STEPS, stages=in_batches(2))
     report = json.loads((tmp_path / "together" / "report.json").read_text())
     assert report["tokens"] == alone.tokens
     assert report["after"] == pytest.approx(alone.after, rel=1e-3)

@@ -12,6 +12,7 @@ from torch import nn
 
 from conversion.checkpoint.location import locate
 from conversion.errors import CalibrationError
+from conversion.healing import train, trained_parameters
 from conversion.healing.pair import Pair, attention_names, load_pair
 from conversion.healing.stages import DEFAULT_STAGES, Layers, Logits, Long, Stage
 from conversion.healing.stages.layers import block_of
@@ -150,7 +151,19 @@ def test_time_is_shared_by_the_stages(checkpoints: dict[str, Path], tmp_path: Pa
     stages = tuple({"stage": "logits", "window": 32, "share": share} for share in (1, 3, 2))
     healed = run(checkpoints, tmp_path / "healed", stages=stages, steps=24)
     assert {look.step for look in healed.looks} >= {4, 16, 24}
-    assert healed.tokens == 24 * 32
+    assert healed.tokens == 24 * DEFAULT_STAGES[1].batch * 32
+
+
+def test_rates_go_with_the_root_of_the_divergence(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert trained_parameters.pace(4 * 0.1) == pytest.approx(2 * trained_parameters.pace(0.1))
+    assert trained_parameters.pace(100.0) == 2.5
+    asked: list[float] = []
+    monkeypatch.setattr(train, "pace", lambda kl: asked.append(kl) or 0.0)
+    healed = run(checkpoints, tmp_path / "healed", steps=2)
+    assert asked == [healed.kl_before]
+    assert not healed.improved, "at a rate of zero nothing is learnt"
 
 
 def test_the_default_is_all_three() -> None:

@@ -20,7 +20,7 @@ class Stage(BaseModel, ABC):
         share: of the healing's time or steps, in proportion to the other stages'. What a stage leaves goes to those
             behind it.
         window: tokens in a window.
-        batch: windows in a step.
+        batch: windows in a step; of one window alone the gradient is so noisy that the rate must be lower.
         rate: what the learning rates are multiplied by.
 
     Attributes:
@@ -34,7 +34,7 @@ class Stage(BaseModel, ABC):
     stage: str
     share: float = Field(gt=0)
     window: int = Field(default=512, ge=2)
-    batch: int = Field(default=1, ge=1)
+    batch: int = Field(default=4, ge=1)
     rate: float = Field(default=1.0, gt=0)
 
     @abstractmethod

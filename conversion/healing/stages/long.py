@@ -15,3 +15,4 @@ class Long(Logits):
     stage: Literal["long"] = "long"  # type: ignore[assignment]
     share: float = Field(default=0.1, gt=0)
     window: int = Field(default=4096, ge=2)
+    batch: int = Field(default=1, ge=1)
