@@ -9,7 +9,7 @@ import torch
 
 from .coded_states_mla import CodedStates
 from .latent_code_mla import LatentCode
-from .scores_mla import float32_products
+from .scores_mla import float32_products, weighted_sums
 from .tiled_attention_mla import Tile
 
 _CODED_TOKENS = 1024
@@ -81,7 +81,7 @@ class PlainTile(NamedTuple):
 
     def context(self, weights: torch.Tensor) -> torch.Tensor:
         """``weights [m, T]`` to ``[m, r]``."""
-        return torch.mm(weights.to(self.latents.dtype), self.latents[:, : self.kv_lora_rank])
+        return weighted_sums(weights, self.latents[:, : self.kv_lora_rank])
 
 
 class CodedTile(NamedTuple):
@@ -106,7 +106,7 @@ class CodedTile(NamedTuple):
 
     def context(self, weights: torch.Tensor) -> torch.Tensor:
         """``weights [m, T]`` to ``[m, r]``, still rotated where the code is."""
-        return torch.mm(scaled(weights, self.latent_scales).to(self.latent.dtype), self.latent)
+        return weighted_sums(scaled(weights, self.latent_scales), self.latent)
 
 
 def scaled(by_token: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:

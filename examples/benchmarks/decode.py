@@ -56,14 +56,19 @@ def deepseek_pair(dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedModel]
 
 
 def step(model: PreTrainedModel, cache: DynamicCache, batch: int = 1) -> Callable[[], torch.Tensor]:
-    """A function that decodes one token and takes it back."""
+    """A function that decodes one token; the cache grows, as libraries may compile for every new length.
+
+    When it is an eighth longer than it was it is cut back.
+    """
     token = torch.ones((batch, 1), dtype=torch.long, device=model.device)
+    context = cache.get_seq_length()
 
     @torch.no_grad()
     def run() -> torch.Tensor:
-        logits = model(token, **cache_argument(cache)).logits
-        cache.crop(-1)
-        return logits
+        grown = cache.get_seq_length() - context
+        if grown > context // 8:
+            cache.crop(-grown)
+        return model(token, **cache_argument(cache)).logits
 
     return run
 
@@ -125,7 +130,7 @@ def compare(
 
 def step_of_bits(model: PreTrainedModel, bits: int, context: int, seconds: float) -> dict:
     """One row: a step over a cache of so many bits a channel (16: uncoded), and how fast it reads the cache."""
-    cache = LatentCache(config=model.config, capacity=context + 1, latent_bits=bits)
+    cache = LatentCache(config=model.config, capacity=context + context // 8 + 1, latent_bits=bits)
     fill(model, cache, context)
     run, times = step(model, cache), []
     run()

@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from coded_cases import coded
 from tiny import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_mla import backend_torch_mla
 from modeling_mla.backend_base_mla import AbsorbedShape
 from modeling_mla.backend_torch_mla import TorchBackend
 from modeling_mla.backends_mla import BACKENDS, select_backend
+from modeling_mla.latent_code_mla import uniform_code
 from modeling_mla.masks_mla import VisibleKeys
 from modeling_mla.scores_mla import float32_products
 from modeling_mla.softmax_merge_mla import merge_attended
@@ -94,6 +97,36 @@ def test_products_have_sixteen_bits_more_than_their_factors(dtype):
     assert products.dtype == torch.promote_types(dtype, torch.float32)
     assert (products - exact).norm() < 1e-5 * exact.norm()
     assert torch.equal(float32_products(rows[0], columns[0]), products[0])
+
+
+class _ShapesOfHalfProducts(TorchDispatchMode):
+    """The shapes of all products of 16-bit numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        factors = [arg for arg in args if isinstance(arg, torch.Tensor) and arg.dim() == 2 and arg.itemsize == 2]
+        if function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default) and factors:
+            self.shapes.add((function, *(tuple(factor.shape) for factor in factors)))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_a_growing_cache_gives_no_new_shapes_of_half_products(bits):
+    """On a CPU every such shape is compiled for, which takes longer than the product."""
+    seen, code = [], None if bits is None else uniform_code(bits, 128, 32)
+    for length in range(600, 640):
+        states = torch.randn(1, length, 160).bfloat16()
+        latents = states if code is None else coded(code, states)
+        with torch.no_grad(), _ShapesOfHalfProducts() as products:
+            TorchBackend().attend(
+                torch.randn(1, 4, 1, 160).bfloat16(), latents, 128, 0.25, under(None, 1, length), None
+            )
+        seen.append(products.shapes)
+    assert seen[0]
+    assert all(shapes == seen[0] for shapes in seen)
 
 
 def test_products_have_the_gradient_of_products():
