@@ -47,7 +47,7 @@ def check(name: str, folder: Path, python: str) -> list[str]:
         wrong.append(f"{name}: a logit differs by {furthest:.1e}, more than {LOGITS}")
     if told is None or abs(told - wanted) > 0.01:
         wrong.append(f"{name}: the log tells a cache of {told} MiB, not {wanted:.2f}")
-    answered = re.search(r"^chat: '(.+)'$", run.stdout, re.MULTILINE)
+    answered = re.search(r"""^chat: (["'])(.+)\1$""", run.stdout, re.MULTILINE)
     if answered is None:
         wrong.append(f"{name}: no answer to a chat")
     return wrong
