@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from prepared_processes import run_prepared
 from tiny_source import byte_tokenizer, save_source, write_text
 from transformers import AutoModelForCausalLM, DeepseekV2Config
 from typer.testing import CliRunner
@@ -87,7 +86,8 @@ def run_shell(code: str) -> int:
             result = CliRunner().invoke(app, command[1:])
             assert result.exit_code == 0, (line, result.output)
         else:
-            subprocess.run([sys.executable, *command[1:]], check=True)
+            done = run_prepared(*command[1:])
+            assert done.returncode == 0, (line, done.stderr)
         count += 1
     return count
 
