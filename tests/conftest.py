@@ -1,5 +1,6 @@
 """Settings that every test shares."""
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -23,6 +24,11 @@ def _deterministic() -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # A long test that is begun last is waited for by all other processes.
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
+def pytest_collection_finish() -> None:
+    # What has been imported stays. Otherwise every full collection walks through it, and continuous batching makes two.
+    gc.freeze()
 
 
 def pytest_configure() -> None:

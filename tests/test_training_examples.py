@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from prepared_processes import run_prepared
 from safetensors.torch import load_file
 from tiny_source import convert, save_source, write_text
 from transformers import AutoModelForCausalLM
@@ -34,11 +34,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def example(folder: Path, *command: object) -> str:
     """Runs one in the folder; what it prints."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "TQDM_DISABLE": "1"}
-    environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], cwd=folder, env=environment, capture_output=True, text=True
-    )
+    # What the launchers among them start need not be forks of ours.
+    environment = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "OMP_NUM_THREADS": "1"}
+    done = run_prepared(*command, folder=folder, CUDA_VISIBLE_DEVICES="", **environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from queue import SimpleQueue
 from tempfile import TemporaryDirectory
@@ -49,7 +49,7 @@ class Worker:
 
     def __init__(self, seed: int, sound: Path, serve: Serve | None = None) -> None:
         self._seed, self._sound, self._serve = seed, sound, serve or _serve
-        self._process: SpawnProcess | None = None
+        self._process: ForkServerProcess | None = None
 
     def run(self, index: int) -> Mutant:
         """The mutant ``index`` of the seed."""
@@ -73,8 +73,8 @@ class Worker:
             self._connection.close()
             self._process = None
 
-    def _started(self) -> SpawnProcess:
-        context = multiprocessing.get_context("spawn")
+    def _started(self) -> ForkServerProcess:
+        context = multiprocessing.get_context("forkserver")
         self._connection, other = context.Pipe()
         process = context.Process(target=self._serve, args=(other, self._seed, self._sound), daemon=True)
         process.start()
@@ -83,7 +83,7 @@ class Worker:
         self._connection.recv()
         return process
 
-    def _answers(self, process: SpawnProcess) -> bool:
+    def _answers(self, process: ForkServerProcess) -> bool:
         began, deadline = _processor_seconds(process), time.monotonic() + _WAITED_SECONDS
         while not self._connection.poll(1):
             if _processor_seconds(process) - began > SECONDS or time.monotonic() > deadline:
@@ -91,7 +91,7 @@ class Worker:
         return True
 
 
-def _processor_seconds(process: SpawnProcess) -> float:
+def _processor_seconds(process: ForkServerProcess) -> float:
     with suppress(psutil.NoSuchProcess):
         parent = psutil.Process(process.pid)
         return sum(sum(one.cpu_times()[:4]) for one in (parent, *parent.children(recursive=True)))

@@ -93,6 +93,7 @@ def test_folder_is_complete(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
 
 
+@pytest.mark.usefixtures("with_continuations")
 def test_report_and_card_tell_how_it_was_made(tmp_path: Path) -> None:
     source = save_source(tmp_path / "source")
     conversion = convert(source, tmp_path / "out", method="exact", seed=7)

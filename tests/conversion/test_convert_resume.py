@@ -5,12 +5,11 @@ from __future__ import annotations
 import errno
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from prepared_processes import run_prepared
 from tiny_source import LAYERS, convert, save_source, write_text
 
 from conversion.devices.choice import CPU
@@ -92,8 +91,9 @@ def test_same_bytes_after_an_interruption(
 
 def test_same_bytes_after_a_kill(unbroken: tuple[Path, dict[str, bytes], int], tmp_path: Path) -> None:
     folder, expected, _ = unbroken
-    script = (
-        "import os, signal, sys\n"
+    script = tmp_path / "killed.py"
+    script.write_text(
+        "import os, signal\n"
         "from conversion.pipeline.work.journal import WorkFolder\n"
         "from conversion.cli import main\n"
         "original = WorkFolder.save\n"
@@ -103,10 +103,9 @@ def test_same_bytes_after_a_kill(unbroken: tuple[Path, dict[str, bytes], int], t
         "WorkFolder.save = save\n"
         "main()\n"
     )
-    arguments = ["convert", str(folder / "source"), str(tmp_path / "out"), "--cache", "50%", "--tokens", "256"]
-    arguments += ["--calibration", str(folder / "text.txt")]
-    killed = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, check=False)
-    assert killed.returncode == -signal.SIGKILL
+    options = ("--cache", "50%", "--tokens", 256, "--calibration", folder / "text.txt")
+    killed = run_prepared(script, "convert", folder / "source", tmp_path / "out", *options)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (tmp_path / "out").exists()
     recipe = {"calibration": str(folder / "text.txt"), **RECIPE}
     assert contents(convert(folder / "source", tmp_path / "out", **recipe).output) == expected

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import torch
+from prepared_processes import run_prepared
 from tiny_source import convert, save_source
 
 _EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(_EXAMPLES / script), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+def run(script: str, *arguments: object) -> CompletedProcess[str]:
+    return run_prepared(_EXAMPLES / script, *arguments)
 
 
 @pytest.fixture(scope="module")

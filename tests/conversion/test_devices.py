@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from commands import assert_refused, mla
+from healing_runs import small_default
 from safetensors.torch import load_file
 from tiny_families import save_family
 from tiny_source import convert, save_source, write_text
@@ -70,6 +71,7 @@ def test_what_the_source_writes_is_not_either(tmp_path: Path, request: pytest.Fi
 
 @pytest.mark.long
 @pytest.mark.parametrize("lora", [(), ("--lora", 2)])
+@small_default()
 def test_what_heals_and_verifies_is_not_either(lora: tuple, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     source = save_source(tmp_path / "source", torch.float32, max_position_embeddings=256)
     text = write_text(tmp_path / "text.txt")

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections import namedtuple
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +12,7 @@ from pathlib import Path
 import pytest
 from commands import mla
 from healing_runs import contents, prepare, run, small_default
+from prepared_processes import run_prepared
 
 from conversion.devices.processes import Processes
 from conversion.errors import JournalError, OutputError
@@ -83,6 +81,7 @@ def test_same_bytes_after_an_interruption(
 _KILLED = """
 import os, signal, sys
 from pathlib import Path
+sys.path.append(sys.argv[3])
 from healing_runs import run, small_default
 from conversion.healing.folder import HealingFolder
 
@@ -107,9 +106,8 @@ def test_kill_gives_the_same_final_loss(checkpoints: dict[str, Path], tmp_path: 
     whole = run(checkpoints, tmp_path / "whole", steps=12)
     script = tmp_path / "killed.py"
     script.write_text(_KILLED)
-    command = [sys.executable, str(script), str(checkpoints["text"].parent), str(tmp_path / "healed")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    assert subprocess.run(command, env=environment, capture_output=True).returncode == -signal.SIGKILL
+    killed = run_prepared(script, checkpoints["text"].parent, tmp_path / "healed", Path(__file__).parent)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     healed = run(checkpoints, tmp_path / "healed", steps=12)
     assert healed.kl_after == pytest.approx(whole.kl_after, abs=1e-4)
     assert contents(tmp_path / "healed") == contents(tmp_path / "whole")

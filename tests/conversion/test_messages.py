@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from commands import LONGEST, assert_refused, mla
+from prepared_processes import run_prepared
 from test_reader import write_gguf
 from tiny_source import save_source, tiny_llama
 
-import conversion
 from conversion.checkpoint.atomic import require_space
 from conversion.checkpoint.paths import require_free
 from conversion.errors import ConversionError, OutputError, first_line, one_line
 from conversion.recipe import make_recipe
-
-ROOT = Path(conversion.__file__).parent.parent
 
 
 @pytest.fixture
@@ -50,9 +45,7 @@ def test_terminal_without_arrows_and_emoji(charset: str, source: Path, tmp_path:
 
 
 def test_module_is_the_command() -> None:
-    command = [sys.executable, "-m", "conversion.cli", "inspect", "./nowhere"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    done = run_prepared("-m", "conversion.cli", "inspect", "./nowhere")
     assert done.returncode == 2
     assert done.stderr.startswith("error: ./nowhere does not exist")
 

@@ -63,7 +63,8 @@ def test_exact_form_equals_the_source(family: str, heads: str, tmp_path: Path) -
     ids = prompts(2, LENGTH)
     expected = reference(ids).logits
     assert expected.std() > 0.1
-    torch.testing.assert_close(load(output)(ids).logits, expected, rtol=0, atol=1e-9)
+    converted = load(output)
+    torch.testing.assert_close(converted(ids).logits, expected, rtol=0, atol=1e-9)
 
     mask = torch.ones_like(ids)
     mask[0, :7] = 0
@@ -72,7 +73,7 @@ def test_exact_form_equals_the_source(family: str, heads: str, tmp_path: Path) -
     beams = {"num_beams": 3, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 2}
     answer = reference.generate(ids, attention_mask=mask, **beams)
     for route in ("absorbed", "expanded"):
-        converted = load(output, route)
+        converted.set_attention_route(route)
         found = decoded_logits(converted, ids, mask, prefilled=30)
         torch.testing.assert_close(found[seen], expected[seen], rtol=0, atol=1e-9)
         assert torch.equal(converted.generate(ids, attention_mask=mask, **beams), answer)

@@ -104,6 +104,7 @@ def test_figures_do_not_depend_on_the_blocks(folders: tuple[Path, Path], monkeyp
     assert verify_checkpoint(converted, source, texts, silent_progress()) == together
 
 
+@pytest.mark.usefixtures("with_continuations")
 @pytest.mark.parametrize(
     ("available", "allowed", "reason"),
     [

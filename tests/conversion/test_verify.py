@@ -51,6 +51,7 @@ def verified(converted: Path, source: Path) -> Verification:
     return verify_checkpoint(converted, open_source(str(source)), texts, silent_progress())
 
 
+@pytest.mark.usefixtures("with_continuations")
 def test_figures_follow_their_definitions(folders: tuple[Path, Path]) -> None:
     source, converted = folders
     found, ids = verified(converted, source), windows()
@@ -221,6 +222,7 @@ def test_leading_equal(found: list[int], equal: int) -> None:
     assert leading_equal(torch.tensor([1, 2, 3, 4]), torch.tensor(found)) == equal
 
 
+@pytest.mark.usefixtures("with_continuations")
 def test_both_models_go_on_with_the_first_window_of_three_texts(folders: tuple[Path, Path]) -> None:
     source, converted = folders
     texts = {name: windows()[[index % 3]] for index, name in enumerate("abcd")}

@@ -1,14 +1,17 @@
 """Fields, their limits, what is derived from them, and that saving loses nothing."""
 
 import json
+import logging
 import struct
 
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from tiny import tiny_config
-from transformers import AutoConfig, LlamaConfig
+from transformers import CONFIG_MAPPING, AutoConfig, LlamaConfig
+from transformers.utils.logging import get_logger
 
+import modeling_mla
 from modeling_mla import CohereMLAConfig, Gemma2MLAConfig, LlamaMLAConfig
 
 INVALID = {
@@ -62,6 +65,25 @@ INVALID = {
         "rope_inv_freq has 1 frequencies for layer 1; its 4 rotary channels need 2",
     ),
 }
+
+
+@pytest.mark.parametrize("name", [name for name in modeling_mla.__all__ if name.endswith("MLAConfig")])
+def test_defaults_log_no_more_than_the_bodys(name, caplog):
+    ours = getattr(modeling_mla, name)
+    transformers = get_logger("transformers")
+    logged = []
+    for cls in (ours, CONFIG_MAPPING[ours.model_type.removesuffix("_mla")]):
+        transformers.warning_once.cache_clear()
+        caplog.clear()
+        transformers.addHandler(caplog.handler)
+        try:
+            with caplog.at_level(logging.INFO, "transformers"):
+                cls()
+        finally:
+            transformers.removeHandler(caplog.handler)
+        logged.append(sorted(caplog.messages))
+    # StarCoder2's default tokens lie outside its default vocabulary, and both say so.
+    assert logged[0] == logged[1]
 
 
 @pytest.mark.parametrize("case", INVALID)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from prepared_processes import run_prepared
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def _run(script: str, *arguments: str) -> str:
-    command = [sys.executable, str(EXAMPLES / script), *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    done = run_prepared(EXAMPLES / script, *arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_the_benchmark_compares_equal_models():

@@ -1,14 +1,12 @@
 """A saved checkpoint carries its code: it works in a process in which the package cannot be imported."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from prepared_processes import run_prepared
 from safetensors.torch import load_file
 from tiny import VOCABULARY, assert_close, random_ids, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -39,7 +37,7 @@ else:
 import torch
 import transformers
 
-checkpoint, again = sys.argv[1:3]
+checkpoint, again, transformers.dynamic_module_utils.HF_MODULES_CACHE = sys.argv[1:]
 ids = torch.load(checkpoint + "/ids.pt")
 """
 
@@ -90,18 +88,10 @@ json.dump({"text": text, "chat": chat}, open(again + ".json", "w"))
 
 
 def run_without_package(script: str, checkpoint: Path, again: Path) -> None:
-    # Code of checkpoints is copied below the cache's folder.
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(checkpoint.parent / "home")}
-    command = [sys.executable, "-c", PREAMBLE + script, str(checkpoint), str(again)]
-    done = subprocess.run(
-        command,
-        cwd=checkpoint.parent,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    folder = checkpoint.parent
+    (folder / "script.py").write_text(PREAMBLE + script)
+    # Code of checkpoints is copied below the last one.
+    done = run_prepared(folder / "script.py", checkpoint, again, folder / "modules", folder=folder)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -7,12 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from prepared_processes import PREPARED
 from torch import distributed, multiprocessing
 
 
 def run_in_two(work: Callable[[Path], None], folder: Path) -> None:
     """``work(folder)`` in both; what either raises is raised here. ``work`` is found by its name in its module."""
-    multiprocessing.start_processes(_process, args=(work, folder), nprocs=2, start_method="spawn")
+    how = PREPARED.get_start_method()
+    multiprocessing.start_processes(_process, args=(work, folder), nprocs=2, start_method=how)
 
 
 def _process(rank: int, work: Callable[[Path], None], folder: Path) -> None:
