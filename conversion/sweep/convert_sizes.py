@@ -39,8 +39,8 @@ def _converted(job: SweepJob, plan: ConversionPlan) -> Verification:
     output = plan.recipe.output
     if job.processes.from_first(output.exists):
         # It was published, and the run killed before that was noted.
-        return verify_checkpoint(output, job.source, job.texts, job.progress)
-    return run_plan(plan, job.source, job.progress).report.verification
+        return verify_checkpoint(output, job.source, job.texts, job.progress, outputs=job.outputs)
+    return run_plan(plan, job.source, job.progress, job.outputs).report.verification
 
 
 def _note_refusal(job: SweepJob, cache: str, reason: str) -> None:

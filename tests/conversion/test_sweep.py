@@ -12,6 +12,7 @@ from commands import assert_refused, mla
 from tiny_source import LAYERS, save_source, write_text
 
 from conversion.errors import VerificationError
+from conversion.evaluation import whole_model
 from conversion.methods.attention_aware.method import AttentionAwareMethod
 from conversion.pipeline.conversion import run_plan
 from conversion.sweep import convert_sizes, job
@@ -52,19 +53,27 @@ def visible(folder: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def done(source: Path, with_pages: None) -> Path:
-    """A finished sweep, which has measured every layer once."""
+    """A finished sweep, which has measured every layer once, and read the source's continuations once."""
     measured, original = 0, AttentionAwareMethod.statistics
+    continued, greedy = 0, whole_model._continued
 
     def count(self: AttentionAwareMethod, *given: object) -> object:
         nonlocal measured
         measured += 1
         return original(self, *given)
 
+    def note(*given: object) -> torch.Tensor:
+        nonlocal continued
+        continued += 1
+        return greedy(*given)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(job, "CONTEXTS", CONTEXTS)
+        patch.setattr(whole_model, "_continued", note)
         patch.setattr(AttentionAwareMethod, "statistics", count)
         swept(source, source.parent / "done" / "out", "--cache", "25%, 50%")
     assert measured == LAYERS
+    assert continued == 1
     return source.parent / "done" / "out"
 
 
