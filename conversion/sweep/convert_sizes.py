@@ -60,7 +60,7 @@ def _keep(job: SweepJob, cache: str, plan: ConversionPlan, found: Verification) 
     # First tokens, which a coded cache keeps as they are, and what is allocated ahead.
     besides = max(0, found.cache_bytes_held - memory.bytes_at(found.window))
     folder = None if job.recipe.figures_only else output.name
-    journal.sizes[cache] = size_of(cache, found, folder, by_context(memory, besides))
+    journal.sizes[cache] = size_of(cache, plan.precision, found, folder, by_context(memory, besides))
     if timed is not None:
         journal.timed[cache] = timed
     journal.refused.pop(cache, None)
