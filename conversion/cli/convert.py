@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..progress import durations, peak_memory, progress_for, told
 from ..terminal import console
 from .options import DryRun, Model, Output, Quiet, taking_recipe
-from .output import command, show, show_next
+from .output import command, show, show_next, told_in
 
 if TYPE_CHECKING:
     from ..recipe import Recipe
@@ -28,13 +28,20 @@ def convert(
 
 
 def convert_by(recipe: Recipe, *, dry_run: bool, quiet: bool) -> None:
-    """Shows the plan, converts unless this is a dry run, and shows what was found and what may come next."""
+    """Shows the plan, converts unless this is a dry run, and shows what was found and what may come next.
+
+    Raises:
+        ConversionError: see `run_plan`; what the output or the recipe is refused for, before the plan is shown.
+    """
     from ..pipeline.conversion import run_plan
+    from ..pipeline.inputs import check_output
     from ..planning.costs import Costs
     from ..planning.plan import make_plan
     from ..sources import open_source
 
     started, output = time.monotonic(), recipe.output
+    if not dry_run:
+        check_output(output)
     source = open_source(recipe.source)
     plan = make_plan(recipe, source)
     if dry_run or not quiet:
@@ -47,7 +54,7 @@ def convert_by(recipe: Recipe, *, dry_run: bool, quiet: bool) -> None:
         show(finished.report.tables()[:-1])
     took = Costs(time.monotonic() - started, peak_memory(), finished.disk_bytes)
     ready = f"{output} is ready after {took} (expected: {plan.costs}); in seconds: {told(durations(progress))}."
-    console().print(ready, soft_wrap=True)
+    console().print(f"{ready} {told_in(output)}", soft_wrap=True)
     if not quiet:
         show_next(
             {

@@ -11,7 +11,7 @@ from ..checkpoint.paths import expanded
 from ..progress import progress_for
 from ..terminal import console
 from .options import Device, Quiet, Seed
-from .output import command, show_next
+from .output import command, show_next, told_in
 
 
 def heal(
@@ -66,7 +66,7 @@ def heal(
         else f"not improved: {asked.folder} holds the weights of {model}."
     )
     note = "" if healed.note is None else f" ({healed.note})"
-    console().print(f"{change}{note}; {end}", soft_wrap=True)
+    console().print(f"{change}{note}; {end} {told_in(asked.folder)}", soft_wrap=True)
     if not quiet:
         show_next(
             {

@@ -6,6 +6,7 @@ import json
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ..terminal import console
@@ -33,6 +34,13 @@ def show_json(value: dict[str, Any]) -> None:
 def command(*words: object) -> str:
     """A command as a shell takes it."""
     return shlex.join(map(str, words))
+
+
+def told_in(folder: Path) -> str:
+    """The sentence that names the page of the report in ``folder``."""
+    from ..reporting.page import HTML_NAME
+
+    return f"{folder / HTML_NAME} shows what was found."
 
 
 def show_next(commands: Mapping[str, str]) -> None:

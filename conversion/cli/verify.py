@@ -11,7 +11,7 @@ from ..checkpoint.paths import expanded
 from ..progress import progress_for
 from ..terminal import console
 from .options import AsJson, Device, Quiet, Seed
-from .output import show_either
+from .output import show_either, told_in
 
 
 def verify(
@@ -46,16 +46,16 @@ def verify(
     from ..text.windows import read_text
 
     computing = chosen_device(device)
-    told_in = None if report is None else expanded(report)
-    if told_in is not None:
-        require_absent(told_in)
+    reported = None if report is None else expanded(report)
+    if reported is not None:
+        require_absent(reported)
     contents = {file.name: read_text(expanded(file)) for file in text or ()}
     asked = Questions(windows, context, recall=recall, tasks=tasks.split(",") if tasks else [], limit=limit, seed=seed)
     with progress_for(quiet=quiet) as progress:
         checkpoint, source = expanded(output), open_source(against).on(computing)
         found = assess(checkpoint, source, contents, asked, progress)
-    if told_in is not None:
-        with publishing(told_in) as folder:
+    if reported is not None:
+        with publishing(reported) as folder:
             write_verification(found, checkpoint, source, folder, seed=seed)
     tables = verification_tables(found.verification)
     if found.recall is not None:
@@ -63,7 +63,13 @@ def verify(
     if found.tasks:
         tables.append(task_table(found.tasks))
     show_either(found.as_json(), [] if quiet else tables, as_json=as_json)
-    if quiet and not as_json:
+    if as_json:
+        return
+    told = []
+    if quiet:
         kl, same = found.verification.kl, found.verification.top1_agreement
-        told = f"KL to the source {kl:.4f} nats a token, the same most likely token in {same:.1%} of all places."
-        console().print(told, soft_wrap=True)
+        told.append(f"KL to the source {kl:.4f} nats a token, the same most likely token in {same:.1%} of all places.")
+    if reported is not None:
+        told.append(told_in(reported))
+    if told:
+        console().print(*told, soft_wrap=True)

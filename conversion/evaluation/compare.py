@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..forward.streamed_model import StreamedModel
 from .scores import ROWS, Scores, relative_error
+from .source_outputs import SourceOutputs
 
 _BLOCK_TOKENS = 8192
 """Tokens whose hidden states are in memory at a time. Every block of windows reads all weights once."""
@@ -21,6 +22,7 @@ def compare_models(
     layers: int,
     texts: Mapping[str, Tensor],
     step: Callable[[], None] = lambda: None,
+    outputs: SourceOutputs | None = None,
 ) -> tuple[dict[str, Scores], tuple[float, ...]]:
     """Scores of the predictions on every text, and the errors of the converted attention.
 
@@ -30,6 +32,7 @@ def compare_models(
         layers: how many either model has.
         texts: token ids ``[N, S]`` of the windows of each text, all of one length.
         step: called ``layers`` times for every window.
+        outputs: of the source on windows that it need not read again; it is told of the others. None keeps nothing.
 
     Returns:
         The scores by text; and by layer the relative squared error of the attention output where both models read the
@@ -41,32 +44,42 @@ def compare_models(
     errors: list[float] = []
     size = max(1, _BLOCK_TOKENS // windows.shape[1])
     for block in torch.arange(len(windows), device="cpu").split(size) if len(windows) else ():
-        expected, found = source.enter(windows[block]), converted.enter(windows[block])
+        places = block.tolist()
+        # Errors of layers are of the first window.
+        read = [place for place in places if place == 0 or outputs is None or outputs.leaving(windows[place]) is None]
+        expected = dict(zip(read, source.enter(windows[read]), strict=True)) if read else {}
+        found = dict(zip(places, converted.enter(windows[block]), strict=True))
         for layer in range(layers):
-            first, wanted = expected[0], None
-            with source.layer(layer) as run:
-                if len(errors) == layer:
-                    wanted = _attention_output(source.attention(layer), run, first)
-                _advance(expected, run)
+            first, wanted = expected.get(0), None
+            if expected:
+                with source.layer(layer) as run:
+                    if first is not None:
+                        wanted = _attention_output(source.attention(layer), run, first)
+                    _advance(expected, run)
             with converted.layer(layer) as run:
-                if wanted is not None:
+                if first is not None and wanted is not None:
                     errors.append(relative_error(_attention_output(converted.attention(layer), run, first), wanted))
                 _advance(found, run)
             for _ in block:
                 step()
+        if outputs is not None:
+            for place, states in expected.items():
+                outputs.keep_leaving(windows[place], states)
         with source.head() as predict_source, converted.head() as predict:
-            for window, wanted_states, found_states in zip(block.tolist(), expected, found, strict=True):
-                targets = windows[window, 1:].to(found_states.device)
+            for place, states in found.items():
+                kept = None if outputs is None else outputs.leaving(windows[place])
+                wanted_states = expected[place] if kept is None else kept.to(states.device)
+                targets = windows[place, 1:].to(states.device)
                 for rows in torch.arange(len(targets), device=targets.device).split(ROWS):
-                    wanted_logits, logits = predict_source(wanted_states[:, rows]), predict(found_states[:, rows])
-                    scores[names[window]].add(wanted_logits, logits, targets[rows])
+                    wanted_logits, logits = predict_source(wanted_states[:, rows]), predict(states[:, rows])
+                    scores[names[place]].add(wanted_logits, logits, targets[rows])
     return scores, tuple(errors)
 
 
-def _advance(states: list[Tensor], run: Callable[[Tensor], Tensor]) -> None:
+def _advance(states: dict[int, Tensor], run: Callable[[Tensor], Tensor]) -> None:
     """Moves every window through a layer."""
-    for index, window in enumerate(states):
-        states[index] = run(window)
+    for place, window in states.items():
+        states[place] = run(window)
 
 
 def _attention_output(attention: nn.Module, run: Callable[[Tensor], Tensor], states: Tensor) -> Tensor:

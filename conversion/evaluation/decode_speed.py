@@ -6,12 +6,16 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
+from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
+from modeling_mla.cache_coded_mla import CodedLatentLayer
+from modeling_mla.cache_layers_mla import LatentLayer
 from modeling_mla.cache_mla import LatentCache
-from modeling_mla.transformers_seams_mla import cache_argument
+from modeling_mla.transformers_seams_mla import CacheLayerMixin, DynamicLayer, cache_argument
 
 from ..devices.choice import free_bytes
 from ..sources import is_mla
@@ -61,6 +65,40 @@ def fill(model: PreTrainedModel, cache: Cache, context: int, batch: int = 1, dea
     return True
 
 
+def fill_by_repeating(model: PreTrainedModel, cache: Cache, context: int, deadline: float = math.inf) -> bool:
+    """As `fill`, of a cache that grows: layers that hold every token get a few, and then those again and again.
+
+    Coding every token of a long context, or moving all that is held at every piece, would take longer than its steps.
+    """
+    if not fill(model, cache, min(context, FILLED_AT_ONCE), deadline=deadline):
+        return False
+    for layer in cache.layers:
+        if time.monotonic() > deadline:
+            return False
+        _lengthen(layer, context)
+    return True
+
+
+def _lengthen(layer: CacheLayerMixin, context: int) -> None:
+    if type(layer) in (LatentLayer, CodedLatentLayer):
+        saved = layer.saved()
+        layer.restore(replace(saved, rows=_repeated(saved.rows, 1, context)), layer.dtype)
+        return
+    missing = context - layer.get_seq_length()
+    # Others forget tokens: more at a time than they keep would only be moved.
+    piece = min(missing, missing if type(layer) is DynamicLayer else FILLED_AT_ONCE)
+    keys, values = (_repeated(states, 2, piece) for states in (layer.keys, layer.values))
+    for start in range(0, missing, piece or 1):
+        layer.update(keys[:, :, : missing - start], values[:, :, : missing - start])
+
+
+def _repeated(states: Tensor, dim: int, length: int) -> Tensor:
+    """The first ``length`` along ``dim`` of ``states`` one after the other."""
+    times = [1] * states.dim()
+    times[dim] = -(-length // states.shape[dim])
+    return states.repeat(times).narrow(dim, 0, length)
+
+
 @torch.no_grad()
 def decode_milliseconds(
     models: Sequence[PreTrainedModel], contexts: Sequence[int], cache_bytes: Callable[[int], int]
@@ -84,7 +122,7 @@ def decode_milliseconds(
             break
         caches = [_cache(model) for model in models]
         deadline = time.monotonic() + _PATIENCE
-        if not all(fill(*pair, context, deadline=deadline) for pair in zip(models, caches, strict=True)):
+        if not all(fill_by_repeating(*pair, context, deadline=deadline) for pair in zip(models, caches, strict=True)):
             break
         seconds = _step_seconds(models, caches)
         for of_model, taken in zip(found, seconds, strict=True):

@@ -34,6 +34,7 @@ from .continuations import TEXTS
 from .held_bytes import held_bytes
 from .loading import reason_to_leave_out
 from .scores import Score, Scores
+from .source_outputs import SourceOutputs
 from .whole_model import STEPS, WholeModel, check_whole_model
 
 _CHARACTERS_PER_TOKEN = 16
@@ -88,6 +89,7 @@ def verify_checkpoint(
     texts: Mapping[str, Tensor],
     progress: Progress,
     allowed_bytes: int | None = None,
+    outputs: SourceOutputs | None = None,
 ) -> Verification:
     """Verifies the checkpoint in ``folder`` against the model that it was made from.
 
@@ -101,6 +103,7 @@ def verify_checkpoint(
             report.
         progress: shows how far it is.
         allowed_bytes: of memory for a whole model; None for what is available.
+        outputs: of the source in earlier verifications; it is told of those that it lacks.
 
     Raises:
         VerificationError: a tensor is missing, unknown, misshapen or not finite; the checkpoint cannot be run, or
@@ -130,13 +133,13 @@ def verify_checkpoint(
     with counting(progress, "verifying", steps) as step:
         reference = StreamedModel(source, source.meta_model, source.held_tensors)
         converted = StreamedModel(source, model, as_held(SafetensorsReader(folder), model))
-        found_here = processes.together(compare_models, reference, converted, source.num_layers, own, step)
+        found_here = processes.together(compare_models, reference, converted, source.num_layers, own, step, outputs)
         (of_first, layer_errors), *others = processes.gathered(found_here)
         scores = {name: sum((others_scores[name] for others_scores, _ in others), of_first[name]) for name in texts}
         processes.from_first(_refuse_not_finite, scores, layer_errors, source.location.name, folder)
         whole = None
         if left_out is None:
-            whole = processes.from_first(check_whole_model, location, source, names, firsts, step)
+            whole = processes.from_first(check_whole_model, location, source, names, firsts, step, outputs)
     dtype = config.dtype or torch.float32
     overall = sum(scores.values(), Scores()).result(", ".join(texts), windows, firsts.shape[1])
     domains = tuple(score.result(name, *texts[name].shape) for name, score in scores.items())

@@ -25,6 +25,7 @@ from ..sources import SourceModel
 from .continuations import PROMPT_TOKENS, Continuation, greedy, prompts_of, side_by_side
 from .loading import load_model
 from .reference import refuse_other_tensors
+from .source_outputs import SourceOutputs
 
 DECODED_TOKENS = 8
 """Decoded one by one in the check of the cache."""
@@ -50,7 +51,12 @@ class WholeModel:
 
 @torch.inference_mode()
 def check_whole_model(
-    converted: Location, source: SourceModel, names: Sequence[str], windows: Tensor, step: Callable[[], None]
+    converted: Location,
+    source: SourceModel,
+    names: Sequence[str],
+    windows: Tensor,
+    step: Callable[[], None],
+    outputs: SourceOutputs | None = None,
 ) -> WholeModel:
     """Measures what only whole models show, and loads one of the two after the other.
 
@@ -60,15 +66,16 @@ def check_whole_model(
         names: of some texts.
         windows: the first one of each, token ids ``[N, S]``.
         step: called ``STEPS`` times.
+        outputs: as of `verify_checkpoint`; a source whose continuations are known is not loaded.
 
     Raises:
         VerificationError: a tensor is loaded with other values than are stored, the two routes differ, or decoding
             from the cache differs from a full forward pass.
         SourceError: one of the models cannot be loaded, or the source has other tensors than were converted.
     """
-    device, tokenizer = source.device, source.location.tokenizer()
+    tokenizer = source.location.tokenizer()
     prompts, new_tokens = prompts_of(windows)
-    model = load_model(converted, device)
+    model = load_model(converted, source.device)
     check_loaded(converted, model)
     route_error, decode_error = check_routes(model, windows[0])
     step()
@@ -76,13 +83,20 @@ def check_whole_model(
     step()
     # One at a time is in memory.
     del model
-    reference = load_model(source.location, device)
-    refuse_other_tensors(source, reference.named_parameters())
-    expected = greedy(reference, prompts, new_tokens)
+    known = None if outputs is None else outputs.continued(prompts)
+    expected = _continued(source, prompts, new_tokens) if known is None else known
+    if outputs is not None:
+        outputs.keep_continued(prompts, expected)
     step()
     continuations = side_by_side(names, prompts, expected, found, tokenizer)
     equal, tokens = sum(continuation.equal_tokens for continuation in continuations), found.numel()
     return WholeModel(equal / tokens, tokens, route_error, decode_error, continuations)
+
+
+def _continued(source: SourceModel, prompts: Tensor, new_tokens: int) -> Tensor:
+    reference = load_model(source.location, source.device)
+    refuse_other_tensors(source, reference.named_parameters())
+    return greedy(reference, prompts, new_tokens)
 
 
 def check_loaded(location: Location, model: PreTrainedModel) -> None:

@@ -10,6 +10,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from ..devices.processes import Processes
+from ..evaluation.source_outputs import SourceOutputs
 from ..forward.products import fast_float32
 from ..planning.plan import ConversionPlan, make_plan
 from ..progress import silent_progress
@@ -45,7 +46,12 @@ class Conversion:
 
 
 @fast_float32()
-def run_plan(plan: ConversionPlan, source: SourceModel, progress: Progress | None = None) -> Conversion:
+def run_plan(
+    plan: ConversionPlan,
+    source: SourceModel,
+    progress: Progress | None = None,
+    outputs: SourceOutputs | None = None,
+) -> Conversion:
     """Converts, verifies and publishes a checkpoint.
 
     The output appears under its name when it is complete and verified. Until then everything is in ``.NAME.partial``
@@ -55,6 +61,7 @@ def run_plan(plan: ConversionPlan, source: SourceModel, progress: Progress | Non
         plan: of `make_plan`.
         source: the same source; what is computed of it is on the recipe's device.
         progress: shows how far it is; by default nothing is shown.
+        outputs: of the source, where several conversions of it are verified on the same text.
 
     Raises:
         ConversionError: see its kinds in `conversion.errors`; nothing is published.
@@ -70,7 +77,7 @@ def run_plan(plan: ConversionPlan, source: SourceModel, progress: Progress | Non
         identity = _contents(plan, source, windows) | versions() | {"method": recipe.method, "seed": str(recipe.seed)}
         measurements = SharedMeasurements(recipe.statistics, identity, source.device)
         others.append(measurements)
-    job = ConversionJob(plan, source, tokenizer, windows, work, measurements, progress, processes)
+    job = ConversionJob(plan, source, tokenizer, windows, work, measurements, progress, processes, outputs)
     disk_bytes = run_stages(job, STAGES, others)
     return Conversion(recipe.output, made_report(job), disk_bytes)
 

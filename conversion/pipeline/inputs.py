@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from rich.progress import Progress
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -28,8 +30,7 @@ def open_inputs(plan: ConversionPlan, source: SourceModel, progress: Progress) -
         ConversionError: the conversion cannot succeed; nothing was written.
     """
     output, work = plan.recipe.output, beside(plan.recipe.output)
-    require_free(output, companions=[work.name, f"{work.name}.lock"])
-    require_absent(output)
+    check_output(output)
     if not work.exists():
         # Where it exists, so much of the disk is taken already.
         require_space(work.absolute().parent, plan.costs.disk_bytes)
@@ -42,6 +43,13 @@ def open_inputs(plan: ConversionPlan, source: SourceModel, progress: Progress) -
         note = f"note: the chat template {failure}; the default text goes without conversations."
         progress.console.print(one_line(note), soft_wrap=True)
     return tokenizer
+
+
+def check_output(output: Path) -> None:
+    """Raises `OutputError` where ``output`` exists, or cannot be made under its name."""
+    work = beside(output)
+    require_free(output, companions=[work.name, f"{work.name}.lock"])
+    require_absent(output)
 
 
 def calibration_windows(plan: ConversionPlan, source: SourceModel, tokenizer: PreTrainedTokenizerBase) -> Tensor | None:

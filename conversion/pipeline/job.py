@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..devices.choice import solving_device
 from ..devices.processes import Processes
+from ..evaluation.source_outputs import SourceOutputs
 from ..forward.residual_stream import ResidualStream
 from ..layers import AttentionGeometry, AttentionWeights, LayerBudget, MLAWeights, moved
 from ..methods import Method, get_method
@@ -30,6 +31,7 @@ class ConversionJob:
 
     ``given_windows`` are the calibration text, token ids ``[N, S]``; None where the method needs none, or where the
     source writes it. ``measurements`` keep what the method measures on it. ``processes`` share it.
+    ``outputs`` are the source's on held-out text, where other conversions of it are verified too.
     """
 
     plan: ConversionPlan
@@ -40,6 +42,7 @@ class ConversionJob:
     measurements: Measurements
     progress: Progress
     processes: Processes
+    outputs: SourceOutputs | None = None
 
     @cached_property
     def method(self) -> Method:

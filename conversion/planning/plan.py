@@ -106,12 +106,18 @@ class ConversionPlan:
     @property
     def kept_in(self) -> str:
         """The type or the code of what is cached, for reports."""
-        kinds = sorted({(layer.latent_bits, layer.rope_bits) for layer in self.layers})
         code = self.layers[0].code
         if code is None:
+            return self.precision
+        return f"{self.precision}, a scale a token for either; the first {code.exact_tokens} tokens as they are"
+
+    @property
+    def precision(self) -> str:
+        """The type of what is cached, or the bits of a latent's and of a rotary key's values."""
+        if self.layers[0].code is None:
             return str(self.dtype).removeprefix("torch.")
-        bits = ", ".join(f"{latent} + {rope}" for latent, rope in kinds)
-        return f"{bits} bits, a scale a token for either; the first {code.exact_tokens} tokens as they are"
+        kinds = sorted({(layer.latent_bits, layer.rope_bits) for layer in self.layers})
+        return f"{', '.join(f'{latent} + {rope}' for latent, rope in kinds)} bits"
 
 
 def make_plan(recipe: Recipe, source: SourceModel) -> ConversionPlan:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from shlex import quote
 
-from .charts import SOURCE, draw_decode
+from .charts import SOURCE, context_name, draw_decode
 from .page_kinds import Json
 from .page_parts import Cell, Command, Page, Section, Table, Tile, chart, number, share, word
-from .page_sections import memory_section, settings
+from .page_sections import memory_section, samples, settings
 from .quality_chart import Way, draw_quality
 
 
@@ -24,6 +24,7 @@ def sweep_page(report: Json) -> Page:
         [_tile(one, report["source_figures"]["perplexity"]) for one in found],
         [
             _sizes(report),
+            *_samples(report),
             _memory(report),
             *_speed(report),
             _domains(report),
@@ -35,29 +36,50 @@ def sweep_page(report: Json) -> Page:
 
 def _tile(one: Json, source: float) -> Tile:
     beside = f"same most likely token, {one['perplexity'] / source:.3f} times the perplexity"
-    return Tile(f"At {one['cache']}", f"{one['top1_agreement']:.1%}", beside)
+    return Tile(f"At {_named(one)}", f"{one['top1_agreement']:.1%}", beside)
+
+
+def _named(one: Json) -> str:
+    return f"{one['cache']} in {one['precision']}"
 
 
 def _sizes(report: Json) -> Section:
     section = Section("sizes", "Quality against bytes")
     source = report["source_figures"]["perplexity"]
-    ways = [Way("converted", tuple((one["bytes_share"], one["perplexity"] / source) for one in report["sizes"]))]
-    coded = report["quantised_source"]
-    if coded:
-        points = tuple((one["bytes_share"], one["perplexity"] / source) for one in coded)
-        ways.append(Way("the source's own cache in few bits", points, dashed=True))
     told = "; ".join(
         f"{one['cache']}: perplexity {one['perplexity'] / source:.3f} times the source's" for one in report["sizes"]
     )
+    ways = ways_of(report)
     section.charts.append(
         chart("quality-chart", "Perplexity against bytes", told, lambda axes: draw_quality(axes, ways), (480, 320))
     )
-    rows = [[word("the source"), share(1.0), number(source), number(1.0, ".3f"), number(0.0, ".4f"), share(1.0)]]
-    rows += [[word(one["cache"]), *_figures(one, source)] for one in report["sizes"]]
-    rows += [[word(f"the source in {one['bits']} bits"), *_figures(one, source)] for one in coded]
+    itself = {"bytes_share": 1.0, "perplexity": source, "kl": 0.0, "top1_agreement": 1.0}
+    rows = [[word("the source"), *_figures(itself, source)]]
+    rows += [[word(_named(one)), *_figures(one, source)] for one in report["sizes"]]
+    rows += [[word(f"the source in {one['bits']} bits"), *_figures(one, source)] for one in report["quantised_source"]]
+    section.text.append("Bits are those of a latent's + a rotary key's values.")
+    if report["note"]:
+        section.text.append(report["note"])
     section.text += [f"{cache} gave nothing to publish: {reason}." for cache, reason in report["refused"].items()]
-    section.tables.append(Table("Every size", ("cache", "bytes", "perplexity", "ratio", "KL", "same token"), rows))
+    columns = ("cache", "bytes", "perplexity", "ratio", "KL", "same token")
+    section.tables.append(Table("Every size", columns, rows))
     return section
+
+
+def ways_of(report: Json) -> list[Way]:
+    """What a sweep found as lines of a picture; sizes in few bits and others are two ways to spend bytes."""
+    by_name: dict[str, list[Json]] = {}
+    for one in report["sizes"]:
+        kept = report["dtype"] if one["precision"] == report["dtype"] else "few bits"
+        by_name.setdefault(f"converted, in {kept}", []).append(one)
+    converted = list(by_name)
+    if report["quantised_source"]:
+        by_name["the source's own cache in few bits"] = report["quantised_source"]
+    source = report["source_figures"]["perplexity"]
+    return [
+        Way(name, tuple((one["bytes_share"], one["perplexity"] / source) for one in rows), dashed=name not in converted)
+        for name, rows in by_name.items()
+    ]
 
 
 def _figures(one: Json, source: float) -> list[Cell]:
@@ -69,6 +91,15 @@ def _figures(one: Json, source: float) -> list[Cell]:
         number(one["kl"], ".4f"),
         share(one["top1_agreement"]),
     ]
+
+
+def _samples(report: Json) -> list[Section]:
+    """How the source and the recommended size go on; none where they were not loaded whole."""
+    (best,) = (one for one in report["sizes"] if one["cache"] == report["recommended"])
+    found = samples(best)
+    for section in found:
+        section.title = f"The same prompts, continued by the source and at {best['cache']}"
+    return found
 
 
 def _memory(report: Json) -> Section:
@@ -95,7 +126,7 @@ def _speed(report: Json) -> list[Section]:
     rows = [
         [word(name), *(number(found.get(str(tokens)), ",.1f") for tokens in contexts)] for name, found in times.items()
     ]
-    columns = ("milliseconds a token", *(f"at {tokens:,}" for tokens in contexts))
+    columns = ("milliseconds a token", *(f"at {context_name(tokens)}" for tokens in contexts))
     section.tables.append(Table("Decoding", columns, rows))
     return [section]
 
@@ -113,13 +144,13 @@ def _domains(report: Json) -> Section:
 def _next(report: Json) -> Section:
     section, source = Section("next", "Use it"), report["source"]["name"]
     section.text.append(f"In the folder of this page; {source} is the model that was swept, by id or folder.")
-    kept = [one for one in report["sizes"] if one["folder"]]
-    for one in kept:
-        section.commands.append(Command(f"Talk to {one['cache']}", f"mla chat {quote(one['folder'])}"))
-    if kept:
-        told = f"mla heal {quote(kept[-1]['folder'])} --teacher {quote(source)} --minutes 30"
+    kept = {one["cache"]: one["folder"] for one in report["sizes"] if one["folder"]}
+    for cache, folder in kept.items():
+        section.commands.append(Command(f"Talk to {cache}", f"mla chat {quote(folder)}"))
+    best = report["recommended"]
+    if best in kept:
+        told = f"mla heal {quote(kept[best])} --teacher {quote(source)} --minutes 30"
         section.commands.append(Command("Win quality back", told))
     else:
-        cache = report["sizes"][0]["cache"]
-        section.commands.append(Command("Make one of them", f"mla convert {quote(source)} OUT --cache {cache}"))
+        section.commands.append(Command("Make the recommended one", f"mla convert {quote(source)} OUT --cache {best}"))
     return section

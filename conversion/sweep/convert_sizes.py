@@ -39,8 +39,8 @@ def _converted(job: SweepJob, plan: ConversionPlan) -> Verification:
     output = plan.recipe.output
     if job.processes.from_first(output.exists):
         # It was published, and the run killed before that was noted.
-        return verify_checkpoint(output, job.source, job.texts, job.progress)
-    return run_plan(plan, job.source, job.progress).report.verification
+        return verify_checkpoint(output, job.source, job.texts, job.progress, outputs=job.outputs)
+    return run_plan(plan, job.source, job.progress, job.outputs).report.verification
 
 
 def _note_refusal(job: SweepJob, cache: str, reason: str) -> None:
@@ -60,7 +60,7 @@ def _keep(job: SweepJob, cache: str, plan: ConversionPlan, found: Verification) 
     # First tokens, which a coded cache keeps as they are, and what is allocated ahead.
     besides = max(0, found.cache_bytes_held - memory.bytes_at(found.window))
     folder = None if job.recipe.figures_only else output.name
-    journal.sizes[cache] = size_of(cache, found, folder, by_context(memory, besides))
+    journal.sizes[cache] = size_of(cache, plan.precision, found, folder, by_context(memory, besides))
     if timed is not None:
         journal.timed[cache] = timed
     journal.refused.pop(cache, None)

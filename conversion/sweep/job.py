@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -14,6 +14,7 @@ from ..checkpoint.location import Location
 from ..devices.processes import Processes
 from ..evaluation.decode_speed import decode_milliseconds
 from ..evaluation.loading import load_model, reason_to_leave_out
+from ..evaluation.source_outputs import SourceOutputs
 from ..evaluation.verify import held_out_windows
 from ..planning.plan import ConversionPlan
 from ..planning.text_use import VERIFIED_WINDOWS, window_length
@@ -35,6 +36,7 @@ class SweepJob:
     work: SweepFolder
     progress: Progress
     processes: Processes
+    outputs: SourceOutputs = field(default_factory=SourceOutputs)
 
     @property
     def dtype(self) -> torch.dtype:

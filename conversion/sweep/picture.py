@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..reporting.page_sweep import ways_of
 from ..reporting.picture_style import picture, save_png
-from ..reporting.quality_chart import Way, draw_quality
+from ..reporting.quality_chart import draw_quality
 from .result import SweepResult
 
 
@@ -15,15 +16,8 @@ def draw_sweep(found: SweepResult, file: Path) -> None:
     Raises:
         OutputError: the file cannot be written.
     """
-    base = found.source_figures.perplexity
-    kinds = (("converted", found.sizes), ("the source's own cache in few bits", found.quantised_source))
-    ways = [
-        Way(name, tuple((row.bytes_share, row.perplexity / base) for row in rows), dashed=rows is not found.sizes)
-        for name, rows in kinds
-        if rows
-    ]
     with picture(620, 400) as figure:
         axes = figure.subplots()
-        draw_quality(axes, ways)
+        draw_quality(axes, ways_of(found.as_json()))
         axes.set_title(f"{found.source.name} by the bytes of its cache", loc="left")
         save_png(figure, file)

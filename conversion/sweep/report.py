@@ -10,7 +10,7 @@ from ..pipeline.work.partial_output import versions
 from ..reporting.report_files import write_report_files
 from .job import SweepJob, by_context
 from .picture import draw_sweep
-from .recommendation import recommendation
+from .recommendation import note_on_precision, recommendation, recommended
 from .result import PICTURE_NAME, ByContext, SourceFigures, SourceName, SweepResult
 
 
@@ -36,13 +36,13 @@ def _result(job: SweepJob) -> SweepResult:
     sizes = [size.model_copy(update={"decode_ms": decode_ms.get(name)}) for name, size in journal.sizes.items()]
     sizes.sort(key=lambda size: -size.bytes_share)
     quantised = journal.quantised_source or []
-    name = source.location.name
+    name, dtype = source.location.name, str(job.dtype).removeprefix("torch.")
     return SweepResult(
         source=SourceName(name=name, revision=source.location.revision),
         text=journal.text,
         windows=journal.windows,
         window=journal.window,
-        dtype=str(job.dtype).removeprefix("torch."),
+        dtype=dtype,
         source_figures=SourceFigures(
             perplexity=journal.perplexity_source,
             cache_bytes_per_token=source.cache_bytes_per_token(),
@@ -52,6 +52,8 @@ def _result(job: SweepJob) -> SweepResult:
         sizes=sizes,
         quantised_source=quantised,
         refused=journal.refused,
+        recommended=recommended(sizes).cache,
+        note=note_on_precision(sizes, dtype),
         recommendation=recommendation(name, job.recipe.folder.name, journal.perplexity_source, sizes, quantised),
         seconds=round(journal.seconds, 1),
         versions=versions(),

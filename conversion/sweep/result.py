@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from ..evaluation.continuations import Continuation
 from ..evaluation.scores import Score
 from ..evaluation.verify import Verification
 
@@ -51,14 +52,19 @@ class QuantisedSource(Closeness):
 class Size(Closeness):
     """One conversion.
 
-    ``cache`` is what was asked for, ``bytes_share`` all that the cache holds for a window, of what the source's holds.
-    ``folder`` is the checkpoint's, None where it was not kept. ``memory`` are bytes of one sequence, ``decode_ms``
-    milliseconds of a step, by the tokens that are cached; None where that was not measured.
+    ``cache`` is what was asked for, ``precision`` how it is kept: the model's type, or the bits of a latent's and of a
+    rotary key's values. ``bytes_share`` is all that the cache holds for a window, of what the source's holds.
+    ``continuations`` are those of the verification, of ``greedy_tokens`` together; none where the models were not
+    loaded whole. ``folder`` is the checkpoint's, None where it was not kept. ``memory`` are bytes of one sequence,
+    ``decode_ms`` milliseconds of a step, by the tokens that are cached; None where that was not measured.
     """
 
     cache: str
+    precision: str
     bytes_share: float
     domains: list[Domain]
+    greedy_tokens: int
+    continuations: list[Continuation]
     folder: str | None
     memory: dict[str, int]
     decode_ms: ByContext | None
@@ -84,8 +90,9 @@ class SweepResult(_Figures):
     """A finished sweep.
 
     Figures are of ``windows`` of ``window`` tokens of ``text``, which no default calibration reads. ``dtype`` is that
-    of the weights that were written. ``refused`` are sizes that gave nothing to publish, with the reason. ``seconds``
-    are those of all runs that it took.
+    of the weights that were written. ``recommended`` is the ``cache`` of one of the ``sizes``; ``note`` says why a
+    larger one may be farther from the source. ``refused`` are sizes that gave nothing to publish, with the reason.
+    ``seconds`` are those of all runs that it took.
     """
 
     kind: Literal["sweep"] = "sweep"
@@ -98,7 +105,9 @@ class SweepResult(_Figures):
     sizes: list[Size]
     quantised_source: list[QuantisedSource]
     refused: dict[str, str] = {}
+    recommended: str
     recommendation: str
+    note: str | None
     seconds: float
     versions: dict[str, str]
 
@@ -109,18 +118,23 @@ class SweepResult(_Figures):
 
 def size_of(
     cache: str,
+    precision: str,
     found: Verification,
     folder: str | None,
     memory: Mapping[str, int],
 ) -> Size:
     """One conversion, by its verification; not timed."""
+    whole = found.whole_model
     return Size(
         cache=cache,
+        precision=precision,
         bytes_share=found.cache_bytes_held / (found.window * found.cache_bytes_per_token_source),
         perplexity=found.perplexity,
         kl=found.kl,
         top1_agreement=found.top1_agreement,
         domains=[Domain.of(domain) for domain in found.domains],
+        greedy_tokens=0 if whole is None else whole.greedy_tokens,
+        continuations=[] if whole is None else list(whole.continuations),
         folder=folder,
         memory=dict(memory),
         decode_ms=None,

@@ -16,23 +16,30 @@ def sweep_tables(found: SweepResult) -> list[Table]:
 def _quality(found: SweepResult) -> Table:
     title = f"{found.windows} windows of {found.window} tokens, {found.text}"
     table = Table(title=title, title_justify="left")
-    for column in ("", "cache", "perplexity", "of the source's", "KL", "same token"):
+    for column in ("", "cache", "kept in", "perplexity", "of the source's", "KL", "same token"):
         table.add_column(column, justify="left" if not column else "right")
     base = found.source_figures.perplexity
-    table.add_row("source", "100.0%", f"{base:.2f}", "", "", "")
+    table.add_row("source", "100.0%", "", f"{base:.2f}", "", "", "")
 
-    def add(name: str, share: float, row: Closeness) -> None:
-        times = f"{row.perplexity / base:.3f}"
-        table.add_row(
-            name, f"{share:.1%}", f"{row.perplexity:.2f}", times, f"{row.kl:.4f}", f"{row.top1_agreement:.1%}"
+    def add(name: str, share: float, precision: str, row: Closeness) -> None:
+        quality = (
+            f"{row.perplexity:.2f}",
+            f"{row.perplexity / base:.3f}",
+            f"{row.kl:.4f}",
+            f"{row.top1_agreement:.1%}",
         )
+        table.add_row(name, f"{share:.1%}", precision, *quality)
 
     for form in found.quantised_source:
-        add(f"source, its cache in {form.bits} bits", form.bytes_share, form)
+        add("source", form.bytes_share, f"{form.bits} bits", form)
     for size in found.sizes:
-        add(f"converted, {size.cache}", size.bytes_share, size)
+        add(size.cache, size.bytes_share, size.precision, size)
+    told = ["Kept in: the type of a value, or the bits of a latent's + a rotary key's."]
     if found.quantised_source:
-        table.caption = "Few bits of the source's own cache: KIVI's form (arXiv 2402.02750), no conversion."
+        told.append("The source in few bits: its own cache in KIVI's form (arXiv 2402.02750), no conversion.")
+    if found.note is not None:
+        told.append(found.note)
+    table.caption, table.caption_justify = "\n".join(told), "left"
     return table
 
 

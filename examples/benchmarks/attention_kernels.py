@@ -19,11 +19,11 @@ import re
 from pathlib import Path
 from typing import Annotated
 
-import matplotlib
 import torch
 import transformers
 import typer
 from device_timing import card, median_ms, product_rate, replayed
+from kernels_picture import draw
 from roof import copy_bandwidth
 from rows import print_rows
 from whole_steps import HUB_CONFIGS, step_rows
@@ -35,9 +35,6 @@ from modeling_mla.coded_states_mla import LatentCodec
 from modeling_mla.latent_code_mla import EXACT, LatentCode, uniform_code
 from modeling_mla.latent_tiles_mla import CodedLatents
 from modeling_mla.masks_mla import VisibleKeys
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
 
 HERE = Path(__file__).parent
 MODELS = "deepseek-v2-lite,llama-mla-8b,kimi-k2.6,deepseek-v3,minicpm3-4b"
@@ -112,25 +109,6 @@ def kernel_rows(
     return rows
 
 
-def draw_roofline(rows: list[dict], roofs: dict[str, float], title: str, path: Path) -> None:
-    """Every row by its operations a byte and a second, under the two roofs."""
-    copy, product = roofs["copy_gb_s"] / 1e3, roofs["product_tflop_s"]
-    figure, axes = pyplot.subplots(figsize=(8, 5))
-    reach = [min(row["flop_a_byte"] for row in rows) / 2, max(row["flop_a_byte"] for row in rows) * 2]
-    ridge = product / copy
-    bends = sorted({*reach, min(max(ridge, reach[0]), reach[1])})
-    axes.plot(bends, [min(x * copy, product) for x in bends], color="black", label="copy and product")
-    for name, bits in sorted({(row["backend"], row["bits"]) for row in rows}):
-        own = [row for row in rows if (row["backend"], row["bits"]) == (name, bits)]
-        places = [row["flop_a_byte"] for row in own], [row["tflop_s"] for row in own]
-        axes.scatter(*places, s=14, label=f"{name}, {bits} bits")
-    axes.set(xscale="log", yscale="log", xlabel="FLOP a byte of cache", ylabel="TFLOP/s", title=title)
-    axes.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-
-
 def numbers(text: str) -> list[int]:
     """The integers in a list separated by commas."""
     return [int(part) for part in text.split(",")]
@@ -166,11 +144,11 @@ def main(
     print_rows(rows, as_json=False, shown=COLUMNS)
     name = re.sub(r"[^a-z0-9]+", "-", card(place).lower()).strip("-")
     out.mkdir(parents=True, exist_ok=True)
-    draw_roofline(rows, roofs, card(place), out / f"kernels-{name}.png")
     result = {"card": card(place), "torch": torch.__version__, "transformers": transformers.__version__, "dtype": dtype}
     result |= {"roofs": roofs, "kernels": rows}
     path = out / f"kernels-{name}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
+    draw(path)
     if steps:
         cells = numbers(step_contexts), numbers(step_batches)
         result["steps"] = step_rows(place, precision, layers, *cells, roofs["copy_gb_s"])

@@ -17,7 +17,7 @@ from PIL import Image
 
 WIDTHS = (1280, 390)
 _NAMES = ("chromium", "chromium-browser", "google-chrome")
-_COLOURS = 64
+_COLOURS = 256
 
 
 def launch(playwright: Any) -> Any | None:

@@ -156,7 +156,9 @@ def test_missing_calibration_file(source: Path, output: Path, tmp_path: Path) ->
 def test_existing_output_is_left_alone(source: Path, output: Path) -> None:
     output.mkdir()
     (output / "precious").write_text("kept")
-    assert_refused(mla("convert", source, output, "--method", "exact"), str(output), "exists already")
+    refused = mla("convert", source, output, "--method", "exact")
+    assert_refused(refused, str(output), "exists already")
+    assert refused.stdout == ""
     assert [path.name for path in output.parent.iterdir()] == ["out"]
     assert (output / "precious").read_text() == "kept"
 

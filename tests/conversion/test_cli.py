@@ -69,7 +69,8 @@ def test_convert_then_verify(folder: Path, tmp_path: Path) -> None:
     options = ["--cache", "75%", "--tokens", "256", "--calibration", folder / "text.txt"]
     shown = mla("convert", folder / "source", tmp_path / "out", *options)
     costs = r"\d+ s, \d+\.\d [MG]B of memory, \d+\.\d [kM]B of disk"
-    assert re.search(rf"is ready after {costs} \(expected: {costs}\); in seconds: .*verifying \d+\.", shown)
+    ready = rf"is ready after {costs} \(expected: {costs}\); in seconds: .*verifying \d+\. "
+    assert re.search(ready + re.escape(f"{tmp_path}/out/report.html shows"), shown)
     stdout = mla(
         "verify", tmp_path / "out", "--against", folder / "source", "--text", folder / "text.txt",
         "--windows", "2", "--json",

@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_families import family_config
 from tiny_source import convert, save_source, tiny_llama, write_text
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from conversion.evaluation import decode_speed
-from conversion.evaluation.decode_speed import decode_milliseconds, fill
+from conversion.evaluation.decode_speed import decode_milliseconds, fill, fill_by_repeating
 from modeling_mla import LatentCache
+from modeling_mla.coded_states_mla import LatentCodec
+from modeling_mla.transformers_seams_mla import cache_argument
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +35,34 @@ def test_a_cache_is_filled_to_the_token(converted: torch.nn.Module, monkeypatch:
     stopped = LatentCache(converted.config)
     assert not fill(converted, stopped, 50, deadline=0.0)
     assert stopped.get_seq_length() < 50
+
+
+def test_a_long_context_is_coded_once(converted: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_speed, "FILLED_AT_ONCE", 16)
+    coded, encode = 0, LatentCodec.encode
+
+    def count(self: LatentCodec, rotated: torch.Tensor) -> torch.Tensor:
+        nonlocal coded
+        coded += rotated.shape[1]
+        return encode(self, rotated)
+
+    monkeypatch.setattr(LatentCodec, "encode", count)
+    source, sliding = tiny_llama(), AutoModelForCausalLM.from_config(family_config("gemma2"))
+    for model, cache in (
+        (source, DynamicCache(config=source.config)),
+        (sliding, DynamicCache(config=sliding.config)),
+        (converted, LatentCache(converted.config)),
+    ):
+        assert fill_by_repeating(model, cache, 50)
+        assert {layer.get_seq_length() for layer in cache.layers} == {50}
+        for layer in cache.layers:
+            if layer.keys.shape[2] == 50:
+                torch.testing.assert_close(layer.keys[:, :, 20:32], layer.keys[:, :, 4:16])
+        token = torch.ones((1, 1), dtype=torch.long)
+        assert model(token, **cache_argument(cache)).logits.isfinite().all()
+        assert {layer.get_seq_length() for layer in cache.layers} == {51}
+    assert coded == len(cache.layers) * (16 + 1)
+    assert not fill_by_repeating(source, DynamicCache(config=source.config), 50, deadline=0.0)
 
 
 def test_contexts_that_do_not_fit_are_left_out(converted: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -139,6 +139,7 @@ def test_command_line(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     made = mla(*command, "--steps", "12")
     assert made.exit_code == 0, made.output
     assert "validation KL" in made.stdout
+    assert f"{tmp_path}/model-healed/report.html shows what was found." in made.stdout
     report = json.loads((tmp_path / "model-healed" / "report.json").read_text())
     assert [stage["stage"] for stage in report["recipe"]["stages"]] == ["layers", "logits", "long"]
     assert list(report["before"]) == ["prose", "code"]

@@ -98,7 +98,9 @@ def test_home_folder_is_expanded_once_and_early(source: Path, tmp_path: Path, mo
     assert mla("export", "~/out", "~/vllm", "--to", "vllm").exit_code == 0
     assert mla("inspect", "--config", "~/out/config.json", "--plot", "~/plot.png").exit_code == 0
     (home / "recipe.yaml").write_text("source: ~/source\noutput: ~/third\nmethod: exact\n")
-    assert mla("run", "~/recipe.yaml").exit_code == 0
+    ran = mla("run", "~/recipe.yaml")
+    assert ran.exit_code == 0
+    assert f"{home}/third/report.html shows what was found." in ran.stdout
     assert {path.name for path in home.iterdir()} >= {"out", "vllm", "plot.png", "third"}
     assert list(elsewhere.iterdir()) == []
     made = make_recipe(source="m", output="o", calibration="~/text.txt", statistics="~/statistics")

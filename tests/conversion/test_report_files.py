@@ -73,6 +73,8 @@ def test_a_verification_tells_where_it_is_told_and_touches_no_checkpoint(folder:
     assert silent.exit_code == 0, silent.output
     told = mla(*arguments, "--report", tmp_path / "told")
     assert told.exit_code == 0, told.output
+    assert told.stdout.endswith(f"{tmp_path}/told/report.html shows what was found.\n")
+    assert "report.html" not in silent.stdout
     assert {path: path.read_bytes() for path in (folder / "coded").iterdir()} == before
     assert sorted(path.name for path in (tmp_path / "told").iterdir()) == [HTML_NAME, JSON_NAME]
     report = read_report(tmp_path / "told")

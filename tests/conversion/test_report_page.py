@@ -15,6 +15,7 @@ from report_cases import ALL, CONTEXTS, LAYERS, conversion, healing, memory, swe
 
 from conversion.reporting.differences import marked
 from conversion.reporting.page import HTML_NAME, render, write_page
+from conversion.reporting.page_sweep import ways_of
 
 VOID = {"meta", "input", "br", "link", "img"}
 
@@ -146,9 +147,25 @@ def test_a_healing_tells_of_the_conversion_before_it(pages: dict[str, str]) -> N
 
 def test_a_dry_sweep_names_no_folder(pages: dict[str, str]) -> None:
     assert "mla chat 12.5%" in pages["sweep"]
+    assert "mla heal 25% --teacher org/tiny" in pages["sweep"]
+    assert "<code>mla heal out/25%</code> brings it nearer." in pages["sweep"]
     assert "mla chat" not in pages["dry sweep"]
-    assert "mla convert org/tiny OUT --cache 50%" in pages["dry sweep"]
+    assert "mla convert org/tiny OUT --cache 25%" in pages["dry sweep"]
     assert "Speed of decoding" not in pages["dry sweep"]
+
+
+def test_a_sweep_tells_how_sizes_are_kept_and_how_the_recommended_one_goes_on(pages: dict[str, str]) -> None:
+    page = pages["sweep"]
+    assert page.count(">25% in 4 + 6 bits<") == page.count(">At 25% in 4 + 6 bits<") == 1
+    assert [(way.name, len(way.points)) for way in ways_of(sweep())] == [
+        ("converted, in bfloat16", 1),
+        ("converted, in few bits", 2),
+        ("the source's own cache in few bits", 3),
+    ]
+    assert "50% is kept in bfloat16, and leaves values out." in page
+    assert "continued by the source and at 25%" in page
+    assert "upon a <mark>hill</mark>" in page
+    assert "same prompts" not in pages["dry sweep"]
 
 
 def test_commands_suit_the_layout() -> None:

@@ -10,6 +10,7 @@ import pytest
 import typer
 from hypothesis import given
 from hypothesis import strategies as st
+from kernels_picture import draw_roofline
 from quality_picture import PICTURE, draw, main, ways_of
 from report_cases import healing
 
@@ -83,6 +84,24 @@ def test_results_on_several_texts_are_not_drawn_together(tmp_path: Path) -> None
     with pytest.raises(typer.BadParameter, match="several texts"):
         draw(tmp_path)
     assert not (tmp_path / PICTURE).exists()
+
+
+def test_the_picture_of_kernels_has_every_row_and_plain_numbers() -> None:
+    (file,) = RESULTS.glob("kernels-*.json")
+    result = json.loads(file.read_text(encoding="utf-8"))
+    with picture(760, 400) as figure:
+        axes = figure.subplots()
+        draw_roofline(axes, result)
+        figure.draw_without_rendering()
+        clouds = {line.get_label(): len(line.get_xdata()) for line in axes.lines[1:]}
+        assert len(clouds) == 6
+        assert sum(clouds.values()) == len(result["kernels"])
+        ticks = [label.get_text() for axis in (axes.xaxis, axes.yaxis) for label in axis.get_ticklabels()]
+        assert "100" in ticks
+        assert not [tick for tick in ticks if "$" in tick or "^" in tick or "e" in tick]
+        assert axes.get_legend().get_window_extent().x0 > axes.get_window_extent().x1
+        (roof,) = axes.texts
+        assert roof.get_window_extent().x0 > axes.get_window_extent().x0
 
 
 @pytest.mark.parametrize("improved", [True, False])

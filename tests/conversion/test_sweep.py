@@ -12,10 +12,11 @@ from commands import assert_refused, mla
 from tiny_source import LAYERS, save_source, write_text
 
 from conversion.errors import VerificationError
+from conversion.evaluation import whole_model
 from conversion.methods.attention_aware.method import AttentionAwareMethod
 from conversion.pipeline.conversion import run_plan
 from conversion.sweep import convert_sizes, job
-from conversion.sweep.recommendation import recommendation, recommended
+from conversion.sweep.recommendation import note_on_precision, recommendation, recommended
 from conversion.sweep.report import speeds
 from conversion.sweep.result import Domain, QuantisedSource, Size, SweepResult
 
@@ -52,19 +53,27 @@ def visible(folder: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def done(source: Path, with_pages: None) -> Path:
-    """A finished sweep, which has measured every layer once."""
+    """A finished sweep, which has measured every layer once, and read the source's continuations once."""
     measured, original = 0, AttentionAwareMethod.statistics
+    continued, greedy = 0, whole_model._continued
 
     def count(self: AttentionAwareMethod, *given: object) -> object:
         nonlocal measured
         measured += 1
         return original(self, *given)
 
+    def note(*given: object) -> torch.Tensor:
+        nonlocal continued
+        continued += 1
+        return greedy(*given)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(job, "CONTEXTS", CONTEXTS)
+        patch.setattr(whole_model, "_continued", note)
         patch.setattr(AttentionAwareMethod, "statistics", count)
         swept(source, source.parent / "done" / "out", "--cache", "25%, 50%")
     assert measured == LAYERS
+    assert continued == 1
     return source.parent / "done" / "out"
 
 
@@ -87,8 +96,8 @@ def test_sizes_share_one_calibration(done: Path) -> None:
     for size in found.sizes:
         assert size.folder == size.cache
         verified = json.loads((done / size.folder / "report.json").read_text())["verification"]
-        for name in ("perplexity", "kl", "top1_agreement"):
-            assert getattr(size, name) == verified[name]
+        for name in ("perplexity", "kl", "top1_agreement", "greedy_tokens", "continuations"):
+            assert size.model_dump()[name] == verified[name]
         held = found.window * verified["cache_bytes_per_token_source"]
         assert size.bytes_share == verified["cache_bytes_held"] / held
         assert size.memory["64"] == verified["cache_bytes_held"]
@@ -98,6 +107,9 @@ def test_sizes_share_one_calibration(done: Path) -> None:
     assert found.source_figures.perplexity == verified["perplexity_source"]
     assert [form.bits for form in found.quantised_source] == [4, 3, 2]
     assert found.sizes[0].bytes_share == pytest.approx(0.5)
+    assert [size.precision for size in found.sizes] == ["float32", "6 + 8 bits"]
+    assert found.recommended in ("50%", "25%")
+    assert "The same prompts, continued by the source" in (done / "report.html").read_text()
 
 
 def test_a_stopped_sweep_goes_on(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,19 +222,19 @@ def test_what_a_user_sees(source: Path, output: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(convert_sizes, "run_plan", refuse_to_convert)
     shown = mla(*arguments(source, output, "--cache", "50%,25%"))
     assert shown.exit_code == 0, shown.output
-    for fragment in ("converted, 25%", "in 3 bits", "ms a token", "Next:", "mla chat", "mla heal"):
+    for fragment in ("25%", "kept in", "3 bits", "ms a token", "Next:", "mla chat", "mla heal"):
         assert fragment in shown.stdout
     quiet = mla(*arguments(source, output, "--cache", "50%,25%", "--quiet"))
     assert "keeps" in quiet.stdout
-    assert "converted, 25%" not in quiet.stdout
+    assert "kept in" not in quiet.stdout
     assert quiet.stderr == ""
 
 
-def size(cache: str, share: float, kl: float, folder: str | None = "x") -> Size:
+def size(cache: str, share: float, kl: float, precision: str = "4 + 6 bits") -> Size:
     domain = Domain(text="prose", perplexity=10, perplexity_source=9, kl=kl, top1_agreement=0.9)
     return Size(
-        cache=cache, bytes_share=share, perplexity=10 + kl, kl=kl, top1_agreement=0.9, domains=[domain], folder=folder,
-        memory={}, decode_ms=None,
+        cache=cache, precision=precision, bytes_share=share, perplexity=10 + kl, kl=kl, top1_agreement=0.9,
+        domains=[domain], greedy_tokens=0, continuations=[], folder="x", memory={}, decode_ms=None,
     )  # fmt: skip
 
 
@@ -247,7 +259,9 @@ def test_recommendation() -> None:
     assert recommended(sizes[2:]).cache == "12.5%"
     assert recommended(sizes[3:]).cache == "6%"
     said = recommendation("org/model", "out", 10.0, sizes, [])
-    assert said.startswith("25% keeps 90% of the source's most likely tokens at 1.01 times its perplexity")
+    assert said.startswith(
+        "25%, in 4 + 6 bits, keeps 90% of the source's most likely tokens at 1.01 times its perplexity"
+    )
     assert "`mla heal out/25% --teacher org/model --minutes 30`" in said
     assert "convert" not in said
     near = recommendation("org/model", "out", 10.0, [size("100%", 1.0, 0.0)], [])
@@ -258,3 +272,13 @@ def test_recommendation() -> None:
     ]
     assert "own cache in 3 bits is as small (25%) and no farther off" in recommendation("m", "out", 10.0, sizes, forms)
     assert "own cache" not in recommendation("m", "out", 10.0, sizes[2:3], forms)
+
+
+def test_why_a_larger_size_is_farther_off() -> None:
+    plain, coded = size("50%", 0.5, 0.15, "bfloat16"), size("25%", 0.25, 0.03)
+    note = note_on_precision([plain, coded, size("12.5%", 0.125, 0.2)], "bfloat16")
+    assert note.startswith("50% is kept in bfloat16, so that other engines can read it")
+    assert "25% is nearer" in note
+    assert note_on_precision([plain, size("25%", 0.25, 0.16)], "bfloat16") is None
+    assert note_on_precision([plain, size("25%", 0.25, 0.03, "bfloat16")], "bfloat16") is None
+    assert note_on_precision([size("50%", 0.5, 0.15), coded], "bfloat16") is None

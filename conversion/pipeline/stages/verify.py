@@ -19,7 +19,7 @@ def verify(job: ConversionJob) -> None:
     texts = held_out_windows(job.tokenizer, window_length(job.source), VERIFIED_WINDOWS)
     # A whole model may take as much as the conversion did.
     allowed = job.plan.costs.memory_bytes - PROCESS_BYTES
-    found = verify_checkpoint(job.work.checkpoint, job.source, texts, job.progress, allowed)
+    found = verify_checkpoint(job.work.checkpoint, job.source, texts, job.progress, allowed, job.outputs)
     job.work.journal.verification = found
     job.processes.from_first(_refuse_contradiction, job, found)
 
