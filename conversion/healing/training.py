@@ -135,20 +135,24 @@ class Training:
     def _step(self, stage: Stage, schedule: Schedule, optimizers: Optimizers) -> None:
         at, processes = self.at, self.processes
         first = (at.stage_step * processes.count + processes.rank) * stage.batch
-        ids = torch.stack([schedule[first + index] for index in range(stage.batch)]).to(self.pair.device)
+        windows = [schedule[first + index] for index in range(stage.batch)]
         terms: list[float] = []
 
         def learn(term: Tensor) -> None:
+            term = term / stage.batch
             term.backward()
             terms.append(float(term.detach()))
 
-        with self.pair.learning(ids.shape[1]):
-            stage.losses(self.pair, ids, learn)
+        # One window after the other: a large vocabulary's logits of all at once are more than the model.
+        with self.pair.learning(len(windows[0])):
+            for window in windows:
+                stage.losses(self.pair, window[None].to(self.pair.device), learn)
         gradients = {name: self._gradient(weight) for name, weight in self.trained.items()}
         summed = processes.summed(gradients | {"loss": torch.tensor(sum(terms), device=self.pair.device)})
         loss = float(summed.pop("loss")) / processes.count
         norm = torch.nn.utils.get_total_norm(summed.values())
-        at.step, at.stage_step, at.tokens = at.step + 1, at.stage_step + 1, at.tokens + ids.numel() * processes.count
+        at.step, at.stage_step = at.step + 1, at.stage_step + 1
+        at.tokens += sum(map(len, windows)) * processes.count
         if not (torch.isfinite(norm) and loss == loss):
             at.note = f"the training diverged at step {at.step}, its loss is {loss:.3g}"
             return
