@@ -69,7 +69,6 @@ def test_what_the_source_writes_is_not_either(tmp_path: Path, request: pytest.Fi
     assert same_weights(convert(source, tmp_path / "found", **recipe).output, expected)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("lora", [(), ("--lora", 2)])
 @small_default()
 def test_what_heals_and_verifies_is_not_either(lora: tuple, tmp_path: Path, request: pytest.FixtureRequest) -> None:

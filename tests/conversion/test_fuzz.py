@@ -82,7 +82,6 @@ def _answer_spin_die(connection: Connection, seed: int, sound: Path) -> None:
         connection.send(Mutant(seed, index, "", Outcome.RIGHT, ""))
 
 
-@pytest.mark.long
 def test_hang_and_death_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fuzz, "SECONDS", 1)
     worker = Worker(0, tmp_path, _answer_spin_die)

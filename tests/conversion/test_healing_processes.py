@@ -24,7 +24,6 @@ def heal_together(folder: Path) -> None:
         run(checkpoints, folder / "together", steps=STEPS, stages=in_batches(1))
 
 
-@pytest.mark.long
 def test_the_result_is_that_of_one_process_with_batches_of_two(tmp_path: Path) -> None:
     with small_default():
         checkpoints = prepare(tmp_path, "llama")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
 from prepared_processes import run_prepared
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -24,7 +23,6 @@ def test_the_benchmark_compares_equal_models():
     assert row["max_logit_difference"] < 1e-3
 
 
-@pytest.mark.long
 def test_the_deepseek_v4_benchmark_compares_equal_models():
     (row,) = json.loads(_run("benchmarks/deepseek_v4.py", "--contexts", "1024", "--seconds", "0", "--json"))
     assert row["max_logit_difference"] < 1e-3
