@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-_STEADY = 256
-"""Tokens. The library behind 16-bit products on CPUs compiles a kernel for every shape, which takes as long as reading
-thousands of tokens, and a cache grows by one token a step: so these products get multiples of so many tokens."""
+_STEADY, _MANY_ROWS = 256, 256
+"""Tokens, and rows. The library behind 16-bit products on CPUs compiles a kernel for every shape, which takes as long
+as reading thousands of tokens, and a cache grows by one token a step: so these products get multiples of so many
+tokens. With many rows the product itself takes longer."""
 
 
 def float32_products(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
@@ -21,7 +22,7 @@ def float32_products(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         return product(rows, columns)
     if rows.is_cuda and not torch.is_grad_enabled():
         return product(rows, columns, out_dtype=torch.float32)
-    tokens, steady = columns.shape[-1], _steady(rows, columns.shape[-1])
+    tokens, steady = columns.shape[-1], _steady(rows, rows.shape[-2], columns.shape[-1])
     if steady < tokens:
         rest = product(rows.float(), columns[..., steady:].float())
         return torch.cat((float32_products(rows, columns[..., :steady]), rest), dim=-1) if steady else rest
@@ -31,14 +32,14 @@ def float32_products(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
 
 def weighted_sums(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """``[m, S] x [S, d] -> [m, d]``, weights in float32 or wider, in the dtype of the values or in float32."""
-    steady = _steady(values, len(values))
+    steady = _steady(values, len(weights), len(values))
     whole = torch.mm(weights[:, :steady].to(values.dtype), values[:steady])
     return whole if steady == len(values) else whole + torch.mm(weights[:, steady:], values[steady:].float())
 
 
-def _steady(factor: torch.Tensor, tokens: int) -> int:
+def _steady(factor: torch.Tensor, rows: int, tokens: int) -> int:
     """How many of some tokens are multiplied as they are stored; the others are copied to float32 before."""
-    stays = factor.itemsize > 2 or factor.device.type != "cpu"
+    stays = factor.itemsize > 2 or factor.device.type != "cpu" or rows > _MANY_ROWS
     return tokens if stays or torch.is_grad_enabled() or torch.compiler.is_compiling() else tokens // _STEADY * _STEADY
 
 
