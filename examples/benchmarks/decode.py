@@ -31,6 +31,8 @@ from modeling_mla.transformers_seams_mla import cache_argument
 
 HEADS, RANK, ROPE, HEAD = 16, 512, 64, 128
 STEPS_IN_A_ROW = 4
+GROWN = 32
+"""Tokens by which a cache grows before it is cut back: libraries may compile for every length."""
 BODY = {
     "vocab_size": 1024,
     "hidden_size": 512,
@@ -56,17 +58,14 @@ def deepseek_pair(dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedModel]
 
 
 def step(model: PreTrainedModel, cache: DynamicCache, batch: int = 1) -> Callable[[], torch.Tensor]:
-    """A function that decodes one token; the cache grows, as libraries may compile for every new length.
-
-    When it is an eighth longer than it was it is cut back.
-    """
+    """A function that decodes one token more each time, and now and then takes them back."""
     token = torch.ones((batch, 1), dtype=torch.long, device=model.device)
     context = cache.get_seq_length()
 
     @torch.no_grad()
     def run() -> torch.Tensor:
         grown = cache.get_seq_length() - context
-        if grown > context // 8:
+        if grown == GROWN:
             cache.crop(-grown)
         return model(token, **cache_argument(cache)).logits
 
@@ -130,7 +129,7 @@ def compare(
 
 def step_of_bits(model: PreTrainedModel, bits: int, context: int, seconds: float) -> dict:
     """One row: a step over a cache of so many bits a channel (16: uncoded), and how fast it reads the cache."""
-    cache = LatentCache(config=model.config, capacity=context + context // 8 + 1, latent_bits=bits)
+    cache = LatentCache(config=model.config, capacity=context + GROWN, latent_bits=bits)
     fill(model, cache, context)
     run, times = step(model, cache), []
     run()

@@ -34,7 +34,7 @@ def poisoned(step: int, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
     def losses(self: Logits, pair, ids, each) -> None:
         nonlocal calls
         calls += torch.is_grad_enabled()
-        original(self, pair, ids, lambda term: each(term * value if calls > step else term))
+        original(self, pair, ids, lambda term: each(term * value if calls > step * self.batch else term))
 
     monkeypatch.setattr(Logits, "losses", losses)
 

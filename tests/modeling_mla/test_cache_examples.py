@@ -23,9 +23,9 @@ def test_decode_compares_bits():
     rows = json.loads(_run("benchmarks/decode.py", *arguments))
     assert [row["cache_bits"] for row in rows] == [16, 4]
     assert all(row["to_floor"] == pytest.approx(row["ms"] / row["floor_ms"], rel=0.02) for row in rows)
-    # Four layers of one token more than the context; five rows of the first tokens beside the codes.
-    assert rows[0]["cache_mib"] == round(4 * 100 * 576 * 2 / MIB, 2)
-    assert rows[1]["cache_mib"] == round(4 * (100 * uniform_code(4, 512, 64).nbytes + 5 * 576 * 2) / MIB, 2)
+    # Four layers with room for 32 tokens more than the context; five rows of the first tokens beside the codes.
+    assert rows[0]["cache_mib"] == round(4 * 131 * 576 * 2 / MIB, 2)
+    assert rows[1]["cache_mib"] == round(4 * (131 * uniform_code(4, 512, 64).nbytes + 5 * 576 * 2) / MIB, 2)
 
 
 def test_decode_compares_a_source_with_caches_of_its_conversion(tmp_path):
