@@ -1,4 +1,4 @@
-"""Every snippet of the README runs, on models that are small enough for it."""
+"""Every snippet of the READMEs of the project and of conversion runs, on models that are small enough for it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from conversion.cli import app
 from conversion.sweep import job
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "conversion/README.md"))
+"""In the order in which a newcomer meets them."""
 ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
 ELSEWHERE = ("pip ", "make ")
 """Commands that this suite itself is run by, or that install."""

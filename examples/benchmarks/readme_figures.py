@@ -31,7 +31,14 @@ from modeling_mla.configuration_mla import latent_widths
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 CONFIGS = ROOT / "hub_configs"
-READMES = ("README.md", "examples/benchmarks/README.md", "hub_configs/README.md")
+READMES = (
+    "README.md",
+    "conversion/README.md",
+    "conversion/exporters/README.md",
+    "conversion/sources/README.md",
+    "examples/benchmarks/README.md",
+    "hub_configs/README.md",
+)
 _PASSAGE = re.compile(r"(<!-- figures: (\w+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
 
 
