@@ -29,7 +29,8 @@ def pace(kl: float) -> float:
     A divergence is quadratic in the error of the weights, so what has to change goes with its root. At 0.6 nats a rate
     of 2.5 heals well and one of 6 diverges; at 0.15 one of 2.5 makes the student worse first.
     """
-    return min(math.sqrt(kl / _KL), _FASTEST)
+    # Of models that are the same, rounding may leave less than nothing.
+    return min(math.sqrt(max(kl, 0.0) / _KL), _FASTEST)
 
 
 def trainable_names(model: PreTrainedModel) -> list[str]:

