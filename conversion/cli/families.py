@@ -13,7 +13,7 @@ from .output import show_either
 
 
 def families(
-    markdown: Annotated[bool, typer.Option("--markdown", help="As in the README, on stdout.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="As in the READMEs, on stdout.")] = False,
     engines: Annotated[bool, typer.Option("--engines", help="Which engines run them, and why not.")] = False,
     as_json: AsJson = False,
 ) -> None:

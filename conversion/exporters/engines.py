@@ -1,4 +1,4 @@
-"""Which engines run a converted model of each family, and why not: the table of the README, made from the registry."""
+"""Which engines run a converted model of each family, and why not: what `mla families --engines` shows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which families convert, and what becomes of them: the table of the README, made from the registry."""
+"""Which families convert, and what becomes of them: the table that `mla families` shows, made from the registry."""
 
 from __future__ import annotations
 
