@@ -32,8 +32,8 @@ def _of_recipe(
     cache: Annotated[
         str | None,
         typer.Option(
-            help="50% of the source's bytes, 192 (values a token and layer), or 11520B (bytes a token; KB, KiB). Below "
-            "50% it is kept in few bits. \\[default: half, or all for an exact method]"
+            help="50% of the source's bytes, 192 (values a token and layer), or 11520B (bytes a token; KB, KiB). "
+            "Bytes are spent on values and on their bits. \\[default: half, or all for an exact method]"
         ),
     ] = None,
     kv_lora_rank: Annotated[int | None, typer.Option(help="Pins the latent's width in every layer.")] = None,

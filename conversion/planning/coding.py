@@ -1,9 +1,8 @@
-"""Bytes spent on values or on bits: what a budget of bytes buys, and when a cache is coded.
+"""Bytes spent on values or on bits: what a budget of bytes buys, and when a cache may be coded.
 
 A value more in the cache and a bit more for every value are two ways to spend bytes. Down to about four bits the first
-is the better one, for a latent that is prepared loses little by being rounded. Below half of the source's bytes a cache
-is coded unless the recipe says otherwise: uncoded it would lose far more. From there on it is not, for values alone
-lose little, and every engine reads them.
+is the better one, for a latent that is prepared loses little by being rounded. So a budget of bytes is spent on bits as
+well unless the recipe says otherwise; only where nearly all values fit uncoded does rounding them cost more.
 """
 
 from __future__ import annotations
@@ -20,8 +19,6 @@ from ..methods import METHODS, Method
 from ..recipe import Recipe
 from .expected_loss import expected_loss
 
-UNCODED_FROM = Fraction(1, 2)
-"""Of the source's bytes."""
 _ROPE_BITS = (5, 6, 8)
 """Fewer for the rotary key cost more than any width of it can win back."""
 _TOKENS = 1024
@@ -40,13 +37,13 @@ def candidate_bits(latent_bits: int | None) -> list[tuple[int, int]]:
     ]
 
 
-def is_coded(recipe: Recipe, method: Method, share: Fraction | None) -> bool:
-    """Whether a conversion makes a coded cache.
+def may_code(recipe: Recipe, method: Method, *, counts_bytes: bool) -> bool:
+    """Whether a conversion may make a coded cache; it must where the recipe names bits below `EXACT`.
 
     Args:
         recipe: what was asked for.
         method: of the recipe.
-        share: of the source's bytes; None for a budget that counts values, or for none.
+        counts_bytes: whether its budget is one of bytes, not of values.
 
     Raises:
         BudgetError: a code was asked for where there can be none.
@@ -54,7 +51,7 @@ def is_coded(recipe: Recipe, method: Method, share: Fraction | None) -> bool:
     if recipe.latent_bits == EXACT:
         return False
     if recipe.latent_bits is None:
-        return share is not None and share < UNCODED_FROM and method.codes and not recipe.uniform
+        return counts_bytes and method.codes and not recipe.uniform
     if not method.codes:
         able = ", ".join(name for name, other in METHODS.items() if other.codes)
         raise BudgetError(
@@ -73,6 +70,15 @@ def coded(budget: LayerBudget, latent_bits: int) -> LayerBudget:
     """A budget of so many values, its latent in so many bits and its rotary key in two more, if it has them."""
     rope_bits = next(bits for bits in _ROPE_BITS if bits >= min(latent_bits + 2, _ROPE_BITS[-1]))
     return replace(budget, latent_bits=latent_bits, rope_bits=rope_bits)
+
+
+def expected_of(budgets: Sequence[LayerBudget], geometries: Sequence[AttentionGeometry]) -> float:
+    """The `expected_loss` of all layers."""
+    layers = zip(budgets, geometries, strict=True)
+    return sum(
+        expected_loss(budget.cache_elements / of.cache_elements, budget.latent_bits, budget.rope_bits)
+        for budget, of in layers
+    )
 
 
 def whole_bytes(budget: LayerBudget) -> LayerBudget:
@@ -110,18 +116,16 @@ class ByteBudget:
             BudgetError: they are too few for the method, or for what is pinned.
         """
         whole = [int(limit) for limit in limits]
-        found: list[tuple[float, list[LayerBudget]]] = []
+        found: list[list[LayerBudget]] = []
         for bits in candidate_bits(self.recipe.latent_bits):
             widest = [self._widest(*layer, bits) for layer in zip(geometries, whole, strict=True)]
             budgets = [budget for budget in widest if budget is not None]
             if len(budgets) == len(geometries):
-                shares = (
-                    budget.cache_elements / of.cache_elements for budget, of in zip(budgets, geometries, strict=True)
-                )
-                found.append((sum(expected_loss(share, *bits) for share in shares), budgets))
+                found.append(budgets)
         if not found:
             raise BudgetError(self._too_few(geometries, whole))
-        return self._filled(geometries, min(found, key=lambda candidate: candidate[0])[1], float(sum(limits)))
+        best = min(found, key=lambda budgets: expected_of(budgets, geometries))
+        return self._filled(geometries, best, float(sum(limits)))
 
     def _widest(self, geometry: AttentionGeometry, limit: int, bits: tuple[int, int]) -> LayerBudget | None:
         """The widest budget of these bits within ``limit`` bytes of a token; None where the method has none."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
 from statistics import mean
 from typing import Any
 
@@ -16,7 +17,7 @@ from ..methods import Method, get_method
 from ..methods.base import TwoPassMethod
 from ..recipe import Recipe, cache_elements, cache_share
 from ..sources import SourceModel
-from .coding import ByteBudget, coded, is_coded, whole_bytes
+from .coding import ByteBudget, coded, expected_of, may_code, whole_bytes
 from .costs import Costs, count_parameters, estimate_costs
 from .deepseek_layout import QK_ROPE_HEAD_DIM, engine_rank, layout_budgets, refuse_unfit
 from .expected_loss import saved_by_twice_the_text
@@ -164,20 +165,13 @@ def _budgets(
     cache = recipe.cache or ("100%" if fixed else DEFAULT_COMPRESSION)
     pinned = rank is not None and rotary is not None and recipe.cache is None
     share = None if pinned else cache_share(cache, source.cache_bytes_per_token())
-    in_bits = is_coded(recipe, method, share)
-    if in_bits and share is not None:
-        if share > 1:
-            raise BudgetError(f"a cache of {cache} is more than the source's; ask for 100% or less.")
-        bytes_a_value = share * source.cache_bytes_per_token() / sum(geometry.cache_elements for geometry in geometries)
-        limits = [bytes_a_value * geometry.cache_elements for geometry in geometries]
-        budgets = ByteBudget(recipe, method, cache, dtype.itemsize).spent(geometries, limits)
-    elif rank is not None and rotary is not None and recipe.cache is None:
+    in_bits = may_code(recipe, method, counts_bytes=share is not None)
+    if rank is not None and rotary is not None and pinned:
         budgets = [LayerBudget(rank, rotary)] * len(geometries)
+    elif in_bits and share is not None:
+        budgets = _of_bytes(recipe, method, geometries, share, source.cache_bytes_per_token(), dtype, cache)
     else:
-        budgets = [
-            _budget(recipe, method, geometry, elements, cache)
-            for geometry, elements in zip(geometries, cache_elements(cache, geometries, dtype.itemsize), strict=True)
-        ]
+        budgets = _of_values(recipe, method, geometries, cache, dtype)
     # A width that the user names is for the layers that rotate.
     layers = zip(geometries, budgets, strict=True)
     budgets = [budget if geometry.rotary_dim else replace(budget, qk_rope_head_dim=0) for geometry, budget in layers]
@@ -187,6 +181,38 @@ def _budgets(
     for layer, (geometry, budget) in enumerate(zip(geometries, budgets, strict=True)):
         _check(method, geometry, budget, layer)
     return budgets
+
+
+def _of_bytes(
+    recipe: Recipe,
+    method: Method,
+    geometries: list[AttentionGeometry],
+    share: Fraction,
+    source_bytes: int,
+    dtype: torch.dtype,
+    cache: str,
+) -> list[LayerBudget]:
+    """A share of the source's bytes, spent on bits and values, or on values alone where that costs less."""
+    if share > 1:
+        raise BudgetError(f"a cache of {cache} is more than the source's; ask for 100% or less.")
+    bytes_a_value = share * source_bytes / sum(geometry.cache_elements for geometry in geometries)
+    limits = [bytes_a_value * geometry.cache_elements for geometry in geometries]
+    in_bits = ByteBudget(recipe, method, cache, dtype.itemsize).spent(geometries, limits)
+    if recipe.latent_bits is not None:
+        return in_bits
+    try:
+        uncoded = _of_values(recipe, method, geometries, cache, dtype)
+    except BudgetError:
+        return in_bits
+    return min(uncoded, in_bits, key=lambda budgets: expected_of(budgets, geometries))
+
+
+def _of_values(
+    recipe: Recipe, method: Method, geometries: list[AttentionGeometry], cache: str, dtype: torch.dtype
+) -> list[LayerBudget]:
+    elements = cache_elements(cache, geometries, dtype.itemsize)
+    layers = zip(geometries, elements, strict=True)
+    return [_budget(recipe, method, geometry, values, cache) for geometry, values in layers]
 
 
 def _deepseek_budgets(

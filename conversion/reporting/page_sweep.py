@@ -58,8 +58,6 @@ def _sizes(report: Json) -> Section:
     rows += [[word(_named(one)), *_figures(one, source)] for one in report["sizes"]]
     rows += [[word(f"the source in {one['bits']} bits"), *_figures(one, source)] for one in report["quantised_source"]]
     section.text.append("Bits are those of a latent's + a rotary key's values.")
-    if report["note"]:
-        section.text.append(report["note"])
     section.text += [f"{cache} gave nothing to publish: {reason}." for cache, reason in report["refused"].items()]
     columns = ("cache", "bytes", "perplexity", "ratio", "KL", "same token")
     section.tables.append(Table("Every size", columns, rows))

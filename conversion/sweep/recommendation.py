@@ -22,22 +22,6 @@ def recommended(sizes: Sequence[Size]) -> Size:
     return min(sizes, key=lambda size: size.kl)
 
 
-def note_on_precision(sizes: Sequence[Size], dtype: str) -> str | None:
-    """Why a size that is kept in ``dtype`` is farther from the source than a smaller one in few bits.
-
-    None where none is.
-    """
-    for large in sizes:
-        for small in sizes:
-            nearer = small.bytes_share < large.bytes_share and small.kl < large.kl
-            if large.precision == dtype != small.precision and nearer:
-                return (
-                    f"{large.cache} is kept in {dtype}, so that other engines can read it, and leaves values out; "
-                    f"{small.cache} is nearer to the source, as {small.precision} round more values."
-                )
-    return None
-
-
 def heal_command(checkpoint: str, source: str) -> str:
     """What brings a checkpoint nearer to its source."""
     return f"mla heal {checkpoint} --teacher {source} --minutes {MINUTES}"

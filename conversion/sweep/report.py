@@ -10,7 +10,7 @@ from ..pipeline.work.partial_output import versions
 from ..reporting.report_files import write_report_files
 from .job import SweepJob, by_context
 from .picture import draw_sweep
-from .recommendation import note_on_precision, recommendation, recommended
+from .recommendation import recommendation, recommended
 from .result import PICTURE_NAME, ByContext, SourceFigures, SourceName, SweepResult
 
 
@@ -53,7 +53,6 @@ def _result(job: SweepJob) -> SweepResult:
         quantised_source=quantised,
         refused=journal.refused,
         recommended=recommended(sizes).cache,
-        note=note_on_precision(sizes, dtype),
         recommendation=recommendation(name, job.recipe.folder.name, journal.perplexity_source, sizes, quantised),
         seconds=round(journal.seconds, 1),
         versions=versions(),

@@ -90,9 +90,8 @@ class SweepResult(_Figures):
     """A finished sweep.
 
     Figures are of ``windows`` of ``window`` tokens of ``text``, which no default calibration reads. ``dtype`` is that
-    of the weights that were written. ``recommended`` is the ``cache`` of one of the ``sizes``; ``note`` says why a
-    larger one may be farther from the source. ``refused`` are sizes that gave nothing to publish, with the reason.
-    ``seconds`` are those of all runs that it took.
+    of the weights that were written. ``recommended`` is the ``cache`` of one of the ``sizes``. ``refused`` are sizes
+    that gave nothing to publish, with the reason. ``seconds`` are those of all runs that it took.
     """
 
     kind: Literal["sweep"] = "sweep"
@@ -107,7 +106,6 @@ class SweepResult(_Figures):
     refused: dict[str, str] = {}
     recommended: str
     recommendation: str
-    note: str | None
     seconds: float
     versions: dict[str, str]
 

@@ -37,8 +37,6 @@ def _quality(found: SweepResult) -> Table:
     told = ["Kept in: the type of a value, or the bits of a latent's + a rotary key's."]
     if found.quantised_source:
         told.append("The source in few bits: its own cache in KIVI's form (arXiv 2402.02750), no conversion.")
-    if found.note is not None:
-        told.append(found.note)
     table.caption, table.caption_justify = "\n".join(told), "left"
     return table
 

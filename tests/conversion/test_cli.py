@@ -55,9 +55,9 @@ def test_inspect_mla_checkpoints(folder: Path, tmp_path: Path) -> None:
 
 
 def test_plan_is_one_json_object(folder: Path) -> None:
-    found = json.loads(mla("plan", folder / "source", "--cache", "50%", "--json"))
+    found = json.loads(mla("plan", folder / "source", "--cache", "50%", "--bits", 16, "--json"))
     assert found["cache_bytes_per_token"] == LAYERS * 32 * 4
-    assert "50.0%" in mla("plan", folder / "source", "--cache", "50%")
+    assert "50.0%" in mla("plan", folder / "source", "--cache", "50%", "--bits", 16)
 
 
 def test_dry_run_writes_nothing(folder: Path, tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_dry_run_writes_nothing(folder: Path, tmp_path: Path) -> None:
 
 
 def test_convert_then_verify(folder: Path, tmp_path: Path) -> None:
-    options = ["--cache", "75%", "--tokens", "256", "--calibration", folder / "text.txt"]
+    options = ["--cache", "75%", "--bits", "16", "--tokens", "256", "--calibration", folder / "text.txt"]
     shown = mla("convert", folder / "source", tmp_path / "out", *options)
     costs = r"\d+ s, \d+\.\d [MG]B of memory, \d+\.\d [kM]B of disk"
     ready = rf"is ready after {costs} \(expected: {costs}\); in seconds: .*verifying \d+\. "

@@ -38,7 +38,7 @@ def save_own(folder: Path, **fields) -> Path:
 def test_padded_model_is_the_same_model(family: str, tmp_path: Path) -> None:
     source = save_family(tmp_path / "source", family)
     text = write_text(tmp_path / "text.txt")
-    converted = convert(source, tmp_path / "mla", cache="60%", calibration=str(text), tokens=512).output
+    converted = convert(source, tmp_path / "mla", cache="60%", latent_bits=16, calibration=str(text), tokens=512).output
     before = load(converted).config
     assert len(set(before.kv_lora_ranks or [])) > 1, "ranks that differ are part of this test"
     exported = export(converted, tmp_path / "vllm").output

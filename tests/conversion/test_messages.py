@@ -36,7 +36,7 @@ def test_names_are_no_markup(name: str, source: Path, tmp_path: Path, monkeypatc
 
 @pytest.mark.parametrize("charset", ["latin-1", "ascii"])
 def test_terminal_without_arrows_and_emoji(charset: str, source: Path, tmp_path: Path) -> None:
-    planned = mla("plan", source, "--output", tmp_path / "out", charset=charset)
+    planned = mla("plan", source, "--bits", "16", "--output", tmp_path / "out", charset=charset)
     assert planned.exit_code == 0, planned.output
     assert "768 -> 384" in planned.output
     result = mla("convert", source, tmp_path / "out 😄", "--method", "exact", charset=charset)

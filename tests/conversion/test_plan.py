@@ -89,7 +89,9 @@ def test_cache_is_the_share_asked_for(share: int, source: Path) -> None:
 
 
 def test_defaults_are_half_for_compression_and_all_for_the_exact_form(source: Path) -> None:
-    assert planned(source).cache_bytes * 2 == planned(source).source_cache_bytes
+    assert planned(source).layers == planned(source, cache="50%").layers
+    uncoded = planned(source, latent_bits=16)
+    assert uncoded.cache_bytes * 2 == uncoded.source_cache_bytes
     exact = planned(source, method="exact")
     assert exact.cache_bytes == exact.source_cache_bytes
     assert exact.windows == 0
@@ -106,7 +108,7 @@ def test_defaults_are_half_for_compression_and_all_for_the_exact_form(source: Pa
     ],
 )
 def test_pinned_ranks(pins: dict[str, Any], budget: LayerBudget, source: Path) -> None:
-    assert set(planned(source, **pins).layers) == {budget}
+    assert set(planned(source, latent_bits=16, **pins).layers) == {budget}
 
 
 def _wider(budget: LayerBudget) -> LayerBudget:
@@ -116,9 +118,17 @@ def _wider(budget: LayerBudget) -> LayerBudget:
 
 @pytest.mark.parametrize(
     ("cache", "bits"),
-    [("40%", (5, 8)), ("31%", (5, 6)), ("22%", (4, 6)), ("15%", (3, 5)), ("12.5%", (3, 5)), ("8%", (2, 5))],
+    [
+        ("50%", (8, 8)),
+        ("40%", (5, 8)),
+        ("31%", (5, 6)),
+        ("22%", (4, 6)),
+        ("15%", (3, 5)),
+        ("12.5%", (3, 5)),
+        ("8%", (2, 5)),
+    ],
 )
-def test_bytes_below_half_are_spent_on_values_and_bits(cache: str, bits: tuple[int, int], wide: Path) -> None:
+def test_bytes_are_spent_on_values_and_bits(cache: str, bits: tuple[int, int], wide: Path) -> None:
     plan = planned(wide, cache=cache)
     share = float(cache.removesuffix("%")) / 100
     assert {(layer.latent_bits, layer.rope_bits) for layer in plan.layers} == {bits}
@@ -137,17 +147,26 @@ def test_bytes_below_half_are_spent_on_values_and_bits(cache: str, bits: tuple[i
     assert plan.as_json()["layers"][0]["latent_bits"] == bits[0]
 
 
+def test_bytes_that_hold_all_values_are_not_spent_on_fewer(wide: Path) -> None:
+    """From where 8 bits hold everything to where values alone lose less than rounding all of them."""
+    for cache in ("60%", "75%", "90%"):
+        plan = planned(wide, cache=cache)
+        assert {(layer.cache_elements, layer.latent_bits) for layer in plan.layers} == {(WIDE_ELEMENTS, 8)}
+        assert plan.cache_bytes < 0.6 * plan.source_cache_bytes
+
+
 @pytest.mark.parametrize(
     "options",
     [
-        {"cache": "50%"},
-        {"cache": "75%"},
+        {"cache": "50%", "latent_bits": 16},
+        {"cache": "99%"},
+        {"cache": "100%"},
         {"cache": "96"},
         {"cache": "25%", "latent_bits": 16},
         {"cache": "25%", "uniform": True},
         {"cache": "25%", "method": "mha2mla"},
         {"kv_lora_rank": 32, "qk_rope_head_dim": 16},
-        {},
+        {"latent_bits": 16},
     ],
     ids=str,
 )
@@ -210,14 +229,14 @@ def test_window_is_not_longer_than_the_context(source: Path) -> None:
 
 
 def test_written_type_changes_bytes_not_elements(source: Path) -> None:
-    half, full = planned(source), planned(source, dtype="float32")
+    half, full = (planned(source, latent_bits=16, dtype=dtype) for dtype in (None, "float32"))
     assert (half.dtype, full.dtype) == (torch.bfloat16, torch.float32)
     assert full.cache_bytes == 2 * half.cache_bytes
     assert full.layers == half.layers
 
 
 def test_json_holds_every_layer_and_the_recipe(source: Path) -> None:
-    found = planned(source, seed=3).as_json()
+    found = planned(source, seed=3, latent_bits=16).as_json()
     assert found["recipe"]["seed"] == 3
     assert len(found["layers"]) == LAYERS
     assert found["cache_bytes_per_token"] * 2 == found["cache_bytes_per_token_source"]

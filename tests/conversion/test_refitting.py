@@ -49,7 +49,7 @@ def test_it_reads_the_converted_model_beside_the_source(family, tmp_path, monkey
         lambda self, layer, block, states: (kept.add((self.folder.name, layer)), write(self, layer, block, states)),
     )
     folder, text = save_family(tmp_path / "source", family, dtype=torch.float32), write_text(tmp_path / "text.txt")
-    output = convert(folder, tmp_path / "out", cache="60%", calibration=str(text), tokens=256).output
+    output = convert(folder, tmp_path / "out", cache="60%", latent_bits=16, calibration=str(text), tokens=256).output
 
     windows = load_windows(str(text), byte_tokenizer(), window_length(open_source(str(folder))), 256, seed=0)
     models = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for path in (folder, output)]

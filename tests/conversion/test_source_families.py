@@ -115,7 +115,7 @@ def test_compressed_checkpoint_is_whole(
 ) -> None:
     source = save_family(tmp_path / "source", family)
     text = write_text(tmp_path / "text.txt")
-    conversion = convert(source, tmp_path / "out", cache="60%", calibration=str(text), tokens=512)
+    conversion = convert(source, tmp_path / "out", cache="60%", latent_bits=16, calibration=str(text), tokens=512)
     verification = conversion.report.verification
     before, after = verification.cache_bytes_per_token_source, verification.cache_bytes_per_token
     assert 0.55 <= after / before <= 0.6

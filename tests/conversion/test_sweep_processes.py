@@ -18,7 +18,7 @@ from conversion.sweep.sweep import run_sweep
 
 def sweep_into(folder: Path, output: str) -> SweepResult:
     job.CONTEXTS = (64,)
-    options = {"calibration": str(folder / "text.txt"), "tokens": 640}
+    options = {"calibration": str(folder / "text.txt"), "tokens": 640, "latent_bits": 16}
     recipe = make_sweep(str(folder / "source"), folder / output, "50%", figures_only=False, **options)
     source = open_source(str(folder / "source"))
     return run_sweep(recipe, recipe.plans(source), source)

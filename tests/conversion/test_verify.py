@@ -31,7 +31,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("verify")
     source = save_source(folder / "source", dtype=torch.float32)
     text = write_text(folder / "text.txt")
-    return source, convert(source, folder / "out", cache="50%", tokens=256, calibration=str(text)).output
+    recipe = {"cache": "50%", "latent_bits": 16, "tokens": 256, "calibration": str(text)}
+    return source, convert(source, folder / "out", **recipe).output
 
 
 @pytest.fixture

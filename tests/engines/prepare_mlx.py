@@ -65,7 +65,7 @@ def main(source: str, folder: Path) -> None:
         longer = [(prompt * 3)[:BEYOND] for prompt in prompts]
         chosen = longer if "longrope" in family else prompts
         write_expected(folder / family, chosen, experts_implementation="eager")
-    convert_and_export(source, folder / "smollm2", cache="50%", dtype="float32", tokens=8192)
+    convert_and_export(source, folder / "smollm2", cache="50%", latent_bits=16, dtype="float32", tokens=8192)
     tokenizer = AutoTokenizer.from_pretrained(folder / "smollm2")
     write_expected(folder / "smollm2", [tokenizer(text)["input_ids"] for text in TEXTS])
     if not (folder / "smollm2-source").exists():

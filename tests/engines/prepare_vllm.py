@@ -68,7 +68,7 @@ def save_converted(source: str, folder: Path) -> None:
     """The model at half of its cache, padded for vLLM."""
     converted = folder.with_name(f"{folder.name}-unpadded")
     if not converted.exists():
-        subprocess.run(["mla", "convert", source, str(converted), "--cache", "50%"], check=True)
+        subprocess.run(["mla", "convert", source, str(converted), "--cache", "50%", "--bits", "16"], check=True)
     subprocess.run(["mla", "export", str(converted), str(folder), "--to", "vllm"], check=True)
 
 
