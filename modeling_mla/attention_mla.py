@@ -14,6 +14,7 @@ from .attention_functions_mla import eager_attention_forward
 from .cache_mla import cached_latents
 from .configuration_mla import IDENTITY_NORM_EPS, IDENTITY_NORM_WEIGHT, identity_norm_weight, norm_epsilon
 from .latent_attention_mla import LatentAttention
+from .per_head_linear_mla import PerHeadLinear
 from .rope_extension_mla import rope_extension
 from .rope_mla import apply_rotary, layer_angles
 from .routes_mla import MLAttentionInterface
@@ -100,8 +101,11 @@ class MLAttention(LatentAttention):
         self.softcap = config.attention_softcap
 
         hidden_size, num_heads = config.hidden_size, config.num_attention_heads
+        self.q_head_dim = config.q_head_dim
         if self.q_lora_rank is None:
-            self.q_proj = nn.Linear(hidden_size, num_heads * self.qk_head_dim, bias=config.q_bias)
+            self.q_proj = nn.Linear(hidden_size, num_heads * (self.q_head_dim or self.qk_head_dim), bias=config.q_bias)
+            if self.q_head_dim is not None:
+                self.q_head_proj = PerHeadLinear(num_heads, self.q_head_dim, self.qk_head_dim)
         else:
             self.q_a_proj = nn.Linear(hidden_size, self.q_lora_rank, bias=config.q_bias)
             self.q_a_layernorm = LlamaRMSNorm(self.q_lora_rank, eps=norm_epsilon(config))
@@ -118,6 +122,9 @@ class MLAttention(LatentAttention):
 
     def project_query(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """``[B, S, D] -> [B, H, S, qk_nope_head_dim + qk_rope_head_dim]``, not rotated."""
+        if self.q_head_dim is not None:
+            heads = self.q_proj(hidden_states).unflatten(-1, (-1, self.q_head_dim))
+            return self.q_head_proj(heads).transpose(1, 2)
         if self.q_lora_rank is None:
             query = self.q_proj(hidden_states)
         else:

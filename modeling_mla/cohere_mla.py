@@ -10,10 +10,10 @@ from transformers.models.cohere import modeling_cohere as body
 from typing_extensions import override
 
 from .attention_mla import MLAttention
-from .configuration_mla import mla_tp_plan
 from .modeling_mla import MLAPreTrainedMixin, built_with, generic_heads, register_family, with_latent_cache
 from .qk_norm_mla import NormedMLAConfigMixin, NormedMLAttention, normed_mla_tp_plan
 from .rope_mla import MLARotaryEmbedding
+from .tensor_parallel_plan_mla import mla_tp_plan
 
 
 @strict

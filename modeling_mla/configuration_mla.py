@@ -32,20 +32,6 @@ def identity_norm_weight(size: int, dtype: torch.dtype, device: torch.device | s
     return torch.full((size,), IDENTITY_NORM_WEIGHT, dtype=dtype, device=device)
 
 
-def mla_tp_plan(body_plan: dict[str, str] | None, attention: str = "self_attn") -> dict[str, str]:
-    """A body's tensor-parallel plan, if it has one, with its attention replaced: heads are split, latents are not.
-
-    ``body_plan`` gives styles by module, ``layers.*`` for every layer; ``attention`` is what the body calls its own.
-    """
-    plan = {name: style for name, style in (body_plan or {}).items() if f".{attention}." not in name}
-    return plan | {
-        f"layers.*.{attention}.q_proj": "colwise",
-        f"layers.*.{attention}.q_b_proj": "colwise",
-        f"layers.*.{attention}.kv_b_proj": "colwise",
-        f"layers.*.{attention}.o_proj": "rowwise",
-    }
-
-
 def norm_epsilon(config: PreTrainedConfig) -> float:
     """Of the body's norms, which each family names after their kind."""
     names = ("rms_norm_eps", "norm_epsilon", "layer_norm_eps")
@@ -60,6 +46,9 @@ class MLAConfigMixin(_Body):
         kv_lora_rank: width of the cached latent, the largest over the layers.
         kv_lora_ranks: width for every layer, where they differ.
         q_lora_rank: width of the query's low-rank path; None is a full ``q_proj``.
+        q_head_dim: channels of a head's query that ``q_proj`` gives, which ``q_head_proj`` maps to un-rotated and
+            rotated ones, head by head; None where ``q_proj`` gives these. A head of a converted model has the channels
+            of its source, and meets all rotary channels of the cache.
         qk_nope_head_dim: un-rotated query/key channels of a head (0: rotary channels only), the most of any layer.
         qk_nope_head_dims: the same for every layer, where they differ.
         qk_rope_head_dim: channels of the shared rotary key, even, the largest over the layers (0: no rotary key).
@@ -91,6 +80,7 @@ class MLAConfigMixin(_Body):
     kv_lora_rank: int = 512
     kv_lora_ranks: list[int] | None = None
     q_lora_rank: int | None = None
+    q_head_dim: int | None = None
     qk_nope_head_dim: int = 128
     qk_nope_head_dims: list[int] | None = None
     qk_rope_head_dim: int = 64
@@ -118,12 +108,21 @@ class MLAConfigMixin(_Body):
         self.qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
         super().__post_init__(**kwargs)
         # A plan may name no module that the model lacks.
-        absent = "q_b_proj" if self.q_lora_rank is None else "q_proj"
+        absent = {"q_b_proj" if self.q_lora_rank is None else "q_proj"}
+        if not self.maps_queries_by_head:
+            absent |= {"q_head_proj", "q_head_proj.weight"}
         self.base_model_tp_plan: dict[str, str] = {
-            name: style for name, style in self.base_model_tp_plan.items() if not name.endswith(f".{absent}")
+            name: style
+            for name, style in self.base_model_tp_plan.items()
+            if name.partition(".*.")[2].partition(".")[2] not in absent
         }
         if "auto_map" not in self.__dict__:
             self.auto_map = dict(self.model_auto_map)
+
+    @property
+    def maps_queries_by_head(self) -> bool:
+        """Whether attention has a ``q_head_proj``."""
+        return self.q_head_dim is not None
 
     @property
     def attention_softcap(self) -> float | None:
@@ -147,6 +146,11 @@ class MLAConfigMixin(_Body):
             raise ValueError(f"kv_lora_rank is {self.kv_lora_rank}; it must be at least 1.")
         if self.q_lora_rank is not None and self.q_lora_rank < 1:
             raise ValueError(f"q_lora_rank is {self.q_lora_rank}; it must be at least 1, or None for a full q_proj.")
+        if self.q_head_dim is not None and (self.q_head_dim < 1 or self.q_lora_rank is not None):
+            raise ValueError(
+                f"q_head_dim is {self.q_head_dim} beside q_lora_rank {self.q_lora_rank}; it must be at least 1 and is "
+                "for a full q_proj, or None."
+            )
         if self.qk_rope_head_dim < 0 or self.qk_rope_head_dim % 2:
             raise ValueError(f"qk_rope_head_dim is {self.qk_rope_head_dim}; it must be even and not negative.")
         if self.qk_nope_head_dim < 0 or self.qk_nope_head_dim + self.qk_rope_head_dim == 0:

@@ -7,9 +7,10 @@ from transformers import GenerationMixin, Glm4Config
 from transformers.models.glm4 import modeling_glm4 as body
 
 from .attention_mla import MLAttention
-from .configuration_mla import MLAConfigMixin, mla_tp_plan
+from .configuration_mla import MLAConfigMixin
 from .modeling_mla import MLAPreTrainedMixin, built_with, generic_heads, register_family, with_latent_cache
 from .rope_mla import MLARotaryEmbedding
+from .tensor_parallel_plan_mla import mla_tp_plan
 
 
 @strict

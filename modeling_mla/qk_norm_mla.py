@@ -14,9 +14,11 @@ from transformers import PreTrainedConfig
 from typing_extensions import override
 
 from .attention_mla import MLAttention
-from .configuration_mla import MLAConfigMixin, mla_tp_plan
+from .configuration_mla import MLAConfigMixin
+from .per_head_linear_mla import PerHeadLinear
 from .tensor_parallel_mla import own_heads
-from .transformers_seams_mla import LlamaRMSNorm, init
+from .tensor_parallel_plan_mla import mla_tp_plan
+from .transformers_seams_mla import LlamaRMSNorm
 
 
 def normed_mla_tp_plan(body_plan: dict[str, str], norm_spans_heads: bool = False) -> dict[str, str]:
@@ -24,11 +26,7 @@ def normed_mla_tp_plan(body_plan: dict[str, str], norm_spans_heads: bool = False
 
     A norm that spans the heads, or has weights of its own for each, needs all of the query in every process.
     """
-    plan = mla_tp_plan(body_plan) | {
-        "layers.*.self_attn.q_head_proj": "local_params",
-        # Transformers' name for a stack of matrices that is split into stacks.
-        "layers.*.self_attn.q_head_proj.weight": "grouped_gemm",
-    }
+    plan = mla_tp_plan(body_plan)
     if norm_spans_heads:
         del plan["layers.*.self_attn.q_proj"]
         return plan
@@ -50,6 +48,11 @@ class NormedMLAConfigMixin(MLAConfigMixin):
     qk_norm_key_heads: int | None = 8
     latent_bias: bool = False
 
+    @property
+    @override
+    def maps_queries_by_head(self) -> bool:
+        return self.qk_norm_head_dim is not None
+
     def validate_qk_norm(self) -> None:
         """Raises `ValueError` with field, value and limit."""
         wanted = getattr(self, "use_qk_norm", True)
@@ -68,24 +71,8 @@ class NormedMLAConfigMixin(MLAConfigMixin):
             )
         if self.q_lora_rank is not None:
             raise ValueError(f"q_lora_rank is {self.q_lora_rank}; a query norm works on a full q_proj, set None.")
-
-
-class PerHeadLinear(nn.Module):
-    """One linear map a head: ``[B, S, H, in] -> [B, S, H, out]``, weight ``[H, out, in]``."""
-
-    def __init__(self, num_heads: int, in_features: int, out_features: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_heads, out_features, in_features))
-
-    def init_mla_weights(self, std: float) -> None:
-        """Draws the weight from a normal distribution of deviation ``std``."""
-        init.normal_(self.weight, mean=0.0, std=std)
-
-    @override
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        heads, out_features, in_features = self.weight.shape
-        rows = x.reshape(-1, heads, in_features).transpose(0, 1)
-        return torch.bmm(rows, self.weight.mT).transpose(0, 1).reshape(*x.shape[:-1], out_features)
+        if self.q_head_dim is not None:
+            raise ValueError(f"q_head_dim is {self.q_head_dim}; a query norm has qk_norm_head_dim, set None.")
 
 
 class NormedMLAttention(MLAttention):

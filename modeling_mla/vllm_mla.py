@@ -48,6 +48,11 @@ def refuse_unservable(config: PreTrainedConfig, max_model_len: int, dtype: torch
     reason = why_no_mla_attention(config)
     if reason is not None:
         raise ValueError(f"{config.model_type} {reason}; serve the model with Transformers (transformers serve).")
+    if config.q_head_dim is not None:
+        raise ValueError(
+            f"q_head_dim is {config.q_head_dim}; vLLM cannot fuse queries that are mapped head by head into its MLA "
+            "attention; write them as one matrix with: mla export MODEL DIR --to vllm."
+        )
     if config.q_lora_rank is not None:
         raise ValueError(
             f"q_lora_rank is {config.q_lora_rank}; vLLM cannot fuse this library's low-rank queries into its MLA "

@@ -13,9 +13,10 @@ from transformers import PreTrainedConfig
 from typing_extensions import override
 
 from ..checkpoint.location import Location
-from ..checkpoint.reader import SafetensorsReader
+from ..checkpoint.reader import SafetensorsReader, TensorReader
 from ..checkpoint.writer import ShardWriter
 from ..progress import counting
+from .whole_queries import WholeQueries, without_head_maps
 
 
 class Exporter(ABC):
@@ -46,6 +47,9 @@ class Exporter(ABC):
 class CheckpointExporter(Exporter):
     """A target that is a checkpoint too: shards of safetensors, configuration, tokenizer."""
 
+    reads_head_maps: ClassVar[bool] = False
+    """Whether it knows ``q_head_proj`` behind a plain ``q_proj``."""
+
     @abstractmethod
     def config(self, config: PreTrainedConfig) -> Any:
         """The exported model's configuration. Raises `ConversionError` for what the target cannot express."""
@@ -71,8 +75,10 @@ class CheckpointExporter(Exporter):
 
     @override
     def write(self, location: Location, config: PreTrainedConfig, folder: Path, progress: Progress) -> int:
+        reader: TensorReader = SafetensorsReader(location.folder)
+        if not self.reads_head_maps:
+            reader, config = WholeQueries(reader, config), without_head_maps(config)
         after = self.config(config)
-        reader = SafetensorsReader(location.folder)
         layout: dict[str, Tensor] = {}
         origin: dict[str, str] = {}
         for name in reader.names:

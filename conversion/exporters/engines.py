@@ -18,6 +18,7 @@ from ..reporting.families import SMALLEST
 from ..sources import SOURCES, SourceModel, source_of
 from .deepseek_form import why_no_deepseek
 from .mlx import MlxExporter
+from .whole_queries import without_head_maps
 
 COLUMNS = ("family", "Transformers", "mlx-lm", "vLLM, by our plugin", "vLLM, SGLang, llama.cpp, as DeepSeek's")
 """The last is for models in ``--layout deepseek``."""
@@ -44,7 +45,7 @@ def _by_mlx(source: SourceModel) -> str:
 def _by_vllm(source: SourceModel) -> str:
     try:
         # Of one token: how long a text may be depends on the checkpoint.
-        refuse_unservable(exact_config(source, torch.bfloat16), 1, torch.bfloat16)
+        refuse_unservable(without_head_maps(exact_config(source, torch.bfloat16)), 1, torch.bfloat16)
     except ValueError as error:
         return _refused(error)
     return "yes"

@@ -19,13 +19,14 @@ from transformers import PreTrainedConfig
 from typing_extensions import override
 
 from ..checkpoint.location import Location
-from ..checkpoint.reader import SafetensorsReader
+from ..checkpoint.reader import SafetensorsReader, TensorReader
 from ..errors import VerificationError
 from ..planning.deepseek_layout import QK_ROPE_HEAD_DIM
 from ..progress import counting
 from .base import Exporter
 from .deepseek_form import DeepseekForm, deepseek_form
 from .gguf_tokenizer import add_tokenizer
+from .whole_queries import WholeQueries, without_head_maps
 
 FILE = "model.gguf"
 ARCHITECTURE = gguf.MODEL_ARCH.DEEPSEEK2
@@ -44,7 +45,7 @@ class GgufExporter(Exporter):
     def write(self, location: Location, config: PreTrainedConfig, folder: Path, progress: Progress) -> int:
         # The form refuses what it cannot hold before weights are read.
         deepseek_form(config, 1, 1, 1, 1.0, [])
-        reader = SafetensorsReader(location.folder)
+        reader, config = WholeQueries(SafetensorsReader(location.folder), config), without_head_maps(config)
         form = deepseek_form(
             config,
             rank=config.kv_lora_rank,
@@ -102,7 +103,7 @@ def gguf_tensors(form: DeepseekForm, name: str, tensor: Tensor) -> Iterator[tupl
             yield f"{known}.weight", (half.float() if wide else half).contiguous()
 
 
-def _latent_scale(reader: SafetensorsReader, config: PreTrainedConfig, layer: int) -> float:
+def _latent_scale(reader: TensorReader, config: PreTrainedConfig, layer: int) -> float:
     """A power of two that brings a layer's latents near `LATENT_SIZE`."""
     prefix, rank = f"model.layers.{layer}.", config.layer_kv_lora_rank(layer)
     down = reader.tensor(f"{prefix}self_attn.kv_a_proj_with_mqa.weight")[:rank].float()

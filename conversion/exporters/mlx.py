@@ -37,6 +37,7 @@ class MlxExporter(CheckpointExporter):
     """Every family, with per-layer ranks, biases, frequencies, norms and windows. Latents are cached uncoded."""
 
     name = "mlx"
+    reads_head_maps = True
     runs = ("mlx_lm.chat --model {folder} --trust-remote-code", "mlx_lm.server --model {folder} --trust-remote-code")
 
     @override
@@ -97,6 +98,7 @@ def layer_facts(config: PreTrainedConfig, attention: MLAttention, rotation: Rota
         "heads": config.num_attention_heads,
         "kv_lora_rank": attention.kv_lora_rank,
         "q_lora_rank": attention.q_lora_rank,
+        "q_head_dim": attention.q_head_dim,
         "qk_nope_head_dim": attention.qk_nope_head_dim,
         "qk_rope_head_dim": attention.qk_rope_head_dim,
         "v_head_dim": attention.v_head_dim,

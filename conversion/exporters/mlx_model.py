@@ -70,8 +70,12 @@ class LatentAttention(nn.Module):
                 self[f"{name}_norm"] = HeadNorm(facts["qk_norm"], count, size, eps)
             self.k_proj = nn.Linear(hidden, key_heads * size, bias=facts["qk_norm_bias"])
             self.v_proj = nn.Linear(hidden, key_heads * size, bias=facts["qk_norm_bias"])
+            latent_input = 2 * key_heads * size
+        # What each head's query is, before it is mapped to un-rotated and rotated channels.
+        size = facts["q_head_dim"] if facts["qk_norm"] is None else facts["qk_norm_head_dim"]
+        if size is not None:
             self.q_head_proj = MultiLinear(size, nope + rope, heads)
-            queries, latent_input = heads * size, 2 * key_heads * size
+            queries = heads * size
         if facts["q_lora_rank"] is None:
             self.q_proj = nn.Linear(hidden, queries, bias=facts["q_bias"])
         else:
@@ -146,9 +150,10 @@ class LatentAttention(nn.Module):
         else:
             query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
         query = query.reshape(*x.shape[:2], self._facts["heads"], -1)
-        if self._facts["qk_norm"] is None:
-            return query.transpose(0, 2, 1, 3)
-        return self.q_head_proj(self.q_norm(query).transpose(0, 2, 1, 3))
+        if self._facts["qk_norm"] is not None:
+            query = self.q_norm(query)
+        query = query.transpose(0, 2, 1, 3)
+        return self.q_head_proj(query) if "q_head_proj" in self else query
 
     def _compressed(self, x: mx.array) -> mx.array:
         """``[B, L, D] -> [B, L, r + d_r]``, neither normalised nor rotated."""

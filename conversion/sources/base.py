@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import cached_property, reduce
 from typing import Any, ClassVar, Self
 
@@ -25,6 +26,7 @@ from .converted_config import BIASES, converted_config
 from .given_output import GivenOutput
 from .inventory import refuse_rotation, refuse_unfit
 from .masks import layer_mask
+from .query_maps import head_maps
 from .rotary_layout import half_split
 from .stored_model import StoredModel
 
@@ -246,6 +248,11 @@ class SourceModel(StoredModel):
         """The converted attention under its names in the new checkpoint."""
         prefix = self.layer_prefix.format(layer=layer) + self.attention_prefix
         rank = weights.kv_b_proj.shape[1]
+        by_head = {}
+        if config.q_head_dim is not None:
+            source = self.attention(layer)
+            by_head["q_head_proj.weight"] = head_maps(source, weights, config.num_attention_heads).to(dtype)
+            weights = replace(weights, q_proj=source.q, q_proj_bias=source.q_bias)
         tensors = {
             "q_proj.weight": weights.q_proj.to(dtype),
             "kv_a_proj_with_mqa.weight": weights.kv_a_proj_with_mqa.to(dtype),
@@ -258,7 +265,7 @@ class SourceModel(StoredModel):
                 name, bias = field.removesuffix("_bias"), getattr(weights, field)
                 rows = tensors[f"{name}.weight"]
                 tensors[f"{name}.bias"] = rows.new_zeros(len(rows)) if bias is None else bias.to(dtype)
-        return {prefix + name: tensor for name, tensor in tensors.items()}
+        return {prefix + name: tensor for name, tensor in (tensors | by_head).items()}
 
     def mla_config(self, layers: Iterable[MLAWeights], dtype: torch.dtype) -> PreTrainedConfig:
         """The configuration of the converted model: the source's body, the layers' attention."""

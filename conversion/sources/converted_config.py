@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 
 from ..checkpoint.json_fields import passed_on
 from ..layers import AttentionGeometry, MLAWeights
+from .query_maps import head_dim_of_queries
 
 BIASES = ("q_proj_bias", "kv_a_proj_with_mqa_bias", "o_proj_bias")
 _REPLACED = {
@@ -76,6 +77,7 @@ def converted_config(
         kv_lora_rank=max(ranks),
         kv_lora_ranks=ranks if len(set(ranks)) > 1 else None,
         q_lora_rank=None,
+        q_head_dim=head_dim_of_queries(geometries, list(map(sum, zip(nope_dims, widths, strict=True)))),
         qk_nope_head_dim=max(nope_dims),
         qk_nope_head_dims=nope_dims if len(set(nope_dims)) > 1 else None,
         qk_rope_head_dim=max(widths),

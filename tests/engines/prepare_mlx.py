@@ -12,10 +12,11 @@ from pathlib import Path
 
 import torch
 from answers import TEXTS, write_answers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from conversion import convert
 from conversion.checkpoint.location import locate
+from conversion.evaluation.loading import load_model
 from conversion.exporters import export_checkpoint
 from conversion.progress import silent_progress
 from conversion.recipe import Recipe
@@ -69,8 +70,7 @@ def main(source: str, folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder / "smollm2")
     write_expected(folder / "smollm2", [tokenizer(text)["input_ids"] for text in TEXTS])
     if not (folder / "smollm2-source").exists():
-        model = AutoModelForCausalLM.from_pretrained(**locate(source).arguments, dtype=torch.float32)
-        model.save_pretrained(folder / "smollm2-source")
+        load_model(locate(source), "cpu").save_pretrained(folder / "smollm2-source")
         tokenizer.save_pretrained(folder / "smollm2-source")
 
 

@@ -16,6 +16,8 @@ from modeling_mla import CohereMLAConfig, Gemma2MLAConfig, LlamaMLAConfig
 
 INVALID = {
     "kv_lora_rank": ({"kv_lora_rank": 0}, "kv_lora_rank is 0; it must be at least 1"),
+    "q_head_dim": ({"q_head_dim": 0}, "q_head_dim is 0 beside q_lora_rank None; it must be at least 1"),
+    "q_head_dim and rank": ({"q_head_dim": 8, "q_lora_rank": 4}, "q_head_dim is 8 beside q_lora_rank 4"),
     "q_lora_rank": ({"q_lora_rank": 0}, "q_lora_rank is 0; it must be at least 1, or None"),
     "odd rope": ({"qk_rope_head_dim": 3}, "qk_rope_head_dim is 3; it must be even"),
     "negative rope": ({"qk_rope_head_dim": -2}, "qk_rope_head_dim is -2; it must be even and not negative"),

@@ -29,6 +29,7 @@ CASES: dict[str, tuple[str, dict]] = {
     "llama": ("Llama", {}),
     "low-rank queries and biases": ("Llama", VARIANTS["q_lora_biases"]),
     "biases": ("Llama", VARIANTS["biases"]),
+    "queries by head": ("Llama", VARIANTS["q_by_head"]),
     "layers of other widths": ("Llama", VARIANTS["per_layer"]),
     "ministral": ("Ministral", {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}),
     "mistral": ("Mistral", {"sliding_window": 6}),

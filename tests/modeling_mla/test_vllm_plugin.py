@@ -99,6 +99,7 @@ def test_plugin_registers_every_family(monkeypatch: pytest.MonkeyPatch) -> None:
             "cohere_mla normalises",
         ),
         (LlamaMLAConfig, {"q_lora_rank": 8}, "q_lora_rank is 8"),
+        (LlamaMLAConfig, {"q_head_dim": 8}, "q_head_dim is 8.*mla export"),
         (LlamaMLAConfig, {"kv_lora_ranks": [5, 16]}, "latents of 5 to 16 .*mla export"),
         (MistralMLAConfig, {"sliding_window": 100}, "sliding window is 100 tokens"),
         (SmolLM3MLAConfig, {"no_rope_layers": [1, 0]}, "rotary keys of 0 to 4 values"),

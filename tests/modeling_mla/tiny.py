@@ -17,6 +17,7 @@ VARIANTS: dict[str, dict] = {
     "plain": {},
     "interleaved": {"rope_interleave": True},
     "q_lora": {"q_lora_rank": 20},
+    "q_by_head": {"q_head_dim": 6, "q_bias": True},
     "no_nope": {"qk_nope_head_dim": 0},
     "no_rope": {"qk_rope_head_dim": 0},
     "wide_value": {"v_head_dim": 18, "kv_lora_rank": 7},
@@ -158,6 +159,9 @@ def reference_attention(
 
     if isinstance(attention, NormedMLAttention):
         queries = attention.project_query(hidden[None])[0].transpose(0, 1).flatten(1)
+    elif config.q_head_dim is not None:
+        maps, narrow = attention.q_head_proj.weight, attention.q_proj(hidden).split(config.q_head_dim, dim=1)
+        queries = torch.cat([part @ by.T for part, by in zip(narrow, maps, strict=True)], dim=1)
     elif config.q_lora_rank is None:
         queries = attention.q_proj(hidden)
     else:
