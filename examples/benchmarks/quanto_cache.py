@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, QuantizedCache
 
+from modeling_mla.transformers_seams_mla import cache_argument
+
 QUANTO_BITS = (4, 2)
 _RESIDUAL = 128
 """Tokens that Transformers' cache keeps as they are by default. What is coded is read by what comes later, so a window
@@ -28,7 +30,7 @@ def quanto_perplexity(model: PreTrainedModel, windows: Tensor, bits: int, step: 
     total = 0.0
     for window in windows.to(model.device):
         cache = QuantizedCache("quanto", model.config, nbits=bits, q_group_size=_GROUP, residual_length=_RESIDUAL)
-        logits = torch.cat([model(chunk[None], past_key_values=cache).logits[0] for chunk in window.split(_RESIDUAL)])
+        logits = torch.cat([model(chunk[None], **cache_argument(cache)).logits[0] for chunk in window.split(_RESIDUAL)])
         total += float(torch.nn.functional.cross_entropy(logits[:-1].float(), window[1:], reduction="sum"))
         step()
     return float(torch.tensor(total / (len(windows) * (windows.shape[1] - 1))).exp())
