@@ -20,7 +20,10 @@ class GPTNeoXMLAConfig(MLAConfigMixin, GPTNeoXConfig):
     """`GPTNeoXConfig` with the fields of `MLAConfigMixin`."""
 
     model_type = "gpt_neox_mla"
-    base_model_tp_plan = mla_tp_plan(GPTNeoXConfig.base_model_tp_plan, attention="attention")
+    # A head that is tied to them is split, so embeddings are; Transformers 5.23 leaves them out.
+    base_model_tp_plan = mla_tp_plan(
+        {"embed_in": "embedding_rowwise"} | GPTNeoXConfig.base_model_tp_plan, attention="attention"
+    )
 
 
 class GPTNeoXMLAttention(MLAttention):

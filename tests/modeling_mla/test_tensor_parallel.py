@@ -23,6 +23,7 @@ CASES: dict[str, tuple[str, dict]] = {
     "gemma3": ("Gemma3", NORMS | {"hidden_size": 64}),
     "glm4": ("Glm4", {}),
     "gpt_neox": ("GPTNeoX", {}),
+    "gpt_neox with a tied head": ("GPTNeoX", {"tie_word_embeddings": True}),
     "gpt-oss": ("GptOss", EXPERTS | {"sliding_window": 6, "attn_implementation": "eager"}),
     "granite": ("Granite", {"attention_multiplier": 0.4, "residual_multiplier": 0.3}),
     "granite with experts": ("GraniteMoe", {"attention_multiplier": 0.4, "num_local_experts": 4}),
