@@ -33,7 +33,7 @@ def ways_of(results: list[dict[str, Any]]) -> list[Way]:
             sources.setdefault(row["form"], []).append((row["cache_share"], row["perplexity"] / source))
     order = sorted(points, key=lambda key: (key[0] != _OURS, key[0], key[1] is not None))
     ways = [Way(_name(*key), tuple(points[key]), dashed=key[0] != _OURS) for key in order]
-    forms = [Way(f"the source in few bits, {form}", tuple(found), dashed=True) for form, found in sources.items()]
+    forms = [Way(f"source in few bits, {form}", tuple(found), dashed=True) for form, found in sources.items()]
     return [*ways[:1], *forms, *ways[1:]]
 
 

@@ -63,9 +63,10 @@ def test_the_range_where_people_work_fills_the_frame() -> None:
 
 def test_the_committed_results_have_ours_first_and_everybody_else() -> None:
     assert [way.name for way in WAYS] == [
-        "ours, values and bits", "the source in few bits, KIVI", "ours, values alone", "TransMLA",
+        "ours, values and bits", "source in few bits, KIVI", "source in few bits, QuantizedCache", "ours, values alone",
+        "TransMLA",
     ]  # fmt: skip
-    assert [way.dashed for way in WAYS] == [False, True, False, True]
+    assert [way.dashed for way in WAYS] == [False, True, True, False, True]
 
 
 def test_one_command_draws_the_committed_results(tmp_path: Path) -> None:
