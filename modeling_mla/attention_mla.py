@@ -170,14 +170,17 @@ class MLAttention(LatentAttention):
         kv_c, k_pe = compressed.unsqueeze(1).split_with_sizes([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
         kv_c = self.kv_a_layernorm(kv_c)
 
-        cos, sin = layer_angles(position_embeddings, self.layer_idx, self.qk_rope_head_dim)
+        cos, sin = layer_angles(
+            position_embeddings, self.layer_idx, self.qk_rope_head_dim, self.config.qk_rope_head_dim
+        )
         # The key as one more head: of one token, every call costs more than its work.
         rotated = self.rotate(torch.cat((q_rope, k_pe), dim=1), cos, sin)
         q_rope, k_pe = rotated.split_with_sizes([query.shape[1], 1], dim=1)
         k_pe = read_by_all_heads(k_pe, self.kv_b_proj)
         query = torch.cat((q_nope, q_rope), dim=-1)
 
-        cache = past_key_values if cache is None else cache
+        # An engine that reads the graph gives neither, and knows only the latter's name.
+        cache = past_key_values if cache is None or isinstance(cache, torch.fx.Proxy) else cache
         if cache is not None:
             kv_c, k_pe = cache.update(kv_c, k_pe, self.layer_idx, kwargs=kwargs)
             kwargs["latents"] = cached_latents(cache, self.layer_idx, kv_c.device)

@@ -135,13 +135,22 @@ def _rotary_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def layer_angles(
-    position_embeddings: tuple[torch.Tensor, torch.Tensor], layer_idx: int, rope_dim: int
+    position_embeddings: tuple[torch.Tensor, torch.Tensor], layer_idx: int, rope_dim: int, widest: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The cos and sin ``[B, S, rope_dim/2]`` of one layer, from what :class:`MLARotaryEmbedding` returned."""
+    """The cos and sin ``[B, S, rope_dim/2]`` of one layer, from what :class:`MLARotaryEmbedding` returned.
+
+    No shape decides: an engine that reads the graph knows none.
+
+    Args:
+        position_embeddings: cos and sin, ``[B, S, rows, widest/2]``.
+        layer_idx: which layer's.
+        rope_dim: its rotary channels.
+        widest: those of the widest layer.
+    """
     cos, sin = position_embeddings
     row, width = layer_idx % cos.shape[2], rope_dim // 2
     cos, sin = cos.select(2, row), sin.select(2, row)
-    return (cos, sin) if cos.shape[-1] == width else (cos[..., :width], sin[..., :width])
+    return (cos, sin) if rope_dim == widest else (cos[..., :width], sin[..., :width])
 
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleave: bool) -> torch.Tensor:

@@ -26,10 +26,11 @@ def tensor_parallel_group(projection: nn.Module) -> dist.ProcessGroup | None:
 
 def read_by_all_heads(x: torch.Tensor, projection: nn.Module) -> torch.Tensor:
     """``x``, of any shape, with its gradient summed over the processes that share the heads of ``projection``."""
-    if not (torch.is_grad_enabled() and x.requires_grad):
+    if not torch.is_grad_enabled():
         return x
+    # Asked before ``x``, of which an engine that reads the graph knows nothing.
     group = tensor_parallel_group(projection)
-    return x if group is None else _SummedGradient.apply(x, group)
+    return _SummedGradient.apply(x, group) if group is not None and x.requires_grad else x
 
 
 def own_heads(x: torch.Tensor, projection: nn.Module) -> torch.Tensor:

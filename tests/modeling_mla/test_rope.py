@@ -81,11 +81,11 @@ def test_explicit_rows_win_over_rope_parameters():
         rope_parameters=ROPE_PARAMETERS["linear"],
     )
     angles = MLARotaryEmbedding(config)(torch.zeros(1, 1), torch.tensor([[3, 8]]))
-    cos, sin = layer_angles(angles, 0, 4)
+    cos, sin = layer_angles(angles, 0, 4, 4)
     expected = torch.tensor([[1.5, 0.75], [4.0, 2.0]])
     torch.testing.assert_close(cos[0], 1.5 * expected.cos())
     torch.testing.assert_close(sin[0], 1.5 * expected.sin())
-    cos, sin = layer_angles(angles, 1, 2)
+    cos, sin = layer_angles(angles, 1, 2, 4)
     torch.testing.assert_close(cos[0], 1.5 * torch.tensor([[0.375], [1.0]]).cos())
     torch.testing.assert_close(sin[0], 1.5 * torch.tensor([[0.375], [1.0]]).sin())
 

@@ -32,6 +32,8 @@ from modeling_mla import (
     SmolLM3MLAConfig,
 )
 from modeling_mla.attention_mla import IdentityRMSNorm
+from modeling_mla.rope_mla import layer_angles
+from modeling_mla.tensor_parallel_mla import read_by_all_heads
 from modeling_mla.vllm_mla import refuse_unservable, refuse_width
 
 LONGROPE = {
@@ -135,3 +137,15 @@ def test_plugin_refuses_other_widths(rank: int, rope: int) -> None:
 @pytest.mark.parametrize("fields", [{"sliding_window": None}, {"sliding_window": 256}])
 def test_plugin_serves_what_a_window_does_not_cut(fields: dict) -> None:
     refuse_unservable(tiny_config(MistralMLAConfig, **fields), max_model_len=256, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("rope_dim", [8, 6])
+def test_what_stands_before_the_expansion_can_be_read_as_a_graph(rope_dim: int) -> None:
+    """No shape, and nothing else of a tensor, decides: vLLM fuses nothing behind the first that does."""
+    angles = torch.randn(1, 3, 2, 4), torch.randn(1, 3, 2, 4)
+    traced = torch.fx.symbolic_trace(lambda cos, sin: layer_angles((cos, sin), 1, rope_dim, 8))
+    for found, table in zip(traced(*angles), angles, strict=True):
+        assert torch.equal(found, table[:, :, 1, : rope_dim // 2])
+    projection = torch.nn.Linear(2, 2)
+    traced = torch.fx.symbolic_trace(lambda x: read_by_all_heads(x, projection))
+    assert torch.equal(traced(angles[0]), angles[0])
