@@ -201,7 +201,8 @@ class MLAttention(LatentAttention):
             sliding_window=self.sliding_window,
             **kwargs,
         )
-        attn_output = attn_output.flatten(2).contiguous()
+        # Engines give heads and their channels in one dimension, or sequences in one with their tokens.
+        attn_output = attn_output.reshape(*hidden_states.shape[:-1], -1).contiguous()
         return self.o_proj(attn_output), attn_weights
 
 
