@@ -108,13 +108,11 @@ class MLAConfigMixin(_Body):
         self.qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
         super().__post_init__(**kwargs)
         # A plan may name no module that the model lacks.
-        absent = {"q_b_proj" if self.q_lora_rank is None else "q_proj"}
+        absent = [".q_b_proj" if self.q_lora_rank is None else ".q_proj"]
         if not self.maps_queries_by_head:
-            absent |= {"q_head_proj", "q_head_proj.weight"}
+            absent += [".q_head_proj", ".q_head_proj.weight"]
         self.base_model_tp_plan: dict[str, str] = {
-            name: style
-            for name, style in self.base_model_tp_plan.items()
-            if name.partition(".*.")[2].partition(".")[2] not in absent
+            name: style for name, style in self.base_model_tp_plan.items() if not name.endswith(tuple(absent))
         }
         if "auto_map" not in self.__dict__:
             self.auto_map = dict(self.model_auto_map)

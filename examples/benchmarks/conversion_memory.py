@@ -72,9 +72,13 @@ def save_model(tokenizer_of: str, hidden: int, layers: int, folder: Path) -> Non
 def convert(folder: Path, hidden: int, layers: int, tokens: int, calibration: str | None) -> dict[str, Any]:
     """Converts in this process, and gives one row of the table."""
     source = open_source(str(folder))
-    size = {"cache": "50%", "latent_bits": 16}
     recipe = make_recipe(
-        source=str(folder), output=folder / f"{tokens}", **size, tokens=tokens, calibration=calibration
+        source=str(folder),
+        output=folder / f"{tokens}",
+        cache="50%",
+        latent_bits=16,
+        tokens=tokens,
+        calibration=calibration,
     )
     plan, progress = make_plan(recipe, source), PeakProgress()
     verification = run_plan(plan, source, progress).report.verification

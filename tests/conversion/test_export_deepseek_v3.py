@@ -63,6 +63,7 @@ def refusal(config) -> str:
     ("cls", "fields"),
     [
         (LlamaMLAForCausalLM, {}),
+        (LlamaMLAForCausalLM, {"q_head_dim": 6}),
         (LlamaMLAForCausalLM, {"kv_lora_ranks": [5, 16], "rms_norm_eps": 1e-6}),
         (LlamaMLAForCausalLM, {"qk_rope_head_dim": 64, "rope_inv_freq": None, "kv_lora_rank": 257, "v_head_dim": 128}),
         (

@@ -43,6 +43,7 @@ def field(reader: gguf.GGUFReader, name: str):
     ("cls", "fields"),
     [
         (LlamaMLAForCausalLM, {}),
+        (LlamaMLAForCausalLM, {"q_head_dim": 6}),
         (LlamaMLAForCausalLM, {"kv_lora_ranks": [5, 16], "qk_rope_head_dim": 64, "rope_inv_freq": None}),
         (
             SmolLM3MLAForCausalLM,

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib
 import inspect
 import sys
 import textwrap
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_config
+from tiny import VARIANTS, tiny_config, tiny_model
 
 import modeling_mla
 from modeling_mla import (
@@ -31,9 +34,7 @@ from modeling_mla import (
     Qwen3MLAConfig,
     SmolLM3MLAConfig,
 )
-from modeling_mla.attention_mla import IdentityRMSNorm
-from modeling_mla.rope_mla import layer_angles
-from modeling_mla.tensor_parallel_mla import read_by_all_heads
+from modeling_mla.attention_mla import ALL_ATTENTION_FUNCTIONS, IdentityRMSNorm
 from modeling_mla.vllm_mla import refuse_unservable, refuse_width
 
 LONGROPE = {
@@ -139,13 +140,58 @@ def test_plugin_serves_what_a_window_does_not_cut(fields: dict) -> None:
     refuse_unservable(tiny_config(MistralMLAConfig, **fields), max_model_len=256, dtype=torch.bfloat16)
 
 
-@pytest.mark.parametrize("rope_dim", [8, 6])
-def test_what_stands_before_the_expansion_can_be_read_as_a_graph(rope_dim: int) -> None:
-    """No shape, and nothing else of a tensor, decides: vLLM fuses nothing behind the first that does."""
-    angles = torch.randn(1, 3, 2, 4), torch.randn(1, 3, 2, 4)
-    traced = torch.fx.symbolic_trace(lambda cos, sin: layer_angles((cos, sin), 1, rope_dim, 8))
-    for found, table in zip(traced(*angles), angles, strict=True):
-        assert torch.equal(found, table[:, :, 1, : rope_dim // 2])
-    projection = torch.nn.Linear(2, 2)
-    traced = torch.fx.symbolic_trace(lambda x: read_by_all_heads(x, projection))
-    assert torch.equal(traced(angles[0]), angles[0])
+class Pair(torch.fx.Proxy):
+    """Whatever the attention takes apart, and the shape of its sequences, has two parts."""
+
+    def __len__(self) -> int:
+        return 2
+
+
+class Reader(torch.fx.Tracer):
+    """Reads a graph down to modules, as vLLM does."""
+
+    def proxy(self, node: torch.fx.Node) -> torch.fx.Proxy:
+        return Pair(node, self)
+
+    def is_leaf_module(self, m: torch.nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+    def iter(self, obj: torch.fx.Proxy) -> Iterator[torch.fx.Proxy]:
+        return iter((obj[0], obj[1]))
+
+
+@pytest.mark.one_route
+@pytest.mark.parametrize("fields", [{}, {"latent_norm": "identity"}, VARIANTS["rope_in_one_layer"]], ids=str)
+def test_the_graph_leads_from_input_to_latents_and_to_their_projection(fields: dict) -> None:
+    """``kv_b_proj(kv_a_layernorm(kv_a_proj_with_mqa(input)))``, by which vLLM knows MLA."""
+    attention = tiny_model(**fields).model.layers[1].self_attn
+    attention.config._attn_implementation = "an engine's"
+    reader = Reader()
+    # Behind the expansion may be what cannot be read; vLLM goes by what it has read till then.
+    with contextlib.suppress(Exception):
+        reader.trace(attention, {"past_key_values": None})
+    (node,) = (node for node in reader.graph.nodes if node.target == "kv_b_proj")
+    path = []
+    while node.op != "placeholder":
+        path += [node.target] if node.op == "call_module" else []
+        node = node.args[0] if isinstance(node.args[0], torch.fx.Node) else node.args[0][0]
+    assert path == ["kv_b_proj", "kv_a_layernorm", "kv_a_proj_with_mqa"]
+    assert node.target == "hidden_states"
+
+
+def test_an_engine_gives_tokens_of_all_sequences_in_one_dimension(monkeypatch: pytest.MonkeyPatch) -> None:
+    attention = tiny_model().model.layers[0].self_attn
+    attention.config._attn_implementation = "an engine's"
+    states, (cos, sin) = torch.randn(2, 5, 32).double(), torch.rand(2, 2, 5, 1, 2).double()
+
+    def by_head(_: object, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *__: object, **___: object):
+        return ((query @ key.mT).softmax(-1) @ value).transpose(1, 2), None
+
+    def flat(*given: Any, **named: Any):
+        return by_head(*given, **named)[0].flatten(2).flatten(0, 1), None
+
+    outputs = []
+    for function in (by_head, flat):
+        monkeypatch.setattr(ALL_ATTENTION_FUNCTIONS, "get_interface", lambda *_, function=function: function)
+        outputs.append(attention(states, (cos, sin))[0])
+    assert torch.equal(*outputs)
